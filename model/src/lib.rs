@@ -1,1 +1,3 @@
-//! dsa80
+//! GLM-5.2 (`glm_moe_dsa`): configuration, checkpoints, the forward pass and the engine.
+
+pub mod engine;

@@ -1,1 +1,19 @@
-//! dsa80
+//! The kernel contract of dsa80 and its portable implementations.
+//!
+//! [`Kernels`] is the contract: one method per kernel, as the model calls it. [`cpu::Cpu`] is the oracle that judges every
+//! other implementation, generic over f32 and f64.
+
+pub mod batch;
+pub mod communicator;
+pub mod cpu;
+mod error;
+pub mod kernels;
+pub mod sampling;
+pub mod tensor;
+
+pub use batch::{Batch, SequenceSlice};
+pub use communicator::Communicator;
+pub use error::{Error, Result};
+pub use kernels::{Kernels, RopeLayout, RouterParams, SampleOutput};
+pub use sampling::{SampleRow, SamplingParams};
+pub use tensor::{DType, DeviceTensor, HostData, HostExpert, HostInt4, HostLinear, HostTensor};
