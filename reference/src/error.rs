@@ -47,12 +47,14 @@ pub enum Error {
         /// The value that was given.
         found: String,
     },
-    /// More rows were asked of a tensor than it was allocated for.
-    #[error("a tensor of capacity {capacity} rows was asked for {rows}")]
+    /// A tensor or batch was asked to hold more than was allocated for it.
+    #[error("a shape of {shape:?} was asked for, {elements} elements, but {capacity} were allocated")]
     Capacity {
-        /// Rows that were asked for.
-        rows: usize,
-        /// Rows that were allocated.
+        /// The shape that was asked for.
+        shape: Vec<usize>,
+        /// Its elements.
+        elements: usize,
+        /// Elements that were allocated.
         capacity: usize,
     },
     /// A collective cannot finish because another rank failed or left.

@@ -10,7 +10,7 @@
 //!
 //! Every method writes into tensors that the caller allocated: no method allocates device memory that outlives it,
 //! synchronises with the host, or has a shape that depends on device data, so a step can be captured in a graph.
-//! Output rows are taken from the tensors' own shapes ([`DeviceTensor::set_rows`]); a mismatch is an error that names kernel and
+//! Sizes are taken from the tensors' own shapes ([`DeviceTensor::set_shape`]); a mismatch is an error that names kernel and
 //! tensor. Outputs never alias inputs unless a method says "in place".
 //!
 //! Formulas follow Hugging Face transformers 5.17, `models/glm_moe_dsa/modeling_glm_moe_dsa.py`, and the DeepSeek-V3.2

@@ -203,7 +203,7 @@ impl HostExpert {
     }
 }
 
-/// A tensor that lives on a backend: dense, row-major, with a fixed allocation and a variable number of rows.
+/// A tensor that lives on a backend: dense, row-major, with a fixed allocation and a variable shape.
 pub trait DeviceTensor: Send {
     /// Dimensions, outermost first.
     fn shape(&self) -> &[usize];
@@ -211,12 +211,25 @@ pub trait DeviceTensor: Send {
     /// The element type.
     fn dtype(&self) -> DType;
 
-    /// Rows (first dimension) that the allocation holds.
+    /// Elements that the allocation holds.
     fn capacity(&self) -> usize;
 
-    /// Sets the first dimension without touching memory, so that one workspace serves every batch size.
+    /// Sets the shape without touching memory, so that one workspace serves every batch size and the output of a
+    /// projection is seen as heads.
     ///
     /// # Errors
-    /// [`Error::Capacity`](crate::Error::Capacity) when `rows` exceeds [`capacity`](Self::capacity).
-    fn set_rows(&mut self, rows: usize) -> crate::Result<()>;
+    /// [`Error::Capacity`](crate::Error::Capacity) when `shape` has more elements than [`capacity`](Self::capacity).
+    fn set_shape(&mut self, shape: &[usize]) -> crate::Result<()>;
+
+    /// [`set_shape`](Self::set_shape) of the first dimension alone.
+    ///
+    /// # Errors
+    /// As for [`set_shape`](Self::set_shape).
+    fn set_rows(&mut self, rows: usize) -> crate::Result<()> {
+        let mut shape = self.shape().to_vec();
+        if let Some(first) = shape.first_mut() {
+            *first = rows;
+        }
+        self.set_shape(&shape)
+    }
 }

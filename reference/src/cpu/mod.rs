@@ -1,8 +1,10 @@
 //! The oracle: every kernel in plain Rust, generic over f32 and f64, rayon over rows.
 
+mod communicator;
 mod real;
 mod tensor;
 
+pub use communicator::ThreadCommunicator;
 pub use real::Real;
 pub use tensor::CpuTensor;
 

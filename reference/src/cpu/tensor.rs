@@ -37,7 +37,7 @@ impl<F: Real> CpuTensor<F> {
             DType::F16 => Storage::F16(vec![f16::NAN; len]),
             DType::F32 => Storage::F32(vec![f32::NAN; len]),
         };
-        Ok(Self { shape: shape.to_vec(), capacity: shape.first().copied().unwrap_or(1), storage })
+        Ok(Self { shape: shape.to_vec(), capacity: len, storage })
     }
 
     pub(crate) fn from_host(tensor: HostTensor) -> Result<Self> {
@@ -54,7 +54,7 @@ impl<F: Real> CpuTensor<F> {
             HostData::F16(v) => Storage::F16(v),
             HostData::F32(v) => Storage::F32(v),
         };
-        Ok(Self { capacity: tensor.shape.first().copied().unwrap_or(1), shape: tensor.shape, storage })
+        Ok(Self { capacity: tensor.shape.iter().product(), shape: tensor.shape, storage })
     }
 
     /// Elements in use (the capacity may be larger).
@@ -162,13 +162,12 @@ impl<F: Real> DeviceTensor for CpuTensor<F> {
         self.capacity
     }
 
-    fn set_rows(&mut self, rows: usize) -> Result<()> {
-        if rows > self.capacity {
-            return Err(Error::Capacity { rows, capacity: self.capacity });
+    fn set_shape(&mut self, shape: &[usize]) -> Result<()> {
+        let elements = shape.iter().product();
+        if elements > self.capacity {
+            return Err(Error::Capacity { shape: shape.to_vec(), elements, capacity: self.capacity });
         }
-        if let Some(first) = self.shape.first_mut() {
-            *first = rows;
-        }
+        self.shape = shape.to_vec();
         Ok(())
     }
 }
