@@ -26,4 +26,8 @@ pub trait Communicator<T>: Send {
 
     /// Returns when every rank has called it.
     fn barrier(&self) -> Result<()>;
+
+    /// Breaks the group: collectives that wait, and all later ones, fail on every rank with `reason`. Dropping a communicator
+    /// does the same.
+    fn abort(&self, reason: &str);
 }

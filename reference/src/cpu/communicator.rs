@@ -74,11 +74,6 @@ impl<F: Real> ThreadCommunicator<F> {
         Ok(parts)
     }
 
-    fn lock(&self) -> MutexGuard<'_, State<F>> {
-        // The state is consistent between any two statements that hold the lock, so a poisoned lock is still good.
-        self.group.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn wait<'a>(&self, state: MutexGuard<'a, State<F>>) -> MutexGuard<'a, State<F>> {
         self.group.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
     }
@@ -108,11 +103,22 @@ impl<F: Real> ThreadCommunicator<F> {
     }
 }
 
+impl<F> ThreadCommunicator<F> {
+    fn lock(&self) -> MutexGuard<'_, State<F>> {
+        // The state is consistent between any two statements that hold the lock, so a poisoned lock is still good.
+        self.group.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The first reason is the cause; later ones are its consequences.
+    fn break_group(&self, reason: impl FnOnce() -> String) {
+        self.lock().broken.get_or_insert_with(reason);
+        self.group.changed.notify_all();
+    }
+}
+
 impl<F> Drop for ThreadCommunicator<F> {
     fn drop(&mut self) {
-        let mut state = self.group.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.broken.get_or_insert_with(|| format!("rank {} has left", self.rank));
-        self.group.changed.notify_all();
+        self.break_group(|| format!("rank {} has left", self.rank));
     }
 }
 
@@ -180,6 +186,10 @@ impl<F: Real> Communicator<CpuTensor<F>> for ThreadCommunicator<F> {
 
     fn barrier(&self) -> Result<()> {
         self.exchange(&[]).map(drop)
+    }
+
+    fn abort(&self, reason: &str) {
+        self.break_group(|| format!("rank {}: {reason}", self.rank));
     }
 }
 
@@ -258,6 +268,20 @@ mod tests {
         for result in results.into_iter().flatten() {
             let message = result.unwrap_err().to_string();
             assert!(message.contains("rank 1 has left"), "{message}");
+        }
+    }
+
+    #[test]
+    fn abort_ends_the_wait_of_the_others_with_its_reason() {
+        let results = on_ranks(2, |communicator| {
+            if communicator.rank() == 0 {
+                communicator.abort("out of pages");
+            }
+            communicator.barrier()
+        });
+        for result in results {
+            let message = result.unwrap_err().to_string();
+            assert!(message.contains("rank 0: out of pages"), "{message}");
         }
     }
 
