@@ -63,11 +63,16 @@ pub struct SampleRow<'a> {
 /// The uniform number in (0, 1) that `sample` uses for `token` at `position` under `seed`.
 ///
 /// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with key `seed` (low word
-/// first) and counter `[token / 4, position, 0, 0]`; output word `token % 4`; its top 24 bits plus one half, times
-/// 2^-24, which f32 holds exactly.
+/// first) and counter `[token / 4, position, 0, 0]`; output word `token % 4`; its top 23 bits plus one half, times
+/// 2^-23, which f32 holds exactly (with 24 bits the largest would round to 1, whose Gumbel noise is infinite).
 pub fn uniform(seed: u64, position: u32, token: u32) -> f32 {
     let words = philox4x32([token / 4, position, 0, 0], [seed as u32, (seed >> 32) as u32]);
-    ((words[(token % 4) as usize] >> 8) as f32 + 0.5) * (1.0 / 16_777_216.0)
+    open_unit(words[(token % 4) as usize])
+}
+
+/// A random word as a number in `2^-24 ..= 1 - 2^-24`.
+fn open_unit(word: u32) -> f32 {
+    ((word >> 9) as f32 + 0.5) * (1.0 / 8_388_608.0)
 }
 
 /// Ten rounds of Philox4x32.
@@ -98,13 +103,17 @@ mod tests {
             philox4x32([u32::MAX; 4], [u32::MAX; 2]),
             [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]
         );
+        assert_eq!(
+            philox4x32([0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344], [0xa409_3822, 0x299f_31d0]),
+            [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]
+        );
     }
 
     #[test]
     fn uniform_stays_inside_the_open_interval() {
-        for token in 0..4096 {
-            let u = uniform(7, 3, token);
-            assert!(u > 0.0 && u < 1.0, "{u}");
-        }
+        assert_eq!(open_unit(0), 2f32.powi(-24));
+        assert_eq!(open_unit(u32::MAX), 1.0 - 2f32.powi(-24));
+        let mean = (0..4096).map(|token| f64::from(uniform(7, 3, token))).sum::<f64>() / 4096.0;
+        assert!((mean - 0.5).abs() < 0.02, "{mean}");
     }
 }
