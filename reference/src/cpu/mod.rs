@@ -1,12 +1,46 @@
 //! The oracle: every kernel in plain Rust, generic over f32 and f64, rayon over rows.
+//!
+//! One file a kernel. This one holds the memory methods and hands every kernel to its file.
+//!
+//! Results are deterministic, and a row's result does not depend on the rows beside it nor on the number of threads: the
+//! order in which an output element is summed depends on the inner dimension alone.
 
+mod absorb;
+mod batch;
 mod communicator;
+mod embed;
+mod indexer_logits;
+mod latent_rope;
+mod layer_norm_rope;
+mod linear;
+mod linear_int4;
+mod lm_head;
+mod moe;
+mod moe_int4;
 mod real;
+mod rms_norm;
+mod rope;
+mod router;
+mod sample;
+mod silu_mul;
+mod sparse_mla;
 mod tensor;
+mod top_k;
 
+use std::ops::Range;
+
+pub use batch::CpuBatch;
 pub use communicator::ThreadCommunicator;
+pub use linear_int4::CpuInt4;
+pub use moe::CpuExperts;
 pub use real::Real;
 pub use tensor::CpuTensor;
+
+use crate::batch::Batch;
+use crate::error::Result;
+use crate::kernels::{Kernels, RopeLayout, RouterParams, SampleOutput};
+use crate::sampling::SampleRow;
+use crate::tensor::{DType, HostExpert, HostInt4, HostTensor};
 
 /// The CPU backend.
 ///
@@ -32,5 +66,237 @@ impl<F: Real> Cpu<F> {
     #[inline(always)]
     pub(crate) fn act(&self, value: F) -> F {
         if self.rounds { value.round_bf16() } else { value }
+    }
+}
+
+impl<F: Real> Kernels for Cpu<F> {
+    type Tensor = CpuTensor<F>;
+    type Int4 = CpuInt4;
+    type ExpertsInt4 = CpuExperts;
+    type Experts = CpuExperts;
+    type Batch = CpuBatch;
+
+    fn alloc(&self, dtype: DType, shape: &[usize]) -> Result<CpuTensor<F>> {
+        CpuTensor::alloc(dtype, shape)
+    }
+
+    fn upload(&self, tensor: HostTensor) -> Result<CpuTensor<F>> {
+        CpuTensor::from_host(tensor)
+    }
+
+    fn upload_int4(&self, weight: HostInt4) -> Result<CpuInt4> {
+        CpuInt4::from_host(weight)
+    }
+
+    fn upload_experts_int4(&self, experts: Vec<HostExpert>) -> Result<CpuExperts> {
+        CpuExperts::from_host_int4(experts)
+    }
+
+    fn upload_experts(&self, experts: Vec<HostExpert>) -> Result<CpuExperts> {
+        CpuExperts::from_host(experts)
+    }
+
+    fn alloc_batch(&self, max_tokens: usize, max_seqs: usize, max_blocks: usize) -> Result<CpuBatch> {
+        Ok(CpuBatch::new(max_tokens, max_seqs, max_blocks))
+    }
+
+    fn upload_batch(&self, batch: &Batch, device: &mut CpuBatch) -> Result<()> {
+        device.replace(batch)
+    }
+
+    fn write(&self, values: &[f64], tensor: &mut CpuTensor<F>) -> Result<()> {
+        tensor.write(self, values)
+    }
+
+    fn write_index(&self, values: &[i32], tensor: &mut CpuTensor<F>) -> Result<()> {
+        tensor.write_index(values)
+    }
+
+    fn read(&self, tensor: &CpuTensor<F>) -> Result<Vec<f64>> {
+        tensor.read()
+    }
+
+    fn read_index(&self, tensor: &CpuTensor<F>) -> Result<Vec<i32>> {
+        Ok(tensor.indices("read_index", "tensor")?.to_vec())
+    }
+
+    fn embed(
+        &self,
+        batch: &CpuBatch,
+        table: &CpuTensor<F>,
+        vocab_start: usize,
+        out: &mut CpuTensor<F>,
+    ) -> Result<()> {
+        embed::embed(self, batch, table, vocab_start, out)
+    }
+
+    fn rms_norm(
+        &self,
+        x: &CpuTensor<F>,
+        weight: &CpuTensor<F>,
+        eps: f64,
+        out: &mut CpuTensor<F>,
+    ) -> Result<()> {
+        rms_norm::rms_norm(self, x, weight, eps, out)
+    }
+
+    fn rms_norm_residual(
+        &self,
+        x: &CpuTensor<F>,
+        residual: &mut CpuTensor<F>,
+        weight: &CpuTensor<F>,
+        eps: f64,
+        out: &mut CpuTensor<F>,
+    ) -> Result<()> {
+        rms_norm::rms_norm_residual(self, x, residual, weight, eps, out)
+    }
+
+    fn rope_table(&self, batch: &CpuBatch, theta: f64, cos_sin: &mut CpuTensor<F>) -> Result<()> {
+        rope::rope_table(self, batch, theta, cos_sin)
+    }
+
+    fn rope(
+        &self,
+        x: &mut CpuTensor<F>,
+        offset: usize,
+        layout: RopeLayout,
+        cos_sin: &CpuTensor<F>,
+    ) -> Result<()> {
+        rope::rope(self, x, offset, layout, cos_sin)
+    }
+
+    fn layer_norm_rope(
+        &self,
+        batch: &CpuBatch,
+        x: &CpuTensor<F>,
+        weight: &CpuTensor<F>,
+        bias: &CpuTensor<F>,
+        eps: f64,
+        layout: RopeLayout,
+        cos_sin: &CpuTensor<F>,
+        cache: &mut CpuTensor<F>,
+    ) -> Result<()> {
+        layer_norm_rope::layer_norm_rope(self, batch, x, weight, bias, eps, layout, cos_sin, cache)
+    }
+
+    fn latent_rope(
+        &self,
+        batch: &CpuBatch,
+        x: &CpuTensor<F>,
+        weight: &CpuTensor<F>,
+        eps: f64,
+        cos_sin: &CpuTensor<F>,
+        cache: &mut CpuTensor<F>,
+    ) -> Result<()> {
+        latent_rope::latent_rope(self, batch, x, weight, eps, cos_sin, cache)
+    }
+
+    fn linear(&self, x: &CpuTensor<F>, weight: &CpuTensor<F>, out: &mut CpuTensor<F>) -> Result<()> {
+        linear::linear(self, x, weight, out)
+    }
+
+    fn linear_int4(&self, x: &CpuTensor<F>, weight: &CpuInt4, out: &mut CpuTensor<F>) -> Result<()> {
+        linear_int4::linear_int4(self, x, weight, out)
+    }
+
+    fn absorb_query(&self, q: &CpuTensor<F>, kv_b: &CpuTensor<F>, out: &mut CpuTensor<F>) -> Result<()> {
+        absorb::absorb_query(self, q, kv_b, out)
+    }
+
+    fn absorb_output(&self, o: &CpuTensor<F>, kv_b: &CpuTensor<F>, out: &mut CpuTensor<F>) -> Result<()> {
+        absorb::absorb_output(self, o, kv_b, out)
+    }
+
+    fn indexer_logits(
+        &self,
+        batch: &CpuBatch,
+        rows: Range<usize>,
+        q: &CpuTensor<F>,
+        weights: &CpuTensor<F>,
+        cache: &CpuTensor<F>,
+        scale: f64,
+        logits: &mut CpuTensor<F>,
+    ) -> Result<()> {
+        indexer_logits::indexer_logits(self, batch, rows, q, weights, cache, scale, logits)
+    }
+
+    fn top_k(
+        &self,
+        batch: &CpuBatch,
+        rows: Range<usize>,
+        logits: &CpuTensor<F>,
+        topk_indices: &mut CpuTensor<F>,
+    ) -> Result<()> {
+        top_k::top_k(self, batch, rows, logits, topk_indices)
+    }
+
+    fn sparse_mla(
+        &self,
+        batch: &CpuBatch,
+        q: &CpuTensor<F>,
+        cache: &CpuTensor<F>,
+        topk_indices: &CpuTensor<F>,
+        scale: f64,
+        out: &mut CpuTensor<F>,
+    ) -> Result<()> {
+        sparse_mla::sparse_mla(self, batch, q, cache, topk_indices, scale, out)
+    }
+
+    fn router(
+        &self,
+        logits: &CpuTensor<F>,
+        bias: &CpuTensor<F>,
+        params: RouterParams,
+        topk_ids: &mut CpuTensor<F>,
+        topk_weights: &mut CpuTensor<F>,
+    ) -> Result<()> {
+        router::router(self, logits, bias, params, topk_ids, topk_weights)
+    }
+
+    fn moe_int4(
+        &self,
+        x: &CpuTensor<F>,
+        topk_ids: &CpuTensor<F>,
+        topk_weights: &CpuTensor<F>,
+        experts: &CpuExperts,
+        shared: Option<&CpuTensor<F>>,
+        out: &mut CpuTensor<F>,
+    ) -> Result<()> {
+        moe_int4::moe_int4(self, x, topk_ids, topk_weights, experts, shared, out)
+    }
+
+    fn moe(
+        &self,
+        x: &CpuTensor<F>,
+        topk_ids: &CpuTensor<F>,
+        topk_weights: &CpuTensor<F>,
+        experts: &CpuExperts,
+        shared: Option<&CpuTensor<F>>,
+        out: &mut CpuTensor<F>,
+    ) -> Result<()> {
+        moe::moe(self, x, topk_ids, topk_weights, experts, shared, out)
+    }
+
+    fn silu_mul(&self, gate: &CpuTensor<F>, up: &CpuTensor<F>, out: &mut CpuTensor<F>) -> Result<()> {
+        silu_mul::silu_mul(self, gate, up, out)
+    }
+
+    fn lm_head(
+        &self,
+        x: &CpuTensor<F>,
+        rows: &CpuTensor<F>,
+        weight: &CpuTensor<F>,
+        logits: &mut CpuTensor<F>,
+    ) -> Result<()> {
+        lm_head::lm_head(self, x, rows, weight, logits)
+    }
+
+    fn sample(
+        &self,
+        logits: &CpuTensor<F>,
+        rows: &[SampleRow<'_>],
+        out: &mut SampleOutput<CpuTensor<F>>,
+    ) -> Result<()> {
+        sample::sample(self, logits, rows, out)
     }
 }

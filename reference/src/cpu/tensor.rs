@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::Real;
+use super::{Cpu, Real};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, DeviceTensor, HostData, HostTensor};
 
@@ -27,17 +27,16 @@ pub struct CpuTensor<F> {
 
 impl<F: Real> CpuTensor<F> {
     pub(crate) fn alloc(dtype: DType, shape: &[usize]) -> Result<Self> {
-        let len = shape.iter().product();
         // Poison: a kernel that leaves an element unwritten must not look right by luck.
         let storage = match dtype {
-            DType::Act => Storage::Real(vec![F::nan(); len], true),
-            DType::Float => Storage::Real(vec![F::nan(); len], false),
-            DType::Index => Storage::Index(vec![i32::MIN; len]),
-            DType::Bf16 => Storage::Bf16(vec![bf16::NAN; len]),
-            DType::F16 => Storage::F16(vec![f16::NAN; len]),
-            DType::F32 => Storage::F32(vec![f32::NAN; len]),
+            DType::Act => Storage::Real(filled(shape, F::nan())?, true),
+            DType::Float => Storage::Real(filled(shape, F::nan())?, false),
+            DType::Index => Storage::Index(filled(shape, i32::MIN)?),
+            DType::Bf16 => Storage::Bf16(filled(shape, bf16::NAN)?),
+            DType::F16 => Storage::F16(filled(shape, f16::NAN)?),
+            DType::F32 => Storage::F32(filled(shape, f32::NAN)?),
         };
-        Ok(Self { shape: shape.to_vec(), capacity: len, storage })
+        Ok(Self { shape: shape.to_vec(), capacity: shape.iter().product(), storage })
     }
 
     pub(crate) fn from_host(tensor: HostTensor) -> Result<Self> {
@@ -55,6 +54,32 @@ impl<F: Real> CpuTensor<F> {
             HostData::F32(v) => Storage::F32(v),
         };
         Ok(Self { capacity: tensor.shape.iter().product(), shape: tensor.shape, storage })
+    }
+
+    pub(super) fn write(&mut self, cpu: &Cpu<F>, values: &[f64]) -> Result<()> {
+        self.expect_len("write", values.len())?;
+        let is_act = self.dtype() == DType::Act;
+        for (element, &value) in self.reals_mut("write", "tensor")?.iter_mut().zip(values) {
+            *element = if is_act { cpu.act(F::of(value)) } else { F::of(value) };
+        }
+        Ok(())
+    }
+
+    pub(super) fn write_index(&mut self, values: &[i32]) -> Result<()> {
+        self.expect_len("write_index", values.len())?;
+        self.indices_mut("write_index", "tensor")?.copy_from_slice(values);
+        Ok(())
+    }
+
+    pub(super) fn read(&self) -> Result<Vec<f64>> {
+        let len = self.len();
+        match &self.storage {
+            Storage::Real(v, _) => Ok(v[..len].iter().map(|x| x.wide()).collect()),
+            Storage::Bf16(v) => Ok(v[..len].iter().map(|x| x.to_f64()).collect()),
+            Storage::F16(v) => Ok(v[..len].iter().map(|x| x.to_f64()).collect()),
+            Storage::F32(v) => Ok(v[..len].iter().map(|&x| f64::from(x)).collect()),
+            Storage::Index(_) => Err(self.wrong_dtype("read", "tensor", "anything but indices")),
+        }
     }
 
     /// Elements in use (the capacity may be larger).
@@ -137,9 +162,35 @@ impl<F: Real> CpuTensor<F> {
         })
     }
 
-    fn wrong_dtype(&self, kernel: &'static str, tensor: &'static str, expected: &'static str) -> Error {
+    fn expect_len(&self, kernel: &'static str, values: usize) -> Result<()> {
+        if self.len() == values {
+            return Ok(());
+        }
+        let expected = format!("the dimensions of the {values} values");
+        Err(Error::Shape { kernel, tensor: "tensor", expected, found: self.shape.clone() })
+    }
+
+    pub(super) fn wrong_dtype(
+        &self,
+        kernel: &'static str,
+        tensor: &'static str,
+        expected: &'static str,
+    ) -> Error {
         Error::DType { kernel, tensor, expected, found: self.dtype() }
     }
+}
+
+/// `shape`'s elements, all `value`, or an error where `vec!` would abort the process.
+fn filled<E: Clone>(shape: &[usize], value: E) -> Result<Vec<E>> {
+    let refuse = || Error::Backend {
+        backend: "cpu",
+        message: format!("not enough memory for a tensor of shape {shape:?}; lower the batch or cache size"),
+    };
+    let len = shape.iter().try_fold(1_usize, |len, &dim| len.checked_mul(dim)).ok_or_else(refuse)?;
+    let mut elements = Vec::new();
+    elements.try_reserve_exact(len).map_err(|_| refuse())?;
+    elements.resize(len, value);
+    Ok(elements)
 }
 
 impl<F: Real> DeviceTensor for CpuTensor<F> {
