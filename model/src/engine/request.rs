@@ -52,10 +52,16 @@ pub struct Usage {
     pub cached_tokens: usize,
 }
 
-/// What a request's stream yields, in order: `Prompt` (only when asked for), any number of `Token`, then exactly one
-/// of `Finished` and `Failed`.
+/// What a request's stream yields, in order: `Started` (once, when it leaves the queue for the first time; one that
+/// fails before has none), `Prompt` (only when asked for), any number of `Token`, then exactly one of `Finished` and
+/// `Failed`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
+    /// The request left the waiting queue. A caller that stops reading early (a stop string) has the number from here.
+    Started {
+        /// Prompt tokens whose cache rows were found in the prefix cache.
+        cached_tokens: usize,
+    },
     /// The scored prompt: entry `i` belongs to prompt token `i`; the first is `None`.
     Prompt(Vec<Option<TokenLogprobs>>),
     /// One generated token.
