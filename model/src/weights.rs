@@ -1,0 +1,104 @@
+//! One rank's weights in host memory, as the checkpoint stores them and as the backend takes them.
+//!
+//! Dimensions are those of the *shard*: `H_local` is `num_attention_heads / world_size`, and so on. What is not said to
+//! be sharded is whole on every rank.
+
+use dsa80_reference::{HostExpert, HostLinear, HostTensor};
+
+/// The weights of one decoder layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostLayer {
+    /// `[hidden]`.
+    pub input_layernorm: HostTensor,
+    /// `[hidden]`.
+    pub post_attention_layernorm: HostTensor,
+    /// Multi-head latent attention, with the lightning indexer on full layers.
+    pub attention: HostAttention,
+    /// The feed-forward part.
+    pub mlp: HostMlp,
+}
+
+/// Multi-head latent attention.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostAttention {
+    /// `[q_lora_rank, hidden]`.
+    pub q_a_proj: HostLinear,
+    /// `[q_lora_rank]`.
+    pub q_a_layernorm: HostTensor,
+    /// `[H_local * (qk_nope_head_dim + qk_rope_head_dim), q_lora_rank]`: this rank's heads.
+    pub q_b_proj: HostLinear,
+    /// `[kv_lora_rank + qk_rope_head_dim, hidden]`.
+    pub kv_a_proj_with_mqa: HostLinear,
+    /// `[kv_lora_rank]`.
+    pub kv_a_layernorm: HostTensor,
+    /// `[H_local, qk_nope_head_dim + v_head_dim, kv_lora_rank]`, per head K then V, always dense: what the checkpoint
+    /// holds in INT4 is dequantised to f32, exactly, because `absorb` works on single heads.
+    pub kv_b_proj: HostTensor,
+    /// `[hidden, H_local * v_head_dim]`: the columns of this rank's heads.
+    pub o_proj: HostLinear,
+    /// Present on full layers; shared layers reuse the selection of the nearest full layer before them.
+    pub indexer: Option<HostIndexer>,
+}
+
+/// The lightning indexer of a full layer, whole on every rank.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostIndexer {
+    /// `[index_n_heads * index_head_dim, q_lora_rank]`.
+    pub wq_b: HostLinear,
+    /// `[index_head_dim, hidden]`.
+    pub wk: HostLinear,
+    /// `[index_head_dim]`: the LayerNorm's scale.
+    pub k_norm_weight: HostTensor,
+    /// `[index_head_dim]`: the LayerNorm's shift.
+    pub k_norm_bias: HostTensor,
+    /// `[index_n_heads, hidden]`.
+    pub weights_proj: HostLinear,
+}
+
+/// A SwiGLU block: `down(silu(gate x) * up x)`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostSwiGlu {
+    /// `[intermediate_local, hidden]`.
+    pub gate_proj: HostLinear,
+    /// `[intermediate_local, hidden]`.
+    pub up_proj: HostLinear,
+    /// `[hidden, intermediate_local]`.
+    pub down_proj: HostLinear,
+}
+
+/// The feed-forward part of a layer.
+#[derive(Debug, Clone, PartialEq)]
+pub enum HostMlp {
+    /// One SwiGLU for every token.
+    Dense(HostSwiGlu),
+    /// Routed experts.
+    Sparse(HostMoe),
+}
+
+/// Router, routed experts and shared experts.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostMoe {
+    /// `[n_routed_experts, hidden]`, whole on every rank.
+    pub gate: HostLinear,
+    /// `[n_routed_experts]`, whole on every rank; used for the choice only.
+    pub e_score_correction_bias: HostTensor,
+    /// `n_routed_experts` of them, each with `moe_intermediate_size / world_size` inner features.
+    pub experts: Vec<HostExpert>,
+    /// The shared experts, which the checkpoint stores as one SwiGLU of `moe_intermediate_size * n_shared_experts`
+    /// inner features; `None` when the model has none.
+    pub shared_experts: Option<HostSwiGlu>,
+}
+
+/// What stands before the first layer and after the last.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostEnds {
+    /// `[vocab_local, hidden]`: rows `vocab_start..`.
+    pub embed_tokens: HostTensor,
+    /// The first token id of this rank's vocabulary shard, in both `embed_tokens` and `lm_head`.
+    pub vocab_start: usize,
+    /// `[hidden]`: the final norm.
+    pub norm: HostTensor,
+    /// `[vocab_local, hidden]`, always dense (INT4 is dequantised to f32, exactly); `embed_tokens` again when the
+    /// checkpoint ties them.
+    pub lm_head: HostTensor,
+}
