@@ -7,6 +7,7 @@
 
 mod absorb;
 mod batch;
+mod checks;
 mod communicator;
 mod embed;
 mod indexer_logits;
@@ -17,6 +18,9 @@ mod linear_int4;
 mod lm_head;
 mod moe;
 mod moe_int4;
+mod order;
+mod paged;
+mod parallel;
 mod real;
 mod rms_norm;
 mod rope;
@@ -26,6 +30,7 @@ mod silu_mul;
 mod sparse_mla;
 mod tensor;
 mod top_k;
+mod vector;
 
 use std::ops::Range;
 
