@@ -5,6 +5,16 @@
 /// Order of operations, each on what the one before left: banned tokens, `logit_bias`, repetition penalty, frequency
 /// and presence penalties, temperature, `min_p`, `top_k`, `top_p`, draw. Log-probabilities that are reported are those of the
 /// raw logits, before any of it.
+///
+/// `top_p` measures the probability that `min_p` and `top_k` have left; at least one token is always kept. Edges:
+/// * a NaN logit counts as negative infinity, in the choice and in log-probabilities; when all are NaN, token 0 is chosen and every
+///   log-probability is NaN;
+/// * logits of positive infinity share all probability equally;
+/// * when nothing is left to choose (every token is banned), the highest raw logit is chosen, banned or not;
+/// * ids outside the vocabulary in `logit_bias`, `prompt`, `output` or `banned` name no logit and do nothing.
+///
+/// `sample` refuses values that mean nothing: a negative temperature, `top_p` or `min_p` outside 0 to 1, a repetition penalty
+/// that is not positive, anything that is not finite, and a forced token outside the vocabulary.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
     /// 0 is greedy: the highest logit after penalties, ties to the lower token id.

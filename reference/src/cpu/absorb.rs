@@ -103,3 +103,127 @@ pub(super) fn absorb_output<F: Real>(
     });
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::testing::{
+        assert_close, bf16_weight, message, on_one_and_four_threads, poisoned, randoms, read, tensor,
+    };
+    use crate::kernels::Kernels;
+    use crate::tensor::{DType, HostTensor};
+
+    #[test]
+    fn by_hand() {
+        // One head, nope 2, v 1, latent 2: K = [[1, 2], [3, 4]], V = [[5, 6]].
+        let kv_b = HostTensor::f32([1, 3, 2], vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        let cpu = Cpu::<f64>::new();
+        let kv_b = cpu.upload(kv_b).unwrap();
+        let q = tensor(DType::Act, &[1, 1, 3], &[10.0, 1.0, 7.0]);
+        let mut out = poisoned(DType::Act, &[1, 1, 3]);
+        absorb_query(&cpu, &q, &kv_b, &mut out).unwrap();
+        assert_eq!(read(&out), [13.0, 24.0, 7.0]);
+        let o = tensor(DType::Act, &[1, 1, 2], &[2.0, -1.0]);
+        let mut out = poisoned(DType::Act, &[1, 1, 1]);
+        absorb_output(&cpu, &o, &kv_b, &mut out).unwrap();
+        assert_eq!(read(&out), [4.0]);
+    }
+
+    #[test]
+    fn matches_plain_loops_for_every_weight_type() {
+        let (tokens, heads, nope, v, rope, rank) = (3, 2, 7, 5, 4, 19);
+        let cpu = Cpu::<f64>::new();
+        let (kv_b, weights) = bf16_weight(1, &[heads, nope + v, rank]);
+        let exact: Vec<f32> = weights.iter().map(|&x| x as f32).collect();
+        let f16 = exact.iter().map(|&x| half::f16::from_f32(x)).collect::<Vec<_>>();
+        let f16_values: Vec<f64> = f16.iter().map(|x| x.to_f64()).collect();
+        let shape = vec![heads, nope + v, rank];
+        let f16 = HostTensor { shape: shape.clone(), data: crate::tensor::HostData::F16(f16) };
+        let f32 = HostTensor::f32(shape, exact);
+        let q = randoms(2, tokens * heads * (nope + rope));
+        let o = randoms(3, tokens * heads * rank);
+        let q_tensor = tensor(DType::Act, &[tokens, heads, nope + rope], &q);
+        let o_tensor = tensor(DType::Act, &[tokens, heads, rank], &o);
+        for (kv_b, w) in
+            [(kv_b, &weights), (cpu.upload(f16).unwrap(), &f16_values), (cpu.upload(f32).unwrap(), &weights)]
+        {
+            let (mut expected_q, mut expected_o) = (Vec::new(), Vec::new());
+            for i in 0..tokens * heads {
+                let w = &w[(i % heads) * (nope + v) * rank..][..(nope + v) * rank];
+                for c in 0..rank {
+                    expected_q.push((0..nope).map(|n| q[i * (nope + rope) + n] * w[n * rank + c]).sum());
+                }
+                expected_q.extend_from_slice(&q[i * (nope + rope) + nope..][..rope]);
+                for j in nope..nope + v {
+                    expected_o.push((0..rank).map(|c| o[i * rank + c] * w[j * rank + c]).sum());
+                }
+            }
+            let mut out = poisoned(DType::Act, &[tokens, heads, rank + rope]);
+            absorb_query(&cpu, &q_tensor, &kv_b, &mut out).unwrap();
+            assert_close(&read(&out), &expected_q, 1e-13);
+            let mut out = poisoned(DType::Act, &[tokens, heads, v]);
+            absorb_output(&cpu, &o_tensor, &kv_b, &mut out).unwrap();
+            assert_close(&read(&out), &expected_o, 1e-13);
+        }
+    }
+
+    #[test]
+    fn bits_depend_on_neither_neighbours_nor_threads() {
+        let (tokens, heads, nope, v, rope, rank) = (9, 3, 32, 24, 8, 64);
+        let (kv_b, _) = bf16_weight::<f32>(1, &[heads, nope + v, rank]);
+        let q = randoms(2, tokens * heads * (nope + rope));
+        let run = |tokens: usize, q: &[f64]| {
+            let cpu = Cpu::new();
+            let q = tensor(DType::Act, &[tokens, heads, nope + rope], q);
+            let mut latent = poisoned(DType::Act, &[tokens, heads, rank + rope]);
+            absorb_query(&cpu, &q, &kv_b, &mut latent).unwrap();
+            let o: Vec<f64> =
+                read(&latent).chunks(rank + rope).flat_map(|row| row[..rank].to_vec()).collect();
+            let o = tensor(DType::Act, &[tokens, heads, rank], &o);
+            let mut out = poisoned(DType::Act, &[tokens, heads, v]);
+            absorb_output(&cpu, &o, &kv_b, &mut out).unwrap();
+            read(&out)
+        };
+        let [one, four] = on_one_and_four_threads(|| run(tokens, &q));
+        assert_eq!(one, four);
+        for t in 0..tokens {
+            let width = heads * (nope + rope);
+            assert_eq!(run(1, &q[t * width..][..width]), one[t * heads * v..][..heads * v]);
+        }
+    }
+
+    #[test]
+    fn rounds_once_at_the_end() {
+        let (kv_b, _) = bf16_weight::<f64>(1, &[1, 12, 16]);
+        let q = tensor(DType::Act, &[1, 1, 8], &randoms(2, 8));
+        let o = tensor(DType::Act, &[1, 1, 16], &randoms(3, 16));
+        let run = |cpu: Cpu<f64>| {
+            let mut query = poisoned(DType::Act, &[1, 1, 16]);
+            absorb_query(&cpu, &q, &kv_b, &mut query).unwrap();
+            let mut output = poisoned(DType::Act, &[1, 1, 4]);
+            absorb_output(&cpu, &o, &kv_b, &mut output).unwrap();
+            [read(&query), read(&output)].concat()
+        };
+        let expected: Vec<f64> = run(Cpu::new()).iter().map(|x| x.round_bf16()).collect();
+        assert_eq!(run(Cpu::rounding_to_bf16()), expected);
+    }
+
+    #[test]
+    fn misfits_are_named() {
+        let cpu = Cpu::<f32>::new();
+        let (kv_b, _) = bf16_weight(1, &[2, 6, 8]);
+        let q = tensor(DType::Act, &[1, 2, 6], &[0.0; 12]);
+        let mut out = poisoned(DType::Act, &[1, 2, 7]);
+        assert!(message(absorb_query(&cpu, &q, &kv_b, &mut out)).contains("absorb_query: `out`"));
+        let mut out = poisoned(DType::Act, &[1, 2, 20]);
+        assert!(message(absorb_query(&cpu, &q, &kv_b, &mut out)).contains("absorb_query: `q`"));
+        let act = tensor(DType::Act, &[2, 6, 8], &[0.0; 96]);
+        let mut out = poisoned(DType::Act, &[1, 2, 10]);
+        assert!(message(absorb_query(&cpu, &q, &act, &mut out)).contains("`kv_b` holds activations"));
+        let o = tensor(DType::Act, &[1, 2, 8], &[0.0; 16]);
+        let mut out = poisoned(DType::Act, &[1, 2, 7]);
+        assert!(message(absorb_output(&cpu, &o, &kv_b, &mut out)).contains("absorb_output: `out`"));
+        let o = tensor(DType::Act, &[1, 2, 9], &[0.0; 18]);
+        assert!(message(absorb_output(&cpu, &o, &kv_b, &mut out)).contains("absorb_output: `kv_b`"));
+    }
+}

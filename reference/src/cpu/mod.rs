@@ -18,6 +18,7 @@ mod linear_int4;
 mod lm_head;
 mod moe;
 mod moe_int4;
+pub mod naive;
 mod order;
 mod paged;
 mod parallel;
@@ -29,6 +30,8 @@ mod sample;
 mod silu_mul;
 mod sparse_mla;
 mod tensor;
+#[cfg(test)]
+mod testing;
 mod top_k;
 mod vector;
 
