@@ -68,6 +68,7 @@ pub struct HostSwiGlu {
 
 /// The feed-forward part of a layer.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "one a layer, taken apart at once")]
 pub enum HostMlp {
     /// One SwiGLU for every token.
     Dense(HostSwiGlu),

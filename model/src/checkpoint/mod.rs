@@ -1,0 +1,226 @@
+//! Checkpoints: opened, verified against their config, and read one rank and one layer at a time.
+//!
+//! A checkpoint is a folder as published on model hubs (`config.json`, and `model.safetensors` or the shards that
+//! `model.safetensors.index.json` names), or the same files embedded in the binary. Weights are memory-mapped: opening
+//! reads the headers alone, and a rank touches only the bytes of its shard.
+
+mod error;
+mod files;
+mod format;
+mod header;
+mod index;
+mod int4;
+pub(crate) mod layout;
+mod load;
+mod progress;
+pub(crate) mod shard;
+pub(crate) mod slices;
+mod tensors;
+mod verify;
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use dsa80_reference::DType;
+
+pub use error::CheckpointError;
+pub use format::{Int4Format, LinearFormat};
+pub use progress::{LoadingBar, Progress};
+pub use shard::Shard;
+
+use crate::config::{ConfigError, ModelConfig};
+use crate::weights::{HostEnds, HostLayer};
+use files::Files;
+use layout::Spec;
+use tensors::Tensors;
+
+#[cfg(target_endian = "big")]
+compile_error!("safetensors files are little-endian and are read without conversion");
+
+const CONFIG: &str = "config.json";
+
+/// A verified checkpoint. Shared by reference between the ranks of a process.
+pub struct Checkpoint {
+    name: String,
+    files: Files,
+    config: ModelConfig,
+    tensors: Tensors,
+    formats: HashMap<String, LinearFormat>,
+    valid_tp: OnceLock<Vec<usize>>,
+    progress: Arc<dyn Progress>,
+    sharded_bytes: AtomicU64,
+    replicated_bytes: AtomicU64,
+}
+
+/// Bytes copied out of a checkpoint's files, by all ranks that read from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct BytesRead {
+    /// Of tensors that ranks share.
+    pub sharded: u64,
+    /// Of tensors that every rank has whole.
+    pub replicated: u64,
+}
+
+impl BytesRead {
+    /// Both.
+    pub fn total(self) -> u64 {
+        self.sharded + self.replicated
+    }
+}
+
+impl Checkpoint {
+    /// Opens the checkpoint in the folder `dir` and [verifies](Self::verify) it.
+    ///
+    /// # Errors
+    /// [`CheckpointError`], naming the file, and the tensor where there is one.
+    pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
+        Self::new(dir.display().to_string(), Files::Directory(dir.to_owned()))
+    }
+
+    /// Opens a checkpoint whose files, by plain name, are in the binary, and verifies it.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open).
+    pub fn from_static(files: &[(&'static str, &'static [u8])]) -> Result<Self, CheckpointError> {
+        Self::new("the embedded checkpoint".to_owned(), Files::Static(files.to_vec()))
+    }
+
+    fn new(name: String, files: Files) -> Result<Self, CheckpointError> {
+        let config = read_config(&files)?;
+        let tensors = Tensors::open(&files)?;
+        let formats = verify::verify(&tensors, &config)?;
+        Ok(Self {
+            name,
+            files,
+            config,
+            tensors,
+            formats,
+            valid_tp: OnceLock::new(),
+            progress: Arc::new(()),
+            sharded_bytes: AtomicU64::new(0),
+            replicated_bytes: AtomicU64::new(0),
+        })
+    }
+
+    /// Reports what is read from now on to `progress`.
+    #[must_use]
+    pub fn with_progress(self, progress: Arc<dyn Progress>) -> Self {
+        Self { progress, ..self }
+    }
+
+    /// The folder, as it was given.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The validated `config.json`.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The contents of another file of the checkpoint (`tokenizer.json`, `chat_template.jinja`,
+    /// `generation_config.json`, ...); `None` if there is no such file.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`] when it exists and cannot be read.
+    pub fn file(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>, CheckpointError> {
+        self.files.read(name)
+    }
+
+    /// Checks every tensor's name, type and shape against the config: none missing, none left over, packed layers as
+    /// `quantization_config` says. Opening has done this once; it reads no weights.
+    ///
+    /// # Errors
+    /// [`CheckpointError`] names file, tensor, what was expected and what was found.
+    pub fn verify(&self) -> Result<(), CheckpointError> {
+        verify::verify(&self.tensors, &self.config).map(drop)
+    }
+
+    /// How linear layer `module` (a full name without `.weight`) is stored; `None` if the model has no such layer.
+    pub fn linear_format(&self, module: &str) -> Option<LinearFormat> {
+        self.formats.get(module).copied()
+    }
+
+    /// The type of a float tensor.
+    pub(crate) fn tensor_dtype(&self, name: &str) -> Option<DType> {
+        self.tensors.get(name)?.float().ok()
+    }
+
+    /// Bytes of all weights files, headers included.
+    pub fn file_bytes(&self) -> u64 {
+        self.tensors.file_bytes()
+    }
+
+    /// Reads `shard`'s part of layer `layer`.
+    ///
+    /// # Errors
+    /// A degree that does not divide the model, a rank or a layer that does not exist.
+    pub fn load_layer(&self, layer: usize, shard: Shard) -> Result<HostLayer, CheckpointError> {
+        let limit = self.config.num_hidden_layers;
+        if layer >= limit {
+            return Err(CheckpointError::OutOfRange { what: "layer", found: layer, limit });
+        }
+        self.check_shard(shard)?;
+        load::Reader::new(self, shard).layer(&self.config, layer)
+    }
+
+    /// Reads `shard`'s part of what is not in a layer: embedding, final norm, `lm_head`.
+    ///
+    /// # Errors
+    /// As for [`load_layer`](Self::load_layer).
+    pub fn load_ends(&self, shard: Shard) -> Result<HostEnds, CheckpointError> {
+        self.check_shard(shard)?;
+        load::Reader::new(self, shard).ends(&self.config)
+    }
+
+    /// Bytes that `shard` reads when it loads everything, as [`bytes_read`](Self::bytes_read) counts them.
+    ///
+    /// # Errors
+    /// As for [`load_layer`](Self::load_layer).
+    pub fn shard_bytes(&self, shard: Shard) -> Result<u64, CheckpointError> {
+        self.check_shard(shard)?;
+        let bytes = layout::all(&self.config).map(|spec| match spec {
+            Spec::Tensor(spec) => {
+                let whole = self.tensors.get(&spec.name).map_or(0, |view| view.bytes.len() as u64);
+                if spec.split == shard::Split::Replicated { whole } else { whole / shard.world_size as u64 }
+            }
+            Spec::Linear(spec) => self
+                .linear_format(&spec.module)
+                .map_or(0, |format| slices::linear_bytes(&spec, format, shard)),
+        });
+        Ok(bytes.sum())
+    }
+
+    /// Bytes copied out of the weights files so far.
+    pub fn bytes_read(&self) -> BytesRead {
+        BytesRead {
+            sharded: self.sharded_bytes.load(Ordering::Relaxed),
+            replicated: self.replicated_bytes.load(Ordering::Relaxed),
+        }
+    }
+
+    fn check_shard(&self, Shard { rank, world_size }: Shard) -> Result<(), CheckpointError> {
+        // Asked for every layer, and costly to answer for a model of many experts.
+        let valid = self.valid_tp.get_or_init(|| self.config.valid_tp());
+        if !valid.contains(&world_size) {
+            self.config.check_tp(world_size).map_err(CheckpointError::TensorParallel)?;
+        }
+        if rank < world_size {
+            Ok(())
+        } else {
+            Err(CheckpointError::OutOfRange { what: "rank", found: rank, limit: world_size })
+        }
+    }
+}
+
+fn read_config(files: &Files) -> Result<ModelConfig, CheckpointError> {
+    let file = files.display(CONFIG);
+    let Some(bytes) = files.read(CONFIG)? else {
+        return Err(CheckpointError::MissingFile { file, reason: "a checkpoint starts with it".to_owned() });
+    };
+    let text = std::str::from_utf8(&bytes).map_err(|e| ConfigError::Json(e.to_string()));
+    text.and_then(ModelConfig::from_json).map_err(|source| CheckpointError::Config { file, source })
+}

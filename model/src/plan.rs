@@ -1,0 +1,231 @@
+//! Memory arithmetic: what a rank holds, what a token costs, what context fits. For `dsa80 inspect`, before any weight is
+//! loaded or even downloaded.
+
+use dsa80_reference::DType;
+
+use crate::checkpoint::layout::{self, LinearSpec, Role, Spec, TensorSpec};
+use crate::checkpoint::shard::Split;
+use crate::checkpoint::slices::width;
+use crate::checkpoint::{Checkpoint, CheckpointError, Int4Format, LinearFormat};
+use crate::config::{ConfigError, Expectation, ModelConfig, QuantizationMethod};
+
+/// Bytes of an element of the paged caches on the GPU backends: bf16.
+const CACHE_ELEMENT: u64 = 2;
+
+/// The memory of one rank of a tensor-parallel group. All ranks are alike.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// Ranks that share the model.
+    pub world_size: usize,
+    /// Weights that a rank holds.
+    pub weights: WeightBytes,
+    /// What a token adds to a rank's caches.
+    pub kv: KvBytes,
+    /// Parameters of the whole model.
+    pub parameters: Parameters,
+    /// The longest context the model was made for.
+    pub max_position_embeddings: usize,
+}
+
+/// Bytes of weights, by what they belong to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WeightBytes {
+    /// Attention projections without the indexer.
+    pub attention: u64,
+    /// Lightning indexers.
+    pub indexer: u64,
+    /// Routers, with their correction biases.
+    pub router: u64,
+    /// Routed experts.
+    pub experts: u64,
+    /// Shared experts.
+    pub shared_experts: u64,
+    /// Dense layers.
+    pub dense_mlp: u64,
+    /// All norms but the indexers'.
+    pub norms: u64,
+    /// Embedding and `lm_head`.
+    pub embeddings: u64,
+}
+
+/// Bytes of paged cache a token, replicated on every rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct KvBytes {
+    /// Latent rows, over all layers.
+    pub mla: u64,
+    /// Indexer keys, over the full layers.
+    pub indexer: u64,
+}
+
+/// Numbers of parameters, however they are stored; MTP layers not counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Parameters {
+    /// All of them.
+    pub total: u64,
+    /// Those that one token is multiplied with: all but the embedding and the experts that it is not sent to.
+    pub active: u64,
+}
+
+impl WeightBytes {
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        let Self { attention, indexer, router, experts, shared_experts, dense_mlp, norms, embeddings } = self;
+        let parts = [attention, indexer, router, experts, shared_experts, dense_mlp, norms, embeddings];
+        parts.into_iter().fold(0, |sum, part| sum.saturating_add(*part))
+    }
+
+    fn of(&mut self, role: Role) -> &mut u64 {
+        match role {
+            Role::Attention => &mut self.attention,
+            Role::Indexer => &mut self.indexer,
+            Role::Router => &mut self.router,
+            Role::Experts => &mut self.experts,
+            Role::SharedExperts => &mut self.shared_experts,
+            Role::DenseMlp => &mut self.dense_mlp,
+            Role::Norms => &mut self.norms,
+            Role::Embeddings => &mut self.embeddings,
+        }
+    }
+}
+
+impl KvBytes {
+    /// Both caches.
+    pub fn total(&self) -> u64 {
+        self.mla + self.indexer
+    }
+}
+
+impl Plan {
+    /// The plan for a checkpoint, from the formats that its tensors have.
+    ///
+    /// # Errors
+    /// A degree that does not divide the model.
+    pub fn from_checkpoint(checkpoint: &Checkpoint, world_size: usize) -> Result<Self, CheckpointError> {
+        let config = checkpoint.config();
+        config.check_tp(world_size).map_err(CheckpointError::TensorParallel)?;
+        let format = |spec: &LinearSpec| checkpoint.linear_format(&spec.module);
+        let dtype = |spec: &TensorSpec| checkpoint.tensor_dtype(&spec.name);
+        Ok(Self::new(config, world_size, format, dtype))
+    }
+
+    /// The plan for a checkpoint that follows its config: dense weights and scales in 16 bits, packed layers as
+    /// `quantization_config` says.
+    ///
+    /// # Errors
+    /// A degree that does not divide the model.
+    pub fn from_config(config: &ModelConfig, world_size: usize) -> Result<Self, ConfigError> {
+        config.check_tp(world_size)?;
+        let format = |spec: &LinearSpec| {
+            let quantization = config.quantization.as_ref()?;
+            let scheme = match quantization.expectation(&spec.module, spec.is_linear_class()) {
+                Expectation::Int4(scheme) => scheme,
+                Expectation::Dense | Expectation::Either(_) => return None,
+            };
+            Some(LinearFormat::Int4(Int4Format {
+                method: quantization.method,
+                group_size: scheme.group_size_of(spec.in_features).min(spec.in_features),
+                symmetric: scheme.symmetric,
+                scale: match quantization.method {
+                    QuantizationMethod::CompressedTensors => DType::Bf16,
+                    QuantizationMethod::AutoAwq => DType::F16,
+                },
+            }))
+        };
+        Ok(Self::new(config, world_size, format, |_| None))
+    }
+
+    fn new(
+        config: &ModelConfig,
+        world_size: usize,
+        format: impl Fn(&LinearSpec) -> Option<LinearFormat>,
+        dtype: impl Fn(&TensorSpec) -> Option<DType>,
+    ) -> Self {
+        let mut weights = WeightBytes::default();
+        let mut routed = 0_u64;
+        let mut total = 0_u64;
+        for spec in layout::all(config) {
+            let (role, elements, bytes) = match spec {
+                Spec::Tensor(spec) => {
+                    let elements = product(&spec.shape);
+                    let share =
+                        if spec.split == Split::Replicated { elements } else { elements / world_size as u64 };
+                    (
+                        spec.role,
+                        elements,
+                        share.saturating_mul(width(dtype(&spec).unwrap_or(DType::Bf16)) as u64),
+                    )
+                }
+                Spec::Linear(spec) => {
+                    let elements = product(&[spec.out_features, spec.in_features]);
+                    let format = format(&spec).unwrap_or(LinearFormat::Dense(DType::Bf16));
+                    (spec.role, elements, resident_bytes(&spec, format, world_size))
+                }
+            };
+            let weights = weights.of(role);
+            *weights = weights.saturating_add(bytes);
+            total = total.saturating_add(elements);
+            if role == Role::Experts {
+                routed = routed.saturating_add(elements);
+            }
+        }
+        let embedding = product(&[config.vocab_size, config.hidden_size]);
+        if config.tie_word_embeddings {
+            // A tied `lm_head` is a second copy on the device, not a second set of parameters.
+            weights.embeddings = weights.embeddings.saturating_mul(2);
+        }
+        let looked_up = if config.tie_word_embeddings { 0 } else { embedding };
+        let unrouted = total.saturating_sub(routed).saturating_sub(looked_up);
+        let active = unrouted
+            .saturating_add(routed / config.n_routed_experts as u64 * config.num_experts_per_tok as u64);
+        let cached = |elements: usize, layers: usize| (elements * layers) as u64 * CACHE_ELEMENT;
+        Self {
+            world_size,
+            weights,
+            kv: KvBytes {
+                mla: cached(config.latent_dim(), config.num_hidden_layers),
+                indexer: cached(config.index_head_dim, config.num_full_layers()),
+            },
+            parameters: Parameters { total, active },
+            max_position_embeddings: config.max_position_embeddings,
+        }
+    }
+
+    /// Tokens whose cache rows fit beside the weights in `memory` bytes of one rank; shared by all sequences.
+    pub fn cache_tokens(&self, memory: u64) -> u64 {
+        memory.saturating_sub(self.weights.total()) / self.kv.total()
+    }
+
+    /// The longest single context that fits in `memory` bytes of one rank: [`cache_tokens`](Self::cache_tokens), but no more
+    /// than the model was made for.
+    pub fn longest_context(&self, memory: u64) -> usize {
+        usize::try_from(self.cache_tokens(memory))
+            .map_or(self.max_position_embeddings, |tokens| tokens.min(self.max_position_embeddings))
+    }
+}
+
+/// Bytes of a rank's part of a linear layer once loaded.
+fn resident_bytes(spec: &LinearSpec, format: LinearFormat, world_size: usize) -> u64 {
+    let (mut rows, mut columns) = (spec.out_features, spec.in_features);
+    match spec.split {
+        Split::Replicated => {}
+        Split::Rows => rows /= world_size,
+        Split::Columns => columns /= world_size,
+    }
+    match format {
+        LinearFormat::Dense(dtype) => product(&[rows, columns, width(dtype)]),
+        LinearFormat::Int4(_) if spec.dense => product(&[rows, columns, width(DType::F32)]),
+        LinearFormat::Int4(format) => {
+            let groups = columns.div_ceil(format.group_size);
+            let words = product(&[rows, columns.div_ceil(8), size_of::<u32>()]);
+            let scales = product(&[rows, groups, width(format.scale)]);
+            let zero_points =
+                if format.symmetric { 0 } else { product(&[rows.div_ceil(8), groups, size_of::<u32>()]) };
+            words.saturating_add(scales).saturating_add(zero_points)
+        }
+    }
+}
+
+/// A config alone may claim any sizes: too large is as good as infinite.
+fn product(factors: &[usize]) -> u64 {
+    factors.iter().fold(1_u64, |product, factor| product.saturating_mul(*factor as u64))
+}
