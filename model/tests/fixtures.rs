@@ -9,8 +9,8 @@ use dsa80_model::plan::Plan;
 
 fn fixtures() -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures");
-    let mut all: Vec<_> =
-        fs::read_dir(root.join("cases")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let cases = fs::read_dir(root.join("cases")).expect("the repository has fixtures/cases");
+    let mut all: Vec<_> = cases.map(|entry| entry.expect("a readable folder").path()).collect();
     all.push(root.join("default"));
     all.sort();
     all
