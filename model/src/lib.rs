@@ -3,5 +3,9 @@
 pub mod checkpoint;
 pub mod config;
 pub mod engine;
+mod error;
 pub mod plan;
+pub mod runner;
 pub mod weights;
+
+pub use error::LaunchError;

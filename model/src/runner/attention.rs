@@ -1,0 +1,121 @@
+//! The attention block: MLA in its absorbed form over the rows that the lightning indexer selects.
+
+use dsa80_reference::{DeviceTensor, Kernels, Result, RopeLayout};
+
+use super::forward::Forward;
+use super::probe::Probe;
+use super::weights::{Attention, Indexer};
+use crate::config::INDEXER_NORM_EPS;
+
+impl<K: Kernels> Forward<'_, K> {
+    /// `delta = o_proj(attention(normed))`, this rank's part of the sum over ranks.
+    pub(super) fn attention(
+        &mut self,
+        layer: usize,
+        weights: &Attention<K>,
+        probe: &mut Option<&mut dyn Probe>,
+    ) -> Result<()> {
+        let (kernels, config, shape, tokens) = (self.kernels, self.config, self.shape, self.tokens);
+        let ws = &mut *self.workspace;
+
+        weights.q_a_proj.apply(kernels, &ws.normed, &mut ws.q_a)?;
+        kernels.rms_norm(&ws.q_a, &weights.q_a_layernorm, config.latent_norm_eps, &mut ws.q_latent)?;
+        weights.kv_a_proj_with_mqa.apply(kernels, &ws.normed, &mut ws.kv_a)?;
+        kernels.latent_rope(
+            self.device_batch,
+            &ws.kv_a,
+            &weights.kv_a_layernorm,
+            config.latent_norm_eps,
+            &ws.cos_sin,
+            &mut self.caches.mla[layer],
+        )?;
+
+        if let Some(indexer) = &weights.indexer {
+            self.select(layer, indexer)?;
+            self.probe_selection(layer, probe)?;
+        }
+
+        let ws = &mut *self.workspace;
+        let qk_head_dim = shape.qk_nope_head_dim + shape.qk_rope_head_dim;
+        ws.q.set_shape(&[tokens, shape.heads * qk_head_dim])?;
+        weights.q_b_proj.apply(kernels, &ws.q_latent, &mut ws.q)?;
+        ws.q.set_shape(&[tokens, shape.heads, qk_head_dim])?;
+        kernels.rope(&mut ws.q, shape.qk_nope_head_dim, RopeLayout::Interleaved, &ws.cos_sin)?;
+        kernels.absorb_query(&ws.q, &weights.kv_b_proj, &mut ws.q_absorbed)?;
+        kernels.sparse_mla(
+            self.device_batch,
+            &ws.q_absorbed,
+            &self.caches.mla[layer],
+            &ws.topk_indices,
+            (qk_head_dim as f64).powf(-0.5),
+            &mut ws.o_latent,
+        )?;
+        ws.o.set_shape(&[tokens, shape.heads, shape.v_head_dim])?;
+        kernels.absorb_output(&ws.o_latent, &weights.kv_b_proj, &mut ws.o)?;
+        ws.o.set_shape(&[tokens, shape.heads * shape.v_head_dim])?;
+        weights.o_proj.apply(kernels, &ws.o, &mut ws.delta)
+    }
+
+    /// The indexer of a full layer: caches this step's keys and leaves the selection in `topk_indices`, where the shared layers
+    /// that follow find it.
+    fn select(&mut self, layer: usize, indexer: &Indexer<K>) -> Result<()> {
+        let (kernels, config, shape, tokens) = (self.kernels, self.config, self.shape, self.tokens);
+        let ws = &mut *self.workspace;
+        let layout = if config.indexer_rope_interleave { RopeLayout::Interleaved } else { RopeLayout::Half };
+        // The config's check has made sure that a full layer has an indexer cache.
+        let Some(cache) = &mut self.caches.indexer[layer] else { return Ok(()) };
+
+        indexer.wk.apply(kernels, &ws.normed, &mut ws.index_k)?;
+        kernels.layer_norm_rope(
+            self.device_batch,
+            &ws.index_k,
+            &indexer.k_norm_weight,
+            &indexer.k_norm_bias,
+            INDEXER_NORM_EPS,
+            layout,
+            &ws.cos_sin,
+            cache,
+        )?;
+
+        // Every row sees no more than `index_topk` keys: all are selected, and nothing needs a score.
+        let longest = self.batch.max_context_len;
+        if longest <= shape.index_topk {
+            ws.index_logits.set_shape(&[tokens, 0])?;
+            return kernels.top_k(self.device_batch, 0..tokens, &ws.index_logits, &mut ws.topk_indices);
+        }
+
+        ws.index_q.set_shape(&[tokens, shape.index_n_heads * shape.index_head_dim])?;
+        indexer.wq_b.apply(kernels, &ws.q_latent, &mut ws.index_q)?;
+        ws.index_q.set_shape(&[tokens, shape.index_n_heads, shape.index_head_dim])?;
+        kernels.rope(&mut ws.index_q, 0, layout, &ws.cos_sin)?;
+        indexer.weights_proj.apply(kernels, &ws.normed, &mut ws.index_weights)?;
+
+        let scale = ((shape.index_n_heads * shape.index_head_dim) as f64).powf(-0.5);
+        let chunk = (ws.index_logits.capacity() / longest).clamp(1, tokens.max(1));
+        for start in (0..tokens).step_by(chunk) {
+            let rows = start..(start + chunk).min(tokens);
+            ws.index_logits.set_shape(&[rows.len(), longest])?;
+            kernels.indexer_logits(
+                self.device_batch,
+                rows.clone(),
+                &ws.index_q,
+                &ws.index_weights,
+                cache,
+                scale,
+                &mut ws.index_logits,
+            )?;
+            kernels.top_k(self.device_batch, rows, &ws.index_logits, &mut ws.topk_indices)?;
+        }
+        Ok(())
+    }
+
+    fn probe_selection(&mut self, layer: usize, probe: &mut Option<&mut dyn Probe>) -> Result<()> {
+        let Some(probe) = probe else { return Ok(()) };
+        let topk_indices = &mut self.workspace.topk_indices;
+        let mut indices = self.kernels.read_index(topk_indices)?;
+        if probe.topk_indices(layer, &mut indices) {
+            self.kernels.write_index(&indices, topk_indices)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,83 @@
+//! The forward pass, written once for every backend.
+
+use dsa80_reference::{Batch, Communicator, Kernels, Result};
+
+use super::cache::Caches;
+use super::probe::Probe;
+use super::shape::RankShape;
+use super::weights::{Ends, Layer};
+use super::workspace::Workspace;
+use crate::config::ModelConfig;
+
+/// One step in flight: the batch on its way through the layers.
+pub(super) struct Forward<'a, K: Kernels> {
+    pub(super) kernels: &'a K,
+    pub(super) communicator: &'a dyn Communicator<K::Tensor>,
+    pub(super) config: &'a ModelConfig,
+    pub(super) shape: &'a RankShape,
+    pub(super) caches: &'a mut Caches<K>,
+    pub(super) workspace: &'a mut Workspace<K>,
+    pub(super) batch: &'a Batch,
+    pub(super) device_batch: &'a K::Batch,
+    pub(super) tokens: usize,
+}
+
+impl<K: Kernels> Forward<'_, K> {
+    /// From token ids to the final norm; the normalised hidden states are left in `workspace.normed`.
+    pub(super) fn run(
+        &mut self,
+        ends: &Ends<K>,
+        layers: &[Layer<K>],
+        mut probe: Option<&mut dyn Probe>,
+    ) -> Result<()> {
+        let (kernels, config) = (self.kernels, self.config);
+        self.workspace.set_tokens(self.shape, self.tokens)?;
+        let ws = &mut *self.workspace;
+        kernels.rope_table(self.device_batch, config.rope_theta, &mut ws.cos_sin)?;
+        kernels.embed(self.device_batch, &ends.embed_tokens, ends.vocab_start, &mut ws.residual)?;
+        self.sum_over_ranks(|ws| &mut ws.residual)?;
+
+        for (index, layer) in layers.iter().enumerate() {
+            // The first layer has nothing to add to the residual stream yet.
+            if index == 0 {
+                let ws = &mut *self.workspace;
+                kernels.rms_norm(
+                    &ws.residual,
+                    &layer.input_layernorm,
+                    config.rms_norm_eps,
+                    &mut ws.normed,
+                )?;
+            } else {
+                self.add_and_norm(&layer.input_layernorm)?;
+            }
+            self.probe_hidden(index, &mut probe)?;
+            self.attention(index, &layer.attention, &mut probe)?;
+            self.sum_over_ranks(|ws| &mut ws.delta)?;
+            self.add_and_norm(&layer.post_attention_layernorm)?;
+            self.mlp(index, &layer.mlp, &mut probe)?;
+            self.sum_over_ranks(|ws| &mut ws.delta)?;
+        }
+        self.add_and_norm(&ends.norm)?;
+        self.probe_hidden(layers.len(), &mut probe)
+    }
+
+    fn add_and_norm(&mut self, weight: &K::Tensor) -> Result<()> {
+        let ws = &mut *self.workspace;
+        let eps = self.config.rms_norm_eps;
+        self.kernels.rms_norm_residual(&ws.delta, &mut ws.residual, weight, eps, &mut ws.normed)
+    }
+
+    fn sum_over_ranks(&mut self, tensor: impl FnOnce(&mut Workspace<K>) -> &mut K::Tensor) -> Result<()> {
+        if self.communicator.world_size() == 1 {
+            return Ok(());
+        }
+        self.communicator.all_reduce(tensor(self.workspace))
+    }
+
+    fn probe_hidden(&mut self, layer: usize, probe: &mut Option<&mut dyn Probe>) -> Result<()> {
+        if let Some(probe) = probe {
+            probe.hidden(layer, &self.kernels.read(&self.workspace.residual)?);
+        }
+        Ok(())
+    }
+}

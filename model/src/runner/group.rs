@@ -1,0 +1,131 @@
+//! Tensor parallelism in one process: a thread per rank, stepped together.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+use dsa80_reference::{Communicator, Kernels};
+
+use super::rank::Rank;
+use super::source::WeightSource;
+use crate::engine::{Sampled, Step, StepError, StepLimits, StepModel};
+use crate::error::LaunchError;
+
+/// All ranks of a model. Rank 0 runs on the caller's thread, every other on a thread of its own.
+pub struct RankGroup<K: Kernels> {
+    first: Rank<K>,
+    others: Vec<Follower>,
+    limits: StepLimits,
+}
+
+/// A rank on its own thread. Dropping the sender ends the thread.
+struct Follower {
+    steps: Sender<Arc<Step>>,
+    results: Receiver<Result<(), String>>,
+    thread: JoinHandle<()>,
+}
+
+impl<K> RankGroup<K>
+where
+    K: Kernels + 'static,
+{
+    /// Loads every rank of `ranks` (a backend and a communicator each, in rank order), all at once.
+    ///
+    /// # Errors
+    /// The first rank's error, in rank order. The others are told by their communicator and end.
+    pub fn load(
+        ranks: Vec<(K, Box<dyn Communicator<K::Tensor>>)>,
+        weights: &Arc<dyn WeightSource>,
+        limits: StepLimits,
+    ) -> Result<Self, LaunchError> {
+        let world_size = ranks.len();
+        let mut ranks = ranks.into_iter();
+        let Some((kernels, communicator)) = ranks.next() else {
+            return Err(LaunchError::Options("a model needs at least one rank".into()));
+        };
+        let loading: Vec<_> =
+            ranks.map(|(kernels, communicator)| follow(kernels, communicator, weights, &limits)).collect();
+        let first = Rank::load(kernels, communicator, &**weights, &limits)?;
+        let mut others = Vec::with_capacity(loading.len());
+        for (index, (loaded, follower)) in loading.into_iter().enumerate() {
+            loaded.recv().map_err(|_| LaunchError::RankLost { rank: index + 1, world_size })??;
+            others.push(follower);
+        }
+        Ok(Self { first, others, limits })
+    }
+}
+
+/// Starts the thread of a rank other than 0: it loads, says how that went, then makes steps until its sender is gone.
+fn follow<K: Kernels + 'static>(
+    kernels: K,
+    communicator: Box<dyn Communicator<K::Tensor>>,
+    weights: &Arc<dyn WeightSource>,
+    limits: &StepLimits,
+) -> (Receiver<Result<(), LaunchError>>, Follower) {
+    let (steps, step_receiver) = channel::<Arc<Step>>();
+    let (result_sender, results) = channel();
+    let (loaded_sender, loaded) = channel();
+    let (weights, limits) = (Arc::clone(weights), *limits);
+    let thread = std::thread::spawn(move || {
+        let mut rank = match Rank::load(kernels, communicator, &*weights, &limits) {
+            Ok(rank) => rank,
+            Err(error) => {
+                // Nobody listens any more when rank 0 has failed first.
+                let _ = loaded_sender.send(Err(error));
+                return;
+            }
+        };
+        drop(weights);
+        if loaded_sender.send(Ok(())).is_err() {
+            return;
+        }
+        for step in step_receiver {
+            let result = rank.step(&step).map(drop).map_err(|error| error.to_string());
+            let failed = result.is_err();
+            // A failed rank leaves; its communicator tells the others why they cannot go on.
+            if result_sender.send(result).is_err() || failed {
+                return;
+            }
+        }
+    });
+    (loaded, Follower { steps, results, thread })
+}
+
+impl<K: Kernels + 'static> StepModel for RankGroup<K> {
+    fn step(&mut self, step: Arc<Step>) -> Result<Vec<Sampled>, StepError> {
+        for follower in &self.others {
+            // A thread that is gone is reported below, by its result.
+            let _ = follower.steps.send(Arc::clone(&step));
+        }
+        let sampled = self.first.step(&step);
+        if let Err(error) = &sampled {
+            // The others may wait for rank 0 in a collective.
+            self.first.abort(&error.to_string());
+        }
+        // A follower's own error says more than the broken collective that rank 0 saw because of it.
+        for (index, follower) in self.others.iter().enumerate() {
+            match follower.results.recv() {
+                Ok(Ok(())) => {}
+                Ok(Err(reason)) => return Err(StepError(format!("rank {}: {reason}", index + 1))),
+                Err(_) => return Err(StepError(format!("rank {} has ended", index + 1))),
+            }
+        }
+        sampled.map_err(|error| StepError(format!("rank 0: {error}")))
+    }
+
+    fn limits(&self) -> StepLimits {
+        self.limits
+    }
+}
+
+impl<K: Kernels> Drop for RankGroup<K> {
+    fn drop(&mut self) {
+        // Dropped in the middle of a step only by a panic: the others must not wait for rank 0.
+        self.first.abort("rank 0 has left");
+        for Follower { steps, results, thread } in self.others.drain(..) {
+            drop((steps, results));
+            // A panic in the thread has already been reported as a step's error.
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! The second half of a layer: a dense SwiGLU, or routed experts beside a shared one.
+
+use dsa80_reference::{DeviceTensor, Kernels, Result, RouterParams};
+
+use super::forward::Forward;
+use super::probe::Probe;
+use super::weights::{Experts, Mlp, Moe, SwiGlu};
+
+/// Which workspace tensor a SwiGLU writes.
+enum Target {
+    Delta,
+    Shared,
+}
+
+impl<K: Kernels> Forward<'_, K> {
+    /// `delta = mlp(normed)`, this rank's part of the sum over ranks.
+    pub(super) fn mlp(
+        &mut self,
+        layer: usize,
+        weights: &Mlp<K>,
+        probe: &mut Option<&mut dyn Probe>,
+    ) -> Result<()> {
+        match weights {
+            Mlp::Dense(mlp) => self.swiglu(mlp, Target::Delta),
+            Mlp::Sparse(moe) => self.moe(layer, moe, probe),
+        }
+    }
+
+    fn swiglu(&mut self, mlp: &SwiGlu<K>, target: Target) -> Result<()> {
+        let (kernels, tokens) = (self.kernels, self.tokens);
+        let ws = &mut *self.workspace;
+        for tensor in [&mut ws.gate, &mut ws.up, &mut ws.activated] {
+            tensor.set_shape(&[tokens, mlp.intermediate])?;
+        }
+        mlp.gate_proj.apply(kernels, &ws.normed, &mut ws.gate)?;
+        mlp.up_proj.apply(kernels, &ws.normed, &mut ws.up)?;
+        kernels.silu_mul(&ws.gate, &ws.up, &mut ws.activated)?;
+        let out = match target {
+            Target::Delta => &mut ws.delta,
+            Target::Shared => &mut ws.shared,
+        };
+        mlp.down_proj.apply(kernels, &ws.activated, out)
+    }
+
+    fn moe(&mut self, layer: usize, moe: &Moe<K>, probe: &mut Option<&mut dyn Probe>) -> Result<()> {
+        if let Some(shared_experts) = &moe.shared_experts {
+            self.swiglu(shared_experts, Target::Shared)?;
+        }
+        let (kernels, config) = (self.kernels, self.config);
+        let ws = &mut *self.workspace;
+        moe.gate.apply(kernels, &ws.normed, &mut ws.router_logits)?;
+        let params = RouterParams {
+            n_group: config.n_group,
+            topk_group: config.topk_group,
+            norm_topk_prob: config.norm_topk_prob,
+            routed_scaling_factor: config.routed_scaling_factor,
+        };
+        kernels.router(
+            &ws.router_logits,
+            &moe.e_score_correction_bias,
+            params,
+            &mut ws.expert_ids,
+            &mut ws.expert_weights,
+        )?;
+        if let Some(probe) = probe {
+            let mut ids = kernels.read_index(&ws.expert_ids)?;
+            let mut weights = kernels.read(&ws.expert_weights)?;
+            if probe.experts(layer, &mut ids, &mut weights) {
+                kernels.write_index(&ids, &mut ws.expert_ids)?;
+                kernels.write(&weights, &mut ws.expert_weights)?;
+            }
+        }
+        let shared = moe.shared_experts.is_some().then_some(&ws.shared);
+        match &moe.experts {
+            Experts::Int4(experts) => kernels.moe_int4(
+                &ws.normed,
+                &ws.expert_ids,
+                &ws.expert_weights,
+                experts,
+                shared,
+                &mut ws.delta,
+            ),
+            Experts::Mixed(experts) => {
+                kernels.moe(&ws.normed, &ws.expert_ids, &ws.expert_weights, experts, shared, &mut ws.delta)
+            }
+        }
+    }
+}

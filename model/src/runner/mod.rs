@@ -1,0 +1,19 @@
+//! The model on a backend: weights, caches, the forward pass, and the ranks that run it.
+
+mod attention;
+mod cache;
+mod forward;
+mod group;
+mod mlp;
+mod probe;
+mod rank;
+mod shape;
+mod source;
+mod weights;
+mod workspace;
+
+pub use group::RankGroup;
+pub use probe::Probe;
+pub use rank::Rank;
+pub use source::WeightSource;
+pub(crate) use workspace::MAX_LOGPROBS;

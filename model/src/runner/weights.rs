@@ -1,0 +1,173 @@
+//! A rank's weights on a backend.
+
+use dsa80_reference::{HostLinear, Kernels, Result};
+
+use crate::weights::{HostAttention, HostEnds, HostIndexer, HostLayer, HostMlp, HostMoe, HostSwiGlu};
+
+/// A linear layer in the format its checkpoint module has.
+pub(crate) enum Linear<K: Kernels> {
+    Dense(K::Tensor),
+    Int4(K::Int4),
+}
+
+impl<K: Kernels> Linear<K> {
+    fn upload(kernels: &K, weight: HostLinear) -> Result<Self> {
+        Ok(match weight {
+            HostLinear::Dense(weight) => Linear::Dense(kernels.upload(weight)?),
+            HostLinear::Int4(weight) => Linear::Int4(kernels.upload_int4(weight)?),
+        })
+    }
+
+    /// `out = x weight^T`, by the kernel of the format.
+    pub(crate) fn apply(&self, kernels: &K, x: &K::Tensor, out: &mut K::Tensor) -> Result<()> {
+        match self {
+            Linear::Dense(weight) => kernels.linear(x, weight, out),
+            Linear::Int4(weight) => kernels.linear_int4(x, weight, out),
+        }
+    }
+}
+
+/// Token embedding, final norm and output projection; embedding and projection are vocabulary shards.
+pub(crate) struct Ends<K: Kernels> {
+    pub(crate) embed_tokens: K::Tensor,
+    pub(crate) vocab_start: usize,
+    pub(crate) norm: K::Tensor,
+    pub(crate) lm_head: K::Tensor,
+}
+
+impl<K: Kernels> Ends<K> {
+    pub(crate) fn upload(kernels: &K, ends: HostEnds) -> Result<Self> {
+        Ok(Self {
+            embed_tokens: kernels.upload(ends.embed_tokens)?,
+            vocab_start: ends.vocab_start,
+            norm: kernels.upload(ends.norm)?,
+            lm_head: kernels.upload(ends.lm_head)?,
+        })
+    }
+}
+
+/// One decoder layer.
+pub(crate) struct Layer<K: Kernels> {
+    pub(crate) input_layernorm: K::Tensor,
+    pub(crate) post_attention_layernorm: K::Tensor,
+    pub(crate) attention: Attention<K>,
+    pub(crate) mlp: Mlp<K>,
+}
+
+impl<K: Kernels> Layer<K> {
+    pub(crate) fn upload(kernels: &K, layer: HostLayer) -> Result<Self> {
+        Ok(Self {
+            input_layernorm: kernels.upload(layer.input_layernorm)?,
+            post_attention_layernorm: kernels.upload(layer.post_attention_layernorm)?,
+            attention: Attention::upload(kernels, layer.attention)?,
+            mlp: match layer.mlp {
+                HostMlp::Dense(mlp) => Mlp::Dense(SwiGlu::upload(kernels, mlp)?),
+                HostMlp::Sparse(moe) => Mlp::Sparse(Moe::upload(kernels, moe)?),
+            },
+        })
+    }
+}
+
+/// Multi-head latent attention, with an indexer where the layer is a full one.
+pub(crate) struct Attention<K: Kernels> {
+    pub(crate) q_a_proj: Linear<K>,
+    pub(crate) q_a_layernorm: K::Tensor,
+    pub(crate) q_b_proj: Linear<K>,
+    pub(crate) kv_a_proj_with_mqa: Linear<K>,
+    pub(crate) kv_a_layernorm: K::Tensor,
+    pub(crate) kv_b_proj: K::Tensor,
+    pub(crate) o_proj: Linear<K>,
+    pub(crate) indexer: Option<Indexer<K>>,
+}
+
+impl<K: Kernels> Attention<K> {
+    fn upload(kernels: &K, attention: HostAttention) -> Result<Self> {
+        Ok(Self {
+            q_a_proj: Linear::upload(kernels, attention.q_a_proj)?,
+            q_a_layernorm: kernels.upload(attention.q_a_layernorm)?,
+            q_b_proj: Linear::upload(kernels, attention.q_b_proj)?,
+            kv_a_proj_with_mqa: Linear::upload(kernels, attention.kv_a_proj_with_mqa)?,
+            kv_a_layernorm: kernels.upload(attention.kv_a_layernorm)?,
+            kv_b_proj: kernels.upload(attention.kv_b_proj)?,
+            o_proj: Linear::upload(kernels, attention.o_proj)?,
+            indexer: attention.indexer.map(|indexer| Indexer::upload(kernels, indexer)).transpose()?,
+        })
+    }
+}
+
+/// The lightning indexer of a full layer; replicated on every rank.
+pub(crate) struct Indexer<K: Kernels> {
+    pub(crate) wq_b: Linear<K>,
+    pub(crate) wk: Linear<K>,
+    pub(crate) k_norm_weight: K::Tensor,
+    pub(crate) k_norm_bias: K::Tensor,
+    pub(crate) weights_proj: Linear<K>,
+}
+
+impl<K: Kernels> Indexer<K> {
+    fn upload(kernels: &K, indexer: HostIndexer) -> Result<Self> {
+        Ok(Self {
+            wq_b: Linear::upload(kernels, indexer.wq_b)?,
+            wk: Linear::upload(kernels, indexer.wk)?,
+            k_norm_weight: kernels.upload(indexer.k_norm_weight)?,
+            k_norm_bias: kernels.upload(indexer.k_norm_bias)?,
+            weights_proj: Linear::upload(kernels, indexer.weights_proj)?,
+        })
+    }
+}
+
+/// The second half of a layer.
+pub(crate) enum Mlp<K: Kernels> {
+    Dense(SwiGlu<K>),
+    Sparse(Moe<K>),
+}
+
+/// A gated MLP: a dense layer's, or the shared expert of a sparse one.
+pub(crate) struct SwiGlu<K: Kernels> {
+    pub(crate) gate_proj: Linear<K>,
+    pub(crate) up_proj: Linear<K>,
+    pub(crate) down_proj: Linear<K>,
+    /// Rows of `gate_proj` on this rank.
+    pub(crate) intermediate: usize,
+}
+
+impl<K: Kernels> SwiGlu<K> {
+    fn upload(kernels: &K, mlp: HostSwiGlu) -> Result<Self> {
+        let (intermediate, _) = mlp.gate_proj.dims();
+        Ok(Self {
+            gate_proj: Linear::upload(kernels, mlp.gate_proj)?,
+            up_proj: Linear::upload(kernels, mlp.up_proj)?,
+            down_proj: Linear::upload(kernels, mlp.down_proj)?,
+            intermediate,
+        })
+    }
+}
+
+/// Router, routed experts and the shared expert.
+pub(crate) struct Moe<K: Kernels> {
+    pub(crate) gate: Linear<K>,
+    pub(crate) e_score_correction_bias: K::Tensor,
+    pub(crate) experts: Experts<K>,
+    pub(crate) shared_experts: Option<SwiGlu<K>>,
+}
+
+/// The routed experts, for the kernel that their formats allow.
+pub(crate) enum Experts<K: Kernels> {
+    Int4(K::ExpertsInt4),
+    Mixed(K::Experts),
+}
+
+impl<K: Kernels> Moe<K> {
+    fn upload(kernels: &K, moe: HostMoe) -> Result<Self> {
+        Ok(Self {
+            gate: Linear::upload(kernels, moe.gate)?,
+            e_score_correction_bias: kernels.upload(moe.e_score_correction_bias)?,
+            experts: if moe.experts.iter().all(|expert| expert.is_int4()) {
+                Experts::Int4(kernels.upload_experts_int4(moe.experts)?)
+            } else {
+                Experts::Mixed(kernels.upload_experts(moe.experts)?)
+            },
+            shared_experts: moe.shared_experts.map(|mlp| SwiGlu::upload(kernels, mlp)).transpose()?,
+        })
+    }
+}
