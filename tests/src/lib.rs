@@ -1,1 +1,7 @@
-//! dsa80
+//! What the tests of dsa80 share: fixtures, random models, ways of running a prompt, distances.
+
+pub mod distance;
+pub mod fixture;
+pub mod naive;
+pub mod prompt;
+pub mod random_model;

@@ -1,0 +1,238 @@
+//! Every fixture on the oracle, against what HF transformers computed in float64.
+
+use std::sync::Arc;
+
+use dsa80_model::checkpoint::Checkpoint;
+use dsa80_model::runner::Rank;
+use dsa80_reference::SequenceSlice;
+use dsa80_reference::cpu::{Cpu, Real, ThreadCommunicator};
+use dsa80_tests::distance::{LogprobDelta, argmax, largest, mean, share_within};
+use dsa80_tests::fixture::{self, Fixture};
+use dsa80_tests::prompt::{self, Run};
+
+/// Two scores closer than this may change places in float32.
+const SELECTION_GAP: f64 = 1e-5;
+/// Two logits closer than this may change places in float32.
+const GREEDY_MARGIN: f64 = 1e-3;
+
+fn load<F: Real>(fixture: &Fixture, page_size: usize) -> Rank<Cpu<F>> {
+    let checkpoint = Checkpoint::open(&fixture.dir).unwrap();
+    let communicator = ThreadCommunicator::group(Cpu::new(), 1).remove(0);
+    let limits = limits(fixture, page_size);
+    Rank::load(Cpu::new(), Box::new(communicator), &checkpoint, &limits).unwrap()
+}
+
+fn limits(fixture: &Fixture, page_size: usize) -> dsa80_model::engine::StepLimits {
+    prompt::limits(fixture.tokens.len() + fixture.greedy.len(), page_size, fixture.vocab_size)
+}
+
+/// The bounds of "computes what HF computes": log-probabilities, selections.
+fn judge(fixture: &Fixture, way: &str, run: &Run) {
+    let delta = LogprobDelta::new(&run.logits, &fixture.logits, &fixture.tokens);
+    let scale = &fixture.scale;
+    println!(
+        "{:>20} {way:>16}: |delta logprob| mean {:.1e} max {:.1e}, worst token {:.1e} (HF float32 max {:.1e}, {:.1e})",
+        fixture.name,
+        mean(&delta.target),
+        largest(&delta.target),
+        largest(&delta.worst),
+        scale.f32.max,
+        scale.f32_max_over_vocab.max,
+    );
+    for (what, deltas, p99) in [
+        ("target", &delta.target, scale.f32.p99),
+        ("worst token", &delta.worst, scale.f32_max_over_vocab.p99),
+    ] {
+        let share = share_within(deltas, 10.0 * p99);
+        assert!(share >= 0.99, "{} {way}: {what}: only {share} within 10 x {p99:e}", fixture.name);
+        assert!(largest(deltas) <= 5e-4, "{} {way}: {what}: {:e}", fixture.name, largest(deltas));
+    }
+    let layers: Vec<usize> = fixture.selections.iter().map(|selection| selection.layer).collect();
+    assert_eq!(
+        run.selections.keys().copied().collect::<Vec<_>>(),
+        layers,
+        "{} {way}: full layers",
+        fixture.name
+    );
+    for selection in &fixture.selections {
+        let found = &run.selections[&selection.layer];
+        assert_eq!(found.len(), selection.indices.len(), "{} {way}: layer {}", fixture.name, selection.layer);
+        let rows = found.chunks(selection.topk).zip(selection.indices.chunks(selection.topk));
+        for (position, (found, expected)) in rows.enumerate() {
+            if selection.gap[position] > SELECTION_GAP {
+                let place = format!("{} {way}: layer {}, position {position}", fixture.name, selection.layer);
+                assert_eq!(as_set(found), as_set(expected), "{place}");
+            }
+        }
+    }
+}
+
+/// The selected positions, ascending.
+fn as_set(row: &[i32]) -> Vec<i32> {
+    let mut set: Vec<i32> = row.iter().copied().filter(|&index| index >= 0).collect();
+    set.sort_unstable();
+    set
+}
+
+#[test]
+fn the_prompt_in_one_piece_and_in_chunks() {
+    for fixture in fixture::all().unwrap() {
+        let mut rank = load::<f32>(&fixture, 16);
+        let len = fixture.tokens.len();
+        for (way, size) in
+            [("one piece", len), ("chunks of 64", 64), ("chunks of 7", 7), ("token by token", 1)]
+        {
+            // Other pages each time, so that nothing of the run before can help.
+            let pages = prompt::scattered_pages(&limits(&fixture, 16), size % 3);
+            let run =
+                prompt::run(&mut rank, &fixture.tokens, &pages, 16, &prompt::pieces(len, size)).unwrap();
+            judge(&fixture, way, &run);
+        }
+    }
+}
+
+#[test]
+fn a_prefill_and_then_decodes_on_pages_of_every_size() {
+    for fixture in fixture::all().unwrap() {
+        let len = fixture.tokens.len();
+        for page_size in [1, 3, 64] {
+            let mut rank = load::<f32>(&fixture, page_size);
+            let mut pieces = prompt::pieces(len / 2, len);
+            pieces.extend((len / 2..len).map(|position| position..position + 1));
+            let pages = prompt::scattered_pages(&limits(&fixture, page_size), 1);
+            let run = prompt::run(&mut rank, &fixture.tokens, &pages, page_size, &pieces).unwrap();
+            judge(&fixture, &format!("pages of {page_size}"), &run);
+        }
+    }
+}
+
+#[test]
+fn a_cached_prefix_serves_a_second_sequence() {
+    for fixture in fixture::all().unwrap() {
+        let (len, page_size) = (fixture.tokens.len(), 8);
+        let mut rank = load::<f32>(&fixture, page_size);
+        let limits = limits(&fixture, page_size);
+        let shared_pages = len / 2 / page_size;
+        let shared = shared_pages * page_size;
+        let first = prompt::scattered_pages(&limits, 0);
+        // The second sequence begins on the first one's pages and goes on on its own.
+        let mut second = prompt::scattered_pages(&limits, 2);
+        second[..shared_pages].copy_from_slice(&first[..shared_pages]);
+
+        let prefix = prompt::pieces(shared, shared);
+        let mut run = prompt::run(&mut rank, &fixture.tokens[..shared], &first, page_size, &prefix).unwrap();
+        let rest = std::iter::once(shared..len).collect::<Vec<_>>();
+        let rest = prompt::run(&mut rank, &fixture.tokens, &second, page_size, &rest).unwrap();
+        run.logits.extend(rest.logits);
+        for (layer, indices) in rest.selections {
+            run.selections.entry(layer).or_default().extend(indices);
+        }
+        judge(&fixture, "cached prefix", &run);
+    }
+}
+
+#[test]
+fn a_ragged_batch_beside_other_sequences() {
+    for fixture in fixture::all().unwrap() {
+        let (len, page_size) = (fixture.tokens.len(), 16);
+        let mut rank = load::<f32>(&fixture, page_size);
+        let limits = limits(&fixture, page_size);
+        let pages: Vec<_> = (0..3).map(|sequence| prompt::scattered_pages(&limits, sequence)).collect();
+        let reversed: Vec<u32> = fixture.tokens.iter().rev().copied().collect();
+        let mut run = Run::default();
+        for (index, piece) in prompt::pieces(len, 33).into_iter().enumerate() {
+            // A decode before it, an empty sequence and a longer chunk after it.
+            let watched = &fixture.tokens[piece.clone()];
+            let slices = [
+                SequenceSlice { token_ids: &reversed[index..=index], computed_len: index, pages: &pages[0] },
+                SequenceSlice { token_ids: watched, computed_len: piece.start, pages: &pages[1] },
+                SequenceSlice { token_ids: &[], computed_len: 0, pages: &[] },
+                SequenceSlice { token_ids: &reversed[..40], computed_len: 0, pages: &pages[2] },
+            ];
+            prompt::step(&mut rank, page_size, &slices, 1, &mut run).unwrap();
+        }
+        judge(&fixture, "ragged batch", &run);
+    }
+}
+
+#[test]
+fn greedy_tokens_are_hfs_where_its_margin_is_clear() {
+    for fixture in fixture::all().unwrap() {
+        let mut rank = load::<f32>(&fixture, 16);
+        let start = fixture.scale.greedy_prompt_len;
+        let pages = prompt::scattered_pages(&limits(&fixture, 16), 0);
+        let tokens = [&fixture.tokens[..start], &fixture.greedy].concat();
+        let pieces = prompt::pieces(tokens.len(), start);
+        let run = prompt::run(&mut rank, &tokens, &pages, 16, &pieces).unwrap();
+        let mut judged = 0;
+        for (i, (&token, &margin)) in fixture.greedy.iter().zip(&fixture.greedy_margin).enumerate() {
+            let row = start + i - 1;
+            let logits = &run.logits[row * fixture.vocab_size..(row + 1) * fixture.vocab_size];
+            if margin > GREEDY_MARGIN {
+                judged += 1;
+                assert_eq!(argmax(logits), token as usize, "{}: greedy token {i}", fixture.name);
+            }
+        }
+        assert!(judged * 2 > fixture.greedy.len(), "{}: only {judged} clear margins", fixture.name);
+    }
+}
+
+#[test]
+fn the_oracle_in_f64_is_hf_in_f64() {
+    for fixture in fixture::all().unwrap() {
+        let mut rank = load::<f64>(&fixture, 16);
+        let pages = prompt::scattered_pages(&limits(&fixture, 16), 0);
+        let len = fixture.tokens.len();
+        let run = prompt::run(&mut rank, &fixture.tokens, &pages, 16, &prompt::pieces(len, len)).unwrap();
+        let delta = LogprobDelta::new(&run.logits, &fixture.logits, &fixture.tokens);
+        // The golden logits are stored in float32: half an ulp of a logit of magnitude 8 is 2.4e-7, twice in a difference.
+        assert!(largest(&delta.worst) <= 1e-6, "{}: {:e}", fixture.name, largest(&delta.worst));
+    }
+}
+
+#[test]
+fn every_rank_count_that_divides_gives_the_same() {
+    let mut degrees = std::collections::BTreeSet::new();
+    for fixture in fixture::all().unwrap() {
+        let checkpoint = Arc::new(Checkpoint::open(&fixture.dir).unwrap());
+        let mut alone = None;
+        for world_size in [1, 2, 4, 8] {
+            if let Err(refusal) = checkpoint.config().check_tp(world_size) {
+                println!("{}: TP = {world_size} left out: {refusal}", fixture.name);
+                continue;
+            }
+            degrees.insert(world_size);
+            let runs = on_ranks(&fixture, &checkpoint, world_size);
+            for run in &runs[1..] {
+                assert!(run == &runs[0], "{}: TP = {world_size}: ranks differ", fixture.name);
+            }
+            judge(&fixture, &format!("TP = {world_size}"), &runs[0]);
+            let alone = alone.get_or_insert_with(|| runs[0].logits.clone());
+            let delta = LogprobDelta::new(&runs[0].logits, alone, &fixture.tokens);
+            let worst = largest(&delta.worst);
+            assert!(worst <= 1e-4, "{}: TP = {world_size} against TP = 1: {worst:e}", fixture.name);
+        }
+    }
+    assert_eq!(degrees.into_iter().collect::<Vec<_>>(), [1, 2, 4, 8], "degrees that some fixture runs at");
+}
+
+/// Runs the fixture's prompt on `world_size` threads.
+fn on_ranks(fixture: &Fixture, checkpoint: &Checkpoint, world_size: usize) -> Vec<Run> {
+    let limits = limits(fixture, 16);
+    let pages = prompt::scattered_pages(&limits, 0);
+    let pieces = prompt::pieces(fixture.tokens.len(), 64);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = ThreadCommunicator::group(Cpu::<f32>::new(), world_size)
+            .into_iter()
+            .map(|communicator| {
+                let (pages, pieces) = (&pages, &pieces);
+                scope.spawn(move || {
+                    let communicator = Box::new(communicator);
+                    let mut rank = Rank::load(Cpu::new(), communicator, checkpoint, &limits).unwrap();
+                    prompt::run(&mut rank, &fixture.tokens, pages, 16, pieces).unwrap()
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
