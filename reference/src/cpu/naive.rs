@@ -131,3 +131,48 @@ pub fn mla(
 fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn select_breaks_ties_downwards_and_sees_no_later_position() {
+        let scores = [1.0, 1.0, 0.0, 9.0, -0.0, 0.0, 5.0, 5.0];
+        let mask = select(&scores, &[2, 3], 2);
+        assert_eq!(mask, [true, true, false, false, false, false, true, true]);
+        let mask = select(&[-0.0, 0.0, -1.0], &[2], 1);
+        assert_eq!(mask, [true, false, false]);
+    }
+
+    #[test]
+    fn mla_by_hand() {
+        // One head, all dimensions 1: key = [2 c, r], value = 3 c.
+        let dims =
+            MlaDims { heads: 1, qk_nope_head_dim: 1, qk_rope_head_dim: 1, v_head_dim: 1, kv_lora_rank: 1 };
+        let (latents, rope_keys) = ([1.0, -1.0, 5.0], [0.0, 2.0, 1.0]);
+        // Scores of q = [1, 1] are 2 and 0; the third position is masked.
+        let mask = [true, true, false];
+        let out = mla(dims, &[1.0, 1.0], &latents, &rope_keys, &[2.0, 3.0], &mask, 1.0);
+        let e = 2f64.exp();
+        assert!((out[0] - (3.0 * e - 3.0) / (e + 1.0)).abs() < 1e-15);
+        assert_eq!(mla(dims, &[1.0, 1.0], &latents, &rope_keys, &[2.0, 3.0], &[false; 3], 1.0), [0.0]);
+    }
+
+    #[test]
+    fn indexer_scores_by_hand() {
+        // Two heads of one column: relu(2 k) - 3 relu(-k).
+        let scores = indexer_scores(&[2.0, -1.0], &[1.0, -3.0], &[1.0, -1.0, 0.0], 2, 1, 0.5);
+        assert_eq!(scores, [1.0, -1.5, 0.0]);
+    }
+
+    #[test]
+    fn rope_turns_the_first_pair_by_the_position() {
+        let mut x = [1.0, 0.0, 0.0, 0.0];
+        rope(&mut x, 2, 1e4, RopeLayout::Interleaved);
+        assert_eq!(x, [2f64.cos(), 2f64.sin(), 0.0, 0.0]);
+        let mut x = [0.0, 1.0, 0.0, 0.0];
+        rope(&mut x, 2, 1e4, RopeLayout::Half);
+        assert_eq!(x, [0.0, (0.02f64).cos(), 0.0, (0.02f64).sin()]);
+    }
+}

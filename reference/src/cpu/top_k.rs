@@ -72,3 +72,105 @@ fn select<F: Real>(scores: &[F], out: &mut [i32]) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::cpu::testing::{
+        batch, index, message, on_one_and_four_threads, poisoned, randoms, read_index, tensor,
+    };
+    use crate::tensor::DType;
+
+    /// One decode row over `scores`, and one place more in the logits than is visible.
+    fn best(scores: &[f64], k: usize) -> Vec<i32> {
+        let batch = batch(scores.len(), 1, &[(scores.len() - 1, 1)], 0);
+        let padded = [scores, &[f64::INFINITY]].concat();
+        let logits = tensor::<f32>(DType::Float, &[1, padded.len()], &padded);
+        let mut out = poisoned(DType::Index, &[1, k]);
+        top_k(&Cpu::new(), &batch, 0..1, &logits, &mut out).unwrap();
+        read_index(&out)
+    }
+
+    /// A full stable sort by an order that is written out case by case.
+    fn sorted(scores: &[f64], k: usize) -> Vec<i32> {
+        let mut order: Vec<usize> = (0..scores.len()).collect();
+        order.sort_by(|&a, &b| match (scores[a].is_nan(), scores[b].is_nan()) {
+            (false, false) => scores[b].partial_cmp(&scores[a]).unwrap(),
+            (a_is_nan, b_is_nan) => a_is_nan.cmp(&b_is_nan),
+        });
+        order.truncate(k);
+        order.sort_unstable();
+        order.iter().map(|&s| s as i32).chain(std::iter::repeat(-1)).take(k).collect()
+    }
+
+    #[test]
+    fn edges_by_hand() {
+        assert_eq!(best(&[1.0, 3.0, 2.0], 2), [1, 2]);
+        assert_eq!(best(&[1.0, 3.0, 2.0], 3), [0, 1, 2]);
+        assert_eq!(best(&[1.0, 3.0, 2.0], 5), [0, 1, 2, -1, -1]);
+        assert_eq!(best(&[0.0, -0.0, 0.0, 1.0], 2), [0, 3]);
+        assert_eq!(best(&[-0.0, 0.0, -0.0], 2), [0, 1]);
+        assert_eq!(best(&[f64::NAN, f64::NEG_INFINITY, f64::NAN], 1), [1]);
+        assert_eq!(best(&[f64::NAN; 3], 2), [0, 1]);
+        assert_eq!(best(&[f64::INFINITY, 1.0, f64::INFINITY], 1), [0]);
+        assert_eq!(best(&[-5.0, -3.0, -4.0, -3.0], 1), [1]);
+        assert_eq!(best(&[1.0], 0), [] as [i32; 0]);
+    }
+
+    proptest! {
+        #[test]
+        fn is_a_stable_sort_with_planted_ties(
+            scores in prop::collection::vec(
+                prop_oneof![
+                    4 => (-3..3i32).prop_map(f64::from),
+                    2 => any::<f32>().prop_map(f64::from),
+                    1 => prop::sample::select(vec![
+                        0.0, -0.0, f64::NAN, -f64::NAN, f64::INFINITY, f64::NEG_INFINITY,
+                    ]),
+                ],
+                1..120,
+            ),
+            k in 1..130usize,
+        ) {
+            prop_assert_eq!(best(&scores, k), sorted(&scores, k));
+        }
+    }
+
+    #[test]
+    fn writes_its_rows_alone_on_any_number_of_threads() {
+        let batch = batch(1024, 2, &[(700, 40), (0, 9)], 0);
+        let logits = tensor::<f64>(DType::Float, &[41, 740], &randoms(1, 41 * 740));
+        let [one, four] = on_one_and_four_threads(|| {
+            let mut out = index(&[49, 20], &[-7; 49 * 20]);
+            top_k(&Cpu::new(), &batch, 3..44, &logits, &mut out).unwrap();
+            read_index(&out)
+        });
+        assert_eq!(one, four);
+        for (t, row) in one.chunks(20).enumerate() {
+            if !(3..44).contains(&t) {
+                assert_eq!(row, [-7; 20]);
+            } else {
+                assert!(row.iter().all(|&s| (-1..batch.visible(t) as i32).contains(&s)));
+                assert_eq!(row.iter().filter(|&&s| s >= 0).count(), batch.visible(t).min(20));
+            }
+        }
+    }
+
+    #[test]
+    fn short_rows_do_not_need_logits_and_long_ones_do() {
+        let batch = batch(8, 2, &[(0, 4), (4, 1)], 0);
+        let nothing = poisoned::<f32>(DType::Float, &[0, 0]);
+        let mut out = poisoned(DType::Index, &[5, 5]);
+        top_k(&Cpu::new(), &batch, 0..5, &nothing, &mut out).unwrap();
+        assert_eq!(read_index(&out)[10..15], [0, 1, 2, -1, -1]);
+        let mut out = poisoned(DType::Index, &[5, 4]);
+        let text = message(top_k(&Cpu::new(), &batch, 0..5, &nothing, &mut out));
+        assert!(text.contains("top_k: `logits`") && text.contains("[5, at least 5]"), "{text}");
+        let act = poisoned::<f32>(DType::Act, &[5, 8]);
+        assert!(message(top_k(&Cpu::new(), &batch, 0..5, &act, &mut out)).contains("holds activations"));
+        let mut short = poisoned(DType::Index, &[4, 4]);
+        assert!(message(top_k(&Cpu::new(), &batch, 0..5, &nothing, &mut short)).contains("`topk_indices`"));
+    }
+}
