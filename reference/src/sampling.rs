@@ -2,19 +2,21 @@
 
 /// How one sequence's next token is chosen. The default is plain sampling at temperature 1.
 ///
-/// Order of operations, each on what the one before left: banned tokens, `logit_bias`, repetition penalty, frequency
-/// and presence penalties, temperature, `min_p`, `top_k`, `top_p`, draw. Log-probabilities that are reported are those of the
-/// raw logits, before any of it.
+/// Order of operations, each on what the one before left: banned tokens, `logit_bias`, repetition penalty,
+/// frequency and presence penalties, temperature, `min_p`, `top_k`, `top_p`, draw. Log-probabilities that are
+/// reported are those of the raw logits, before any of it.
 ///
-/// `top_p` measures the probability that `min_p` and `top_k` have left; at least one token is always kept. Edges:
-/// * a NaN logit counts as negative infinity, in the choice and in log-probabilities; when all are NaN, token 0 is chosen and every
-///   log-probability is NaN;
+/// `top_p` measures the probability that `min_p` and `top_k` have left; at least one token is always kept.
+/// Edges:
+/// * a NaN logit counts as negative infinity, in the choice and in log-probabilities; when all are NaN, token
+///   0 is chosen and every log-probability is NaN;
 /// * logits of positive infinity share all probability equally;
 /// * when nothing is left to choose (every token is banned), the highest raw logit is chosen, banned or not;
 /// * ids outside the vocabulary in `logit_bias`, `prompt`, `output` or `banned` name no logit and do nothing.
 ///
-/// `sample` refuses values that mean nothing: a negative temperature, `top_p` or `min_p` outside 0 to 1, a repetition penalty
-/// that is not positive, anything that is not finite, and a forced token outside the vocabulary.
+/// `sample` refuses values that mean nothing: a negative temperature, `top_p` or `min_p` outside 0 to 1, a
+/// repetition penalty that is not positive, anything that is not finite, and a forced token outside the
+/// vocabulary.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
     /// 0 is greedy: the highest logit after penalties, ties to the lower token id.
@@ -72,9 +74,10 @@ pub struct SampleRow<'a> {
 
 /// The uniform number in (0, 1) that `sample` uses for `token` at `position` under `seed`.
 ///
-/// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with key `seed` (low word
-/// first) and counter `[token / 4, position, 0, 0]`; output word `token % 4`; its top 23 bits plus one half, times
-/// 2^-23, which f32 holds exactly (with 24 bits the largest would round to 1, whose Gumbel noise is infinite).
+/// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with key `seed` (low
+/// word first) and counter `[token / 4, position, 0, 0]`; output word `token % 4`; its top 23 bits plus one
+/// half, times 2^-23, which f32 holds exactly (with 24 bits the largest would round to 1, whose Gumbel noise
+/// is infinite).
 pub fn uniform(seed: u64, position: u32, token: u32) -> f32 {
     let words = philox4x32([token / 4, position, 0, 0], [seed as u32, (seed >> 32) as u32]);
     open_unit(words[(token % 4) as usize])

@@ -1,4 +1,5 @@
-//! `absorb_query` and `absorb_output`: MLA's key and value up-projections, moved from the cache to the query and the output.
+//! `absorb_query` and `absorb_output`: MLA's key and value up-projections, moved from the cache to the query
+//! and the output.
 
 use super::checks::Check;
 use super::parallel::for_rows;
@@ -8,8 +9,8 @@ use super::{Cpu, CpuTensor, Real};
 use crate::error::{Error, Result};
 use crate::tensor::DeviceTensor;
 
-/// Calls `$body` with the elements of `$kv_b` as `$weights` and their exact conversion to `F` as `$widen`: the weight stays in
-/// the checkpoint's type and is widened where it is multiplied.
+/// Calls `$body` with the elements of `$kv_b` as `$weights` and their exact conversion to `F` as `$widen`:
+/// the weight stays in the checkpoint's type and is widened where it is multiplied.
 macro_rules! with_weights {
     ($check:expr, $kv_b:expr, |$weights:ident, $widen:ident| $body:expr) => {
         match &$kv_b.storage {

@@ -1,8 +1,9 @@
-//! DeepSeek Sparse Attention the slow way, to judge the kernels by: f64, contiguous arrays, one plain loop after the other.
+//! DeepSeek Sparse Attention the slow way, to judge the kernels by: f64, contiguous arrays, one plain loop
+//! after the other.
 //!
-//! Nothing is absorbed, paged, gathered or batched. Keys and values of every head are made from the latent; selection is a full
-//! stable sort; attention runs over the whole context with a mask. Arrays are row-major; `T` are the new tokens of one
-//! sequence, `S` its context.
+//! Nothing is absorbed, paged, gathered or batched. Keys and values of every head are made from the latent;
+//! selection is a full stable sort; attention runs over the whole context with a mask. Arrays are row-major;
+//! `T` are the new tokens of one sequence, `S` its context.
 
 use crate::kernels::RopeLayout;
 
@@ -36,7 +37,8 @@ pub fn rope(x: &mut [f64], position: usize, theta: f64, layout: RopeLayout) {
     }
 }
 
-/// The lightning indexer: `scores[t, s] = sum_h weights[t, h] * relu(q[t, h] . keys[s]) * scale`, for every `s`, visible or not.
+/// The lightning indexer: `scores[t, s] = sum_h weights[t, h] * relu(q[t, h] . keys[s]) * scale`, for every
+/// `s`, visible or not.
 ///
 /// `q` `[T, HI, D]` and `keys` `[S, D]` with RoPE applied, `weights` `[T, HI]`; returns `[T, S]`.
 pub fn indexer_scores(
@@ -60,8 +62,8 @@ pub fn indexer_scores(
     scores
 }
 
-/// The attention mask of a selection: for the token at `positions[t]`, the `k` best of its scores `0..=positions[t]`, ties to the
-/// lower position. `scores` `[T, S]` without NaN; returns `[T, S]`.
+/// The attention mask of a selection: for the token at `positions[t]`, the `k` best of its scores
+/// `0..=positions[t]`, ties to the lower position. `scores` `[T, S]` without NaN; returns `[T, S]`.
 pub fn select(scores: &[f64], positions: &[usize], k: usize) -> Vec<bool> {
     let mut mask = vec![false; scores.len()];
     if positions.is_empty() {
@@ -80,11 +82,12 @@ pub fn select(scores: &[f64], positions: &[usize], k: usize) -> Vec<bool> {
     mask
 }
 
-/// Multi-head latent attention before any absorption: per head `h`, `key[s] = [K_h latent[s], rope_key[s]]`, `value[s] = V_h latent[s]`
-/// with `[K_h; V_h] = kv_b[h]`, and softmax attention over the positions that `mask` allows. A token that sees nothing gives zeros.
+/// Multi-head latent attention before any absorption: per head `h`, `key[s] = [K_h latent[s], rope_key[s]]`,
+/// `value[s] = V_h latent[s]` with `[K_h; V_h] = kv_b[h]`, and softmax attention over the positions that
+/// `mask` allows. A token that sees nothing gives zeros.
 ///
-/// `q` `[T, H, nope + rope]` and `rope_keys` `[S, rope]` with RoPE applied; `latents` `[S, kv_lora_rank]` normalised; `kv_b` `[H, nope + v,
-/// kv_lora_rank]`; `mask` `[T, S]`; returns `[T, H, v]`.
+/// `q` `[T, H, nope + rope]` and `rope_keys` `[S, rope]` with RoPE applied; `latents` `[S, kv_lora_rank]`
+/// normalised; `kv_b` `[H, nope + v, kv_lora_rank]`; `mask` `[T, S]`; returns `[T, H, v]`.
 pub fn mla(
     dims: MlaDims,
     q: &[f64],

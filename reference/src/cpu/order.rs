@@ -2,7 +2,8 @@
 
 use super::Real;
 
-/// A score as an integer that ranks as the contract wants: numbers as usual, `-0.0` equal to `+0.0`, NaN below all of them.
+/// A score as an integer that ranks as the contract wants: numbers as usual, `-0.0` equal to `+0.0`, NaN
+/// below all of them.
 #[inline]
 pub(crate) fn rank<F: Real>(score: F) -> u64 {
     if score.is_nan() {

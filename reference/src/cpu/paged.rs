@@ -16,7 +16,8 @@ pub(crate) struct PagedRows<'a, F> {
 }
 
 impl<'a, F: Real> PagedRows<'a, F> {
-    /// Fails unless `cache` has rows of `width` and the batch's page size, and holds every page of every context.
+    /// Fails unless `cache` has rows of `width` and the batch's page size, and holds every page of every
+    /// context.
     pub(crate) fn new(check: Check, batch: &'a Batch, cache: &'a CpuTensor<F>, width: usize) -> Result<Self> {
         let rows = check.act("cache", cache)?;
         let slots = cache_slots(check, batch, cache, width)?;
@@ -56,7 +57,8 @@ fn cache_slots<F: Real>(check: Check, batch: &Batch, cache: &CpuTensor<F>, width
     Ok(pages * page_size)
 }
 
-/// Writes `row(t, out)` to `cache[slot_mapping[t]]` for every token row, in order: of two tokens with one slot the later stays.
+/// Writes `row(t, out)` to `cache[slot_mapping[t]]` for every token row, in order: of two tokens with one
+/// slot the later stays.
 ///
 /// One thread: the rows scatter over the cache, and they are few next to the projection that made them.
 pub(crate) fn write_rows<F: Real>(

@@ -2,8 +2,8 @@
 
 use rayon::prelude::*;
 
-/// Multiply-adds below which one thread is faster: some 30 microseconds of work, several times what waking the pool costs. A
-/// decode step of a small model stays below it in most of its kernels.
+/// Multiply-adds below which one thread is faster: some 30 microseconds of work, several times what waking
+/// the pool costs. A decode step of a small model stays below it in most of its kernels.
 const PARALLEL_FROM: usize = 1 << 17;
 
 /// Multiply-adds that a task has at least, so that short rows are not handed out one by one.
@@ -11,8 +11,8 @@ const TASK_FROM: usize = PARALLEL_FROM / 4;
 
 /// Calls `body(i, row)` for every row `i` of `out`, `width` elements each.
 ///
-/// `ops` are the multiply-adds of the whole call. Which thread computes a row never changes what is in it, so a kernel that
-/// fixes the order of its sums inside a row gives the same bits on any number of threads.
+/// `ops` are the multiply-adds of the whole call. Which thread computes a row never changes what is in it, so
+/// a kernel that fixes the order of its sums inside a row gives the same bits on any number of threads.
 pub(crate) fn for_rows<T: Send>(
     out: &mut [T],
     width: usize,

@@ -1,7 +1,7 @@
 //! `sample`: penalties, filters, the draw, and log-probabilities.
 //!
-//! All of it runs in f64, whatever `F` is: the vocabulary is wide, the work per token small, and a temperature near zero
-//! overflows nothing.
+//! All of it runs in f64, whatever `F` is: the vocabulary is wide, the work per token small, and a
+//! temperature near zero overflows nothing.
 
 use std::cmp::Ordering;
 
@@ -156,7 +156,8 @@ fn choose(logits: &[f64], row: &SampleRow<'_>) -> u32 {
     if params.temperature == 0.0 {
         return greedy;
     }
-    // 5: temperature. Measured from the best token, which changes no probability and no draw, and cannot overflow.
+    // 5: temperature. Measured from the best token, which changes no probability and no draw, and cannot
+    // overflow.
     let temperature = f64::from(params.temperature);
     let scaled: Vec<f64> = adjusted.iter().map(|&x| below(x, max) / temperature).collect();
     // 6 to 8: `min_p`, `top_k`, `top_p`.
@@ -226,7 +227,8 @@ fn keep(scaled: &[f64], params: &SamplingParams) -> Vec<u32> {
     ids
 }
 
-/// Cuts `ids` to the smallest set of best tokens that holds `top_p` of the probability that `ids` share, best first.
+/// Cuts `ids` to the smallest set of best tokens that holds `top_p` of the probability that `ids` share, best
+/// first.
 ///
 /// Sorts block after block of the best ones that are left, until the sum is reached.
 fn keep_top_p(ids: &mut Vec<u32>, top_p: f64, scaled: &[f64]) {
@@ -253,13 +255,15 @@ fn keep_top_p(ids: &mut Vec<u32>, top_p: f64, scaled: &[f64]) {
     ids.truncate(kept);
 }
 
-/// Gumbel-max over `kept`: each token's noise depends on seed, position and token alone, never on the others that are kept.
+/// Gumbel-max over `kept`: each token's noise depends on seed, position and token alone, never on the others
+/// that are kept.
 fn draw(scaled: &[f64], kept: &[u32], greedy: u32, row: &SampleRow<'_>) -> u32 {
     let noisy = |token: u32| {
         let u = f64::from(uniform(row.params.seed, row.position, token));
         scaled[token as usize] - (-u.ln()).ln()
     };
-    // The best token is always kept; from its value on, tokens too improbable for any noise need no random number.
+    // The best token is always kept; from its value on, tokens too improbable for any noise need no random
+    // number.
     let (mut chosen, mut highest) = (greedy, noisy(greedy));
     for &token in kept {
         if scaled[token as usize] + MAX_NOISE < highest {
@@ -284,7 +288,8 @@ fn best(logits: &[f64]) -> u32 {
     best as u32
 }
 
-/// Cuts `ids` to the `k` (or all) with the highest scores, best first, ties to the lower id; `k` is at least 1.
+/// Cuts `ids` to the `k` (or all) with the highest scores, best first, ties to the lower id; `k` is at least
+/// 1.
 fn keep_best(ids: &mut Vec<u32>, k: usize, scores: &[f64]) {
     let by_score = best_first(scores);
     if k < ids.len() {

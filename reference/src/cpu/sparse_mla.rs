@@ -8,7 +8,8 @@ use super::{Cpu, CpuTensor, Real};
 use crate::batch::Batch;
 use crate::error::Result;
 
-/// Heads that share a pass over the selected rows. The group is what threads share out when a step has few token rows.
+/// Heads that share a pass over the selected rows. The group is what threads share out when a step has few
+/// token rows.
 const HEAD_GROUP: usize = 8;
 
 /// Selected rows that all heads of a group read before the next: they stay in the nearest cache meanwhile.

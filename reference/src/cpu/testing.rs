@@ -47,7 +47,8 @@ pub(crate) fn read_index<F: Real>(tensor: &CpuTensor<F>) -> Vec<i32> {
     Cpu::<F>::new().read_index(tensor).unwrap()
 }
 
-/// A batch of sequences given as (tokens computed, new tokens), its pages drawn without order from `0..pages`.
+/// A batch of sequences given as (tokens computed, new tokens), its pages drawn without order from
+/// `0..pages`.
 pub(crate) fn batch(page_size: usize, pages: usize, sequences: &[(usize, usize)], seed: u64) -> Batch {
     let mut free: Vec<u32> = (0..pages as u32).collect();
     free.sort_by(|&a, &b| uniform(seed, 1, a).total_cmp(&uniform(seed, 1, b)));
@@ -66,7 +67,8 @@ pub(crate) fn batch(page_size: usize, pages: usize, sequences: &[(usize, usize)]
     Batch::new(page_size, &slices).unwrap()
 }
 
-/// A paged cache `[pages, page_size, width]` that holds `rows[seq]` (`[context, width]`) where `batch` says, NaN elsewhere.
+/// A paged cache `[pages, page_size, width]` that holds `rows[seq]` (`[context, width]`) where `batch` says,
+/// NaN elsewhere.
 pub(crate) fn paged_cache<F: Real>(
     batch: &Batch,
     pages: usize,

@@ -50,10 +50,11 @@ pub(super) fn top_k<F: Real>(
     Ok(())
 }
 
-/// Writes the positions of the `out.len()` best of `scores`, ascending; there are more scores than places, and at least one place.
+/// Writes the positions of the `out.len()` best of `scores`, ascending; there are more scores than places,
+/// and at least one place.
 ///
-/// The k-th best score is found in linear time. Everything above it is in; what equals it fills the places that are left, from
-/// the lowest position on.
+/// The k-th best score is found in linear time. Everything above it is in; what equals it fills the places
+/// that are left, from the lowest position on.
 fn select<F: Real>(scores: &[F], out: &mut [i32]) {
     let mut ranks: Vec<u64> = scores.iter().map(|&score| rank(score)).collect();
     let last_place = out.len() - 1;

@@ -1,8 +1,8 @@
 //! Sums with a fixed order that the compiler can vectorise.
 //!
-//! Float addition is not associative, so the compiler keeps the order that is written. These keep [`LANES`] partial sums, which
-//! map onto vector registers, and join them in a fixed tree: fast, more accurate than one running sum, and the same bits
-//! whatever the number of threads or the neighbours in a batch.
+//! Float addition is not associative, so the compiler keeps the order that is written. These keep [`LANES`]
+//! partial sums, which map onto vector registers, and join them in a fixed tree: fast, more accurate than one
+//! running sum, and the same bits whatever the number of threads or the neighbours in a batch.
 
 use super::Real;
 
@@ -65,7 +65,8 @@ pub(crate) fn sum<F: Real>(x: &[F], f: impl Fn(F) -> F) -> F {
     join(lanes)
 }
 
-/// `out[i] += sum_j a[j] * widen(rows[j][i])`, summed over the rows in order; four rows share one pass over `out`.
+/// `out[i] += sum_j a[j] * widen(rows[j][i])`, summed over the rows in order; four rows share one pass over
+/// `out`.
 ///
 /// `row(j)` is the row of `a[j]`, as long as `out`.
 #[inline]
