@@ -16,6 +16,7 @@ mod layer_norm_rope;
 mod linear;
 mod linear_int4;
 mod lm_head;
+mod matmul;
 mod moe;
 mod moe_int4;
 pub mod naive;
@@ -93,7 +94,7 @@ impl<F: Real> Kernels for Cpu<F> {
     }
 
     fn upload_int4(&self, weight: HostInt4) -> Result<CpuInt4> {
-        CpuInt4::from_host(weight)
+        CpuInt4::from_host(&weight)
     }
 
     fn upload_experts_int4(&self, experts: Vec<HostExpert>) -> Result<CpuExperts> {

@@ -1,7 +1,9 @@
-//! `moe_int4`.
+//! `moe_int4`: routed experts, all of them INT4. On the CPU the same computation as [`moe`](super::moe), which states it: what
+//! differs is that the upload has refused anything else.
 
+use super::moe::routed;
 use super::{Cpu, CpuExperts, CpuTensor, Real};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 pub(super) fn moe_int4<F: Real>(
     cpu: &Cpu<F>,
@@ -12,6 +14,5 @@ pub(super) fn moe_int4<F: Real>(
     shared: Option<&CpuTensor<F>>,
     out: &mut CpuTensor<F>,
 ) -> Result<()> {
-    let _ = (cpu, x, topk_ids, topk_weights, experts, shared, out);
-    Err(Error::Backend { backend: "cpu", message: "moe_int4 has not landed".into() })
+    routed(cpu, "moe_int4", x, topk_ids, topk_weights, experts, shared, out)
 }

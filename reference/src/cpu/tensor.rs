@@ -222,3 +222,61 @@ impl<F: Real> DeviceTensor for CpuTensor<F> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::Kernels;
+
+    #[test]
+    fn writing_rounds_activations_alone_and_only_when_asked_to() {
+        let value = 1.0 + 1.0 / 1024.0;
+        for (cpu, dtype, expected) in [
+            (Cpu::<f64>::new(), DType::Act, value),
+            (Cpu::rounding_to_bf16(), DType::Act, 1.0),
+            (Cpu::rounding_to_bf16(), DType::Float, value),
+        ] {
+            let mut tensor = cpu.alloc(dtype, &[1]).unwrap();
+            cpu.write(&[value], &mut tensor).unwrap();
+            assert_eq!(cpu.read(&tensor).unwrap(), [expected]);
+        }
+    }
+
+    #[test]
+    fn allocations_are_poisoned_and_absurd_ones_are_errors() {
+        let cpu = Cpu::<f32>::new();
+        assert!(cpu.read(&cpu.alloc(DType::Act, &[2]).unwrap()).unwrap().iter().all(|x| x.is_nan()));
+        assert_eq!(cpu.read_index(&cpu.alloc(DType::Index, &[1]).unwrap()).unwrap(), [i32::MIN]);
+        for shape in [[usize::MAX, 2], [1 << 30, 1 << 30]] {
+            let error = cpu.alloc(DType::Float, &shape).unwrap_err();
+            assert!(matches!(error, Error::Backend { backend: "cpu", .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_smaller_shape_hides_the_rest_and_a_larger_one_is_refused() {
+        let cpu = Cpu::<f32>::new();
+        let mut tensor = cpu.alloc(DType::Index, &[3, 2]).unwrap();
+        cpu.write_index(&[1, 2, 3, 4, 5, 6], &mut tensor).unwrap();
+        tensor.set_rows(1).unwrap();
+        assert_eq!(cpu.read_index(&tensor).unwrap(), [1, 2]);
+        tensor.set_shape(&[6]).unwrap();
+        assert_eq!(cpu.read_index(&tensor).unwrap(), [1, 2, 3, 4, 5, 6]);
+        assert!(matches!(tensor.set_shape(&[7]), Err(Error::Capacity { capacity: 6, elements: 7, .. })));
+    }
+
+    #[test]
+    fn reads_and_writes_check_type_and_length() {
+        let cpu = Cpu::<f32>::new();
+        let mut index = cpu.alloc(DType::Index, &[2]).unwrap();
+        let mut float = cpu.alloc(DType::Float, &[2]).unwrap();
+        assert!(matches!(cpu.read(&index), Err(Error::DType { kernel: "read", .. })));
+        assert!(matches!(cpu.read_index(&float), Err(Error::DType { kernel: "read_index", .. })));
+        assert!(matches!(cpu.write(&[0.0; 2], &mut index), Err(Error::DType { kernel: "write", .. })));
+        assert!(matches!(cpu.write(&[0.0; 3], &mut float), Err(Error::Shape { kernel: "write", .. })));
+        assert!(matches!(cpu.write_index(&[0; 2], &mut float), Err(Error::DType { .. })));
+        assert!(matches!(cpu.write_index(&[0], &mut index), Err(Error::Shape { .. })));
+        let short = HostTensor { shape: vec![2, 2], data: HostData::F32(vec![0.0; 3]) };
+        assert!(matches!(cpu.upload(short), Err(Error::Shape { kernel: "upload", .. })));
+    }
+}

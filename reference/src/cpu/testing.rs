@@ -5,7 +5,7 @@ use crate::batch::{Batch, SequenceSlice};
 use crate::error::Result;
 use crate::kernels::Kernels;
 use crate::sampling::uniform;
-use crate::tensor::{DType, HostTensor};
+use crate::tensor::{DType, HostInt4, HostTensor};
 
 /// `n` numbers in (-1, 1), each exact in f32, the same for the same seed.
 pub(crate) fn randoms(seed: u64, n: usize) -> Vec<f64> {
@@ -101,5 +101,28 @@ pub(crate) fn assert_close(actual: &[f64], expected: &[f64], tolerance: f64) {
     assert_eq!(actual.len(), expected.len());
     for (i, (a, e)) in actual.iter().zip(expected).enumerate() {
         assert!((a - e).abs() <= tolerance * (1.0 + e.abs()), "element {i}: {a} but expected {e}");
+    }
+}
+
+/// An INT4 weight of random nibbles, scales near 0.1 and, if asked for, random zero points. Unused nibbles are set.
+pub(crate) fn int4(out: usize, inner: usize, group_size: usize, asymmetric: bool, seed: u64) -> HostInt4 {
+    let words = |n: usize, seed| -> Vec<u32> {
+        randoms(seed, n)
+            .iter()
+            .map(|x| ((x + 1.0) * f64::from(u32::MAX / 2)) as u32)
+            .map(|x| x.wrapping_mul(0x9E37_79B9))
+            .collect()
+    };
+    let groups = inner.div_ceil(group_size);
+    // Few bits, as in a checkpoint: the products with nibbles are exact in f32, and `dequantise` loses nothing.
+    let scales =
+        randoms(seed + 1, out * groups).iter().map(|x| (100.0 + 50.0 * x).round() as f32 / 1024.0).collect();
+    HostInt4 {
+        out_features: out,
+        in_features: inner,
+        group_size,
+        weight_packed: words(out * inner.div_ceil(8), seed + 2),
+        scales: HostTensor::f32([out, groups], scales),
+        zero_points: asymmetric.then(|| words(out.div_ceil(8) * groups, seed + 3)),
     }
 }
