@@ -1,0 +1,284 @@
+//! The engine as its callers hold it: the bound of its queue, its end, and what survives a failing model.
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use super::mock::{Fault, Gate};
+use super::*;
+use crate::engine::{Engine, EngineHandle, EngineOptions, EventStream, SubmitError};
+
+/// Longer than any of these tests takes.
+const LONG: Duration = Duration::from_secs(600);
+
+fn options() -> EngineOptions {
+    EngineOptions { max_waiting: 3, eos_token_ids: EOS.to_vec(), max_running: 2, ..EngineOptions::default() }
+}
+
+fn start(model: MockModel) -> EngineHandle {
+    Engine::start(Box::new(model), options())
+}
+
+/// An engine whose steps the test permits one by one.
+struct Gated {
+    engine: EngineHandle,
+    entered: Receiver<()>,
+    permits: Sender<()>,
+}
+
+impl Gated {
+    fn start() -> Self {
+        let (entered_sender, entered) = channel();
+        let (permits, permits_receiver) = channel();
+        let mut model = MockModel::new(limits());
+        model.gate = Some(Gate { entered: entered_sender, permits: permits_receiver });
+        Self { engine: start(model), entered, permits }
+    }
+
+    /// Waits until the model is in a step.
+    fn wait_for_step(&self) {
+        self.entered.recv().expect("the model lives");
+    }
+
+    /// Lets the present step finish and waits for the next one.
+    fn next_step(&self) {
+        self.permits.send(()).expect("the model lives");
+        self.wait_for_step();
+    }
+
+    /// All steps are free from now on.
+    fn open(self) -> EngineHandle {
+        self.engine
+    }
+}
+
+fn collect(mut stream: EventStream) -> Vec<Event> {
+    std::iter::from_fn(|| stream.next_blocking()).collect()
+}
+
+fn failure(stream: EventStream) -> String {
+    match collect(stream).pop() {
+        Some(Event::Failed(message)) => message,
+        other => panic!("expected a failure, found {other:?}"),
+    }
+}
+
+/// Submits until the engine drains; the requests that were taken before that. The model stands still meanwhile.
+fn submit_until_refused(engine: &EngineHandle) -> Vec<EventStream> {
+    let mut taken = Vec::new();
+    loop {
+        match engine.submit(request([2], 60)) {
+            Ok(stream) => taken.push(stream),
+            Err(SubmitError::QueueFull { .. }) => std::thread::yield_now(),
+            Err(error) => {
+                assert_eq!(error, SubmitError::ShuttingDown);
+                return taken;
+            }
+        }
+    }
+}
+
+fn assert_served(request: &Request, stream: EventStream) {
+    let expected = mock::expected(request, &EOS, limits().vocab_size);
+    assert_eq!(without_cached(&collect(stream)), expected);
+}
+
+#[test]
+fn thirty_two_requests_at_once_get_the_tokens_they_get_alone() {
+    let options = EngineOptions { max_waiting: 32, max_running: 8, ..options() };
+    let engine = Engine::start(Box::new(MockModel::new(limits())), options);
+    let requests: Vec<Request> = (0..32).map(|i| request((0..i % 7 + 1).map(|j| i + j), 12)).collect();
+    let streams: Vec<EventStream> = requests.iter().map(|r| engine.submit(r.clone()).unwrap()).collect();
+    for (request, stream) in requests.iter().zip(streams) {
+        assert_served(request, stream);
+    }
+    let stats = engine.stats();
+    assert_eq!((stats.finished, stats.running, stats.waiting, stats.pages_used), (32, 0, 0, 0));
+    assert_eq!(stats.generated_tokens, 32 * 12);
+    engine.shutdown(LONG);
+}
+
+#[test]
+fn the_queue_takes_exactly_its_bound() {
+    let gated = Gated::start();
+    let mut streams = vec![gated.engine.submit(request([2], 4)).unwrap()];
+    gated.wait_for_step();
+    assert_eq!((gated.engine.stats().running, gated.engine.stats().waiting), (1, 0));
+    for waiting in 1..=3 {
+        streams.push(gated.engine.submit(request([3], 4)).unwrap());
+        assert_eq!(gated.engine.stats().waiting, waiting);
+    }
+    let full = gated.engine.submit(request([4], 4)).unwrap_err();
+    assert_eq!(full, SubmitError::QueueFull { waiting: 3, limit: 3 });
+    // One of the three is started (two may run), so there is room for one.
+    gated.next_step();
+    assert_eq!((gated.engine.stats().running, gated.engine.stats().waiting), (2, 2));
+    streams.push(gated.engine.submit(request([4], 4)).unwrap());
+    assert!(matches!(gated.engine.submit(request([4], 4)), Err(SubmitError::QueueFull { .. })));
+    let engine = gated.open();
+    for stream in streams {
+        assert!(matches!(collect(stream).last(), Some(Event::Finished { .. })));
+    }
+    assert_eq!(engine.stats().waiting, 0);
+    assert!(engine.submit(request([4], 4)).is_ok());
+}
+
+#[test]
+fn a_cancelled_request_gives_its_place_in_the_queue_back() {
+    let gated = Gated::start();
+    let _running: Vec<EventStream> =
+        (2..4).map(|token| gated.engine.submit(request([token], 9)).unwrap()).collect();
+    gated.wait_for_step();
+    let mut waiting: Vec<EventStream> =
+        (4..6).map(|token| gated.engine.submit(request([token], 9)).unwrap()).collect();
+    gated.next_step();
+    waiting.push(gated.engine.submit(request([7], 9)).unwrap());
+    assert!(matches!(gated.engine.submit(request([8], 9)), Err(SubmitError::QueueFull { .. })));
+    waiting.remove(1);
+    gated.next_step();
+    let stats = gated.engine.stats();
+    assert_eq!((stats.running, stats.waiting, stats.cancelled), (2, 2, 1));
+    assert!(gated.engine.submit(request([8], 9)).is_ok());
+}
+
+#[test]
+fn what_cannot_run_is_refused_at_once_and_leaves_no_trace() {
+    let engine = start(MockModel::new(limits()));
+    let refused = |request| engine.submit(request).unwrap_err();
+    assert!(matches!(refused(request([], 4)), SubmitError::Invalid(_)));
+    assert!(matches!(refused(request([50], 4)), SubmitError::Invalid(_)));
+    let too_long = SubmitError::TooLong { prompt_tokens: 1, max_tokens: 64, max_model_len: 64 };
+    assert_eq!(refused(request([2], 64)), too_long);
+    assert_eq!(engine.stats(), EngineStats { pages_total: 16, ..EngineStats::default() });
+    assert_eq!(engine.max_model_len(), 64);
+    let small = start(MockModel::new(StepLimits { num_pages: 5, ..limits() }));
+    assert_eq!(small.max_model_len(), 20, "no more than the cache holds");
+    assert!(matches!(small.submit(request([2], 30)), Err(SubmitError::Invalid(_))));
+}
+
+#[test]
+fn end_of_sequence_ids_outside_the_vocabulary_are_ignored() {
+    let options = EngineOptions { eos_token_ids: vec![0, 1, 50, 1000], ..options() };
+    let engine = Engine::start(Box::new(MockModel::new(limits())), options);
+    let asked = Request { ignore_eos: false, min_tokens: 5, ..request([2], 30) };
+    assert_served(&asked, engine.submit(asked.clone()).unwrap());
+}
+
+#[test]
+fn an_idle_engine_shuts_down_and_twice_is_harmless() {
+    let engine = start(MockModel::new(limits()));
+    assert!(engine.is_alive());
+    engine.shutdown(LONG);
+    assert!(!engine.is_alive());
+    engine.shutdown(Duration::ZERO);
+    assert_eq!(engine.submit(request([2], 4)).unwrap_err(), SubmitError::ShuttingDown);
+}
+
+#[test]
+fn within_the_grace_running_and_waiting_requests_finish() {
+    let gated = Gated::start();
+    let requests: Vec<Request> = (2..6).map(|token| request([token], 6)).collect();
+    let mut streams = vec![gated.engine.submit(requests[0].clone()).unwrap()];
+    gated.wait_for_step();
+    streams.extend(requests[1..].iter().map(|r| gated.engine.submit(r.clone()).unwrap()));
+    let engine = gated.open();
+    engine.shutdown(Duration::MAX);
+    assert!(!engine.is_alive());
+    for (request, stream) in requests.iter().zip(streams) {
+        assert_served(request, stream);
+    }
+    assert_eq!(engine.stats().finished, 4);
+}
+
+#[test]
+fn beyond_the_grace_the_rest_fails_with_a_message() {
+    let gated = Gated::start();
+    let mut streams = vec![gated.engine.submit(request([2], 60)).unwrap()];
+    gated.wait_for_step();
+    streams.extend((0..3).map(|_| gated.engine.submit(request([2], 60)).unwrap()));
+    gated.next_step();
+    let engine = gated.engine.clone();
+    let stopping = std::thread::spawn(move || engine.shutdown(Duration::ZERO));
+    streams.extend(submit_until_refused(&gated.engine));
+    let count = streams.len() as u64;
+    // A longer grace later on takes nothing back.
+    let engine = gated.engine.clone();
+    let patient = std::thread::spawn(move || engine.shutdown(LONG));
+    let engine = gated.open();
+    patient.join().unwrap();
+    stopping.join().unwrap();
+    assert!(!engine.is_alive());
+    for stream in streams {
+        assert_eq!(failure(stream), "the engine was shut down before the request was finished");
+    }
+    let stats = engine.stats();
+    assert_eq!((stats.failed, stats.running, stats.waiting, stats.pages_used), (count, 0, 0, 0));
+}
+
+#[test]
+fn nothing_is_taken_while_the_engine_drains() {
+    let gated = Gated::start();
+    let stream = gated.engine.submit(request([2], 3)).unwrap();
+    gated.wait_for_step();
+    let engine = gated.engine.clone();
+    let stopping = std::thread::spawn(move || engine.shutdown(LONG));
+    let mut taken = vec![stream];
+    taken.extend(submit_until_refused(&gated.engine));
+    assert!(gated.engine.is_alive(), "it still drains");
+    let _engine = gated.open();
+    stopping.join().unwrap();
+    for stream in taken {
+        assert!(matches!(collect(stream).last(), Some(Event::Finished { .. })));
+    }
+}
+
+#[test]
+fn a_failing_step_fails_everything_and_stops_the_engine() {
+    for (fault, message) in [
+        (Fault::Error, "the engine stopped: rank 1 lost its device"),
+        (Fault::Panic, "the engine stopped: a step panicked: index out of bounds in a kernel"),
+        (Fault::Short, "the engine stopped: the model gave 1 results for 2 targets"),
+        (Fault::Token, "the engine stopped: the model chose token 50, expected ids below 50"),
+    ] {
+        let (entered_sender, entered) = channel();
+        let (permits, permits_receiver) = channel();
+        let mut model = MockModel::new(limits());
+        model.fault = Some((4, fault));
+        model.gate = Some(Gate { entered: entered_sender, permits: permits_receiver });
+        let gated = Gated { engine: start(model), entered, permits };
+        let mut streams = vec![gated.engine.submit(request([2], 60)).unwrap()];
+        gated.wait_for_step();
+        // Two run, two wait.
+        streams.extend((0..3).map(|_| gated.engine.submit(request([2], 60)).unwrap()));
+        let engine = gated.open();
+        for (index, stream) in streams.into_iter().enumerate() {
+            let events = collect(stream);
+            assert_eq!(events.last(), Some(&Event::Failed(message.into())));
+            assert_eq!(tokens(&events).len(), [4, 3, 0, 0][index], "{fault:?}");
+            assert!(!engine.is_alive(), "who sees the failure sees the engine dead");
+        }
+        assert_eq!(engine.submit(request([2], 4)).unwrap_err(), SubmitError::ShuttingDown);
+        let stats = engine.stats();
+        assert_eq!((stats.failed, stats.running, stats.waiting, stats.pages_used), (4, 0, 0, 0));
+        engine.shutdown(LONG);
+    }
+}
+
+#[test]
+fn without_handles_the_engine_finishes_what_it_has() {
+    let asked = request([2, 3], 9);
+    let stream = start(MockModel::new(limits())).submit(asked.clone()).unwrap();
+    assert_served(&asked, stream);
+}
+
+#[test]
+fn a_dropped_stream_is_counted_as_cancelled() {
+    let gated = Gated::start();
+    let running = gated.engine.submit(request([2], 60)).unwrap();
+    gated.wait_for_step();
+    let waiting = gated.engine.submit(request([2], 60)).unwrap();
+    drop((running, waiting));
+    let engine = gated.open();
+    engine.shutdown(LONG);
+    let stats = engine.stats();
+    assert_eq!((stats.cancelled, stats.finished, stats.failed, stats.pages_used), (2, 0, 0, 0));
+}
