@@ -1,4 +1,5 @@
-//! Continuous batching without the model and without the thread: requests in, steps out, results in, events out.
+//! Continuous batching without the model and without the thread: requests in, steps out, results in, events
+//! out.
 
 use dsa80_reference::{Batch, SequenceSlice};
 use tokio::sync::mpsc::UnboundedSender;
@@ -131,8 +132,8 @@ impl Batching {
         }
     }
 
-    /// Sends what has happened. Apart from the rest so that the counters can be published first: who sees the end
-    /// of a request also sees it counted.
+    /// Sends what has happened. Apart from the rest so that the counters can be published first: who sees the
+    /// end of a request also sees it counted.
     pub(super) fn send_events(&mut self) {
         for (events, event) in self.outbox.drain(..) {
             // Nobody listens any more: the sequence is dropped before the next step.
@@ -145,7 +146,8 @@ impl Batching {
         std::mem::take(&mut self.left_queue)
     }
 
-    /// The counters as they stand; `waiting` counts preempted sequences only, the others are still the intake's.
+    /// The counters as they stand; `waiting` counts preempted sequences only, the others are still the
+    /// intake's.
     pub(super) fn stats(&self) -> EngineStats {
         let scheduler = &self.scheduler;
         let blocks = &scheduler.blocks;

@@ -1,16 +1,17 @@
-//! The pages of the paged caches by number: which are free, who holds them, and which still hold a known prefix.
+//! The pages of the paged caches by number: which are free, who holds them, and which still hold a known
+//! prefix.
 //!
-//! A page is in one of three states: *free* (contents worthless), *held* (one reference for every sequence that has it
-//! in its block table), or *idle* (no references, but its contents are those of a known prefix). Idle pages serve
-//! prefix hits until they are needed, the least recently used one first.
+//! A page is in one of three states: *free* (contents worthless), *held* (one reference for every sequence
+//! that has it in its block table), or *idle* (no references, but its contents are those of a known prefix).
+//! Idle pages serve prefix hits until they are needed, the least recently used one first.
 
 use std::collections::{BTreeMap, HashMap};
 
 use sha2::{Digest, Sha256};
 
-/// Names the contents of a full page: SHA-256 over the parent page's hash and this page's token ids. Cache rows
-/// depend on every token before them, so equal hashes mean equal rows; a cryptographic hash, because a collision
-/// would give one caller an answer about another caller's prompt.
+/// Names the contents of a full page: SHA-256 over the parent page's hash and this page's token ids. Cache
+/// rows depend on every token before them, so equal hashes mean equal rows; a cryptographic hash, because a
+/// collision would give one caller an answer about another caller's prompt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct PageHash([u8; 32]);
 
@@ -18,7 +19,8 @@ impl PageHash {
     /// The hash of the page that holds `tokens` behind `parent` (`None` for a sequence's first page).
     pub(super) fn new(parent: Option<&PageHash>, tokens: &[u32]) -> Self {
         let mut hasher = Sha256::new();
-        // A first page hashes no parent; all pages of a model are equally long, so lengths keep the two apart.
+        // A first page hashes no parent; all pages of a model are equally long, so lengths keep the two
+        // apart.
         if let Some(PageHash(parent)) = parent {
             hasher.update(parent);
         }
@@ -130,8 +132,8 @@ impl BlockManager {
         Some(number)
     }
 
-    /// Makes a held page, all of whose rows are computed, findable by its contents. When another page already holds
-    /// the same contents, that one stays the one that is found.
+    /// Makes a held page, all of whose rows are computed, findable by its contents. When another page already
+    /// holds the same contents, that one stays the one that is found.
     pub(super) fn publish(&mut self, page: u32, hash: PageHash) {
         if let std::collections::hash_map::Entry::Vacant(entry) = self.by_hash.entry(hash) {
             entry.insert(page);
@@ -139,8 +141,8 @@ impl BlockManager {
         }
     }
 
-    /// Gives back one reference to each of a sequence's pages. The last page becomes idle first: a prefix without its
-    /// end is still of use, an end without its prefix never is.
+    /// Gives back one reference to each of a sequence's pages. The last page becomes idle first: a prefix
+    /// without its end is still of use, an end without its prefix never is.
     pub(super) fn release(&mut self, pages: Vec<u32>) {
         for number in pages.into_iter().rev() {
             let page = &mut self.pages[number as usize];

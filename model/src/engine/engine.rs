@@ -23,8 +23,8 @@ use super::validate;
 /// How an engine is run; what the model was built for bounds all of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EngineOptions {
-    /// Requests that may wait for their first step; one more is refused with [`SubmitError::QueueFull`]. Preempted
-    /// requests wait beside them. At least 1.
+    /// Requests that may wait for their first step; one more is refused with [`SubmitError::QueueFull`].
+    /// Preempted requests wait beside them. At least 1.
     pub max_waiting: usize,
     /// Ids that end a generation. Ids outside the vocabulary are ignored.
     pub eos_token_ids: Vec<u32>,
@@ -50,8 +50,8 @@ impl Default for EngineOptions {
 
 /// Continuous batching over a [`StepModel`], on a thread of its own.
 ///
-/// Dropping the last handle without [`shutdown`](EngineHandle::shutdown) lets the requests that are there finish and
-/// then ends the thread.
+/// Dropping the last handle without [`shutdown`](EngineHandle::shutdown) lets the requests that are there
+/// finish and then ends the thread.
 #[derive(Debug)]
 pub struct Engine {
     limits: StepLimits,
@@ -64,8 +64,8 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts the thread that steps `model`. Should the system refuse a thread, the engine is stopped from the
-    /// start ([`EngineHandle::is_alive`]) and the log says why.
+    /// Starts the thread that steps `model`. Should the system refuse a thread, the engine is stopped from
+    /// the start ([`EngineHandle::is_alive`]) and the log says why.
     pub fn start(model: Box<dyn StepModel>, options: EngineOptions) -> EngineHandle {
         let limits = model.limits();
         let EngineOptions {

@@ -1,4 +1,5 @@
-//! The engine as its callers hold it: submit, watch, stop. Cheap to clone, usable from any thread or async task.
+//! The engine as its callers hold it: submit, watch, stop. Cheap to clone, usable from any thread or async
+//! task.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,8 +12,8 @@ use super::stats::EngineStats;
 
 /// What an engine thread offers to its handle. One implementation drives a model; tests may bring their own.
 pub trait EngineBackend: Send + Sync {
-    /// Queues `request`; its events go to the returned receiver. Setting `cancelled` (or dropping the receiver) frees
-    /// everything it holds within one step.
+    /// Queues `request`; its events go to the returned receiver. Setting `cancelled` (or dropping the
+    /// receiver) frees everything it holds within one step.
     ///
     /// # Errors
     /// [`SubmitError`], without any side effect.
@@ -28,11 +29,12 @@ pub trait EngineBackend: Send + Sync {
     /// The longest context (prompt and output) that is served.
     fn max_model_len(&self) -> usize;
 
-    /// Takes no new requests from now on, lets the running ones finish for at most `grace`, fails the rest, and
-    /// returns when the engine thread has ended. Calling it twice is harmless.
+    /// Takes no new requests from now on, lets the running ones finish for at most `grace`, fails the rest,
+    /// and returns when the engine thread has ended. Calling it twice is harmless.
     fn shutdown(&self, grace: Duration);
 
-    /// Whether the engine thread still runs; false after shutdown or after a failure that it could not survive.
+    /// Whether the engine thread still runs; false after shutdown or after a failure that it could not
+    /// survive.
     fn is_alive(&self) -> bool;
 }
 

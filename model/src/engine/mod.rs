@@ -1,8 +1,8 @@
 //! The engine: continuous batching over a model.
 //!
-//! `engine` is the thread and the handle's side of it, `batching` what it does between two steps, `scheduler` the
-//! decision who computes how much, `block_manager` the pages, `sequence` a request on its way, `stop` when it ends,
-//! `validate` whether it may begin. The model is seen through [`StepModel`] alone.
+//! `engine` is the thread and the handle's side of it, `batching` what it does between two steps, `scheduler`
+//! the decision who computes how much, `block_manager` the pages, `sequence` a request on its way, `stop`
+//! when it ends, `validate` whether it may begin. The model is seen through [`StepModel`] alone.
 
 mod batching;
 mod block_manager;

@@ -9,7 +9,8 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// How tokens are chosen.
     pub sampling: SamplingParams,
-    /// Tokens to generate at most. 0 only makes sense with `prompt_logprobs`: the prompt is scored, nothing is generated.
+    /// Tokens to generate at most. 0 only makes sense with `prompt_logprobs`: the prompt is scored, nothing
+    /// is generated.
     pub max_tokens: usize,
     /// End-of-sequence ids and `stop_token_ids` are not chosen before this many tokens.
     pub min_tokens: usize,
@@ -52,12 +53,13 @@ pub struct Usage {
     pub cached_tokens: usize,
 }
 
-/// What a request's stream yields, in order: `Started` (once, when it leaves the queue for the first time; one that
-/// fails before has none), `Prompt` (only when asked for), any number of `Token`, then exactly one of `Finished` and
-/// `Failed`.
+/// What a request's stream yields, in order: `Started` (once, when it leaves the queue for the first time;
+/// one that fails before has none), `Prompt` (only when asked for), any number of `Token`, then exactly one
+/// of `Finished` and `Failed`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// The request left the waiting queue. A caller that stops reading early (a stop string) has the number from here.
+    /// The request left the waiting queue. A caller that stops reading early (a stop string) has the number
+    /// from here.
     Started {
         /// Prompt tokens whose cache rows were found in the prefix cache.
         cached_tokens: usize,
@@ -101,8 +103,8 @@ pub enum SubmitError {
     Invalid(String),
     /// Prompt and `max_tokens` (or the prompt alone) do not fit the context.
     #[error(
-        "this model's maximum context length is {max_model_len} tokens, but {prompt_tokens} in the prompt and {max_tokens} \
-         to generate were asked for"
+        "this model's maximum context length is {max_model_len} tokens, but {prompt_tokens} in the prompt and \
+         {max_tokens} to generate were asked for"
     )]
     TooLong {
         /// Tokens of the prompt.

@@ -1,8 +1,8 @@
 //! Who computes how much in the next step.
 //!
-//! Sequences run in the order in which they came: every running sequence came before every waiting one, and when pages
-//! run out it is the youngest running one that goes back to the head of the queue and is recomputed later. So the
-//! oldest always makes progress, and nobody starves.
+//! Sequences run in the order in which they came: every running sequence came before every waiting one, and
+//! when pages run out it is the youngest running one that goes back to the head of the queue and is
+//! recomputed later. So the oldest always makes progress, and nobody starves.
 
 use std::collections::VecDeque;
 
@@ -31,7 +31,8 @@ pub(super) struct Scheduler {
 }
 
 impl Scheduler {
-    /// An empty scheduler. Nobody is started without a row to spare, so `max_batch_tokens` also bounds who runs.
+    /// An empty scheduler. Nobody is started without a row to spare, so `max_batch_tokens` also bounds who
+    /// runs.
     pub(super) fn new(
         max_batch_tokens: usize,
         max_running: usize,
@@ -52,8 +53,8 @@ impl Scheduler {
         }
     }
 
-    /// Decides on a step: fills [`chunks`](Self::chunks). Decodes come first, then the prompts of running sequences,
-    /// oldest first, then new sequences from the queue, as far as tokens and pages go.
+    /// Decides on a step: fills [`chunks`](Self::chunks). Decodes come first, then the prompts of running
+    /// sequences, oldest first, then new sequences from the queue, as far as tokens and pages go.
     pub(super) fn schedule(&mut self) {
         self.chunks.clear();
         self.chunks.resize(self.running.len(), 0);
@@ -107,9 +108,9 @@ impl Scheduler {
         }
     }
 
-    /// Gets pages for up to `wanted` (at least one) more tokens of a running sequence and says for how many there are
-    /// pages. Preempts younger sequences only when there would be none; 0 when there is no younger one, and it waits
-    /// for the older ones to finish.
+    /// Gets pages for up to `wanted` (at least one) more tokens of a running sequence and says for how many
+    /// there are pages. Preempts younger sequences only when there would be none; 0 when there is no younger
+    /// one, and it waits for the older ones to finish.
     fn reserve(&mut self, index: usize, wanted: usize) -> usize {
         loop {
             let covered = self.grow(index, wanted);
@@ -148,9 +149,9 @@ impl Scheduler {
         }
     }
 
-    /// Starts waiting sequences, strictly in order, while there are tokens in the budget and pages for all that is known
-    /// of them. What the running ones still need, and one page more for each to grow, is not there for newcomers:
-    /// starting one that must be preempted soon after would be work for nothing.
+    /// Starts waiting sequences, strictly in order, while there are tokens in the budget and pages for all
+    /// that is known of them. What the running ones still need, and one page more for each to grow, is not
+    /// there for newcomers: starting one that must be preempted soon after would be work for nothing.
     fn admit(&mut self, mut budget: usize) {
         let page_size = self.blocks.page_size();
         let owed_to = |sequence: &Sequence| {

@@ -34,13 +34,15 @@ pub(super) struct Sequence {
     pub(super) pages: Vec<u32>,
     /// Leading pages that the prefix cache knows about.
     pub(super) published: usize,
-    /// Hashes of leading full pages, as far as they were needed. Tokens never change, so these outlive preemption.
+    /// Hashes of leading full pages, as far as they were needed. Tokens never change, so these outlive
+    /// preemption.
     page_hashes: Vec<PageHash>,
     /// Whether it has ever held pages; only then does it no longer count against the waiting queue's bound.
     pub(super) admitted: bool,
     /// Prompt tokens found in the prefix cache when it was first admitted.
     pub(super) cached_tokens: usize,
-    /// Prompt tokens that the counters know as computed or cached: recomputing after a preemption counts nothing.
+    /// Prompt tokens that the counters know as computed or cached: recomputing after a preemption counts
+    /// nothing.
     pub(super) prompt_counted: usize,
     /// Set when it has ended by itself.
     pub(super) finished: Option<FinishReason>,
@@ -104,8 +106,8 @@ impl Sequence {
         self.tokens.len() - self.prompt.len()
     }
 
-    /// Tokens whose rows are still to be computed. One for a sequence that decodes, more in its prompt (or while it is
-    /// recomputed).
+    /// Tokens whose rows are still to be computed. One for a sequence that decodes, more in its prompt (or
+    /// while it is recomputed).
     pub(super) fn remaining(&self) -> usize {
         self.tokens.len() - self.num_computed
     }
@@ -129,8 +131,8 @@ impl Sequence {
         }
     }
 
-    /// Hashes of the leading full pages that may be taken from the prefix cache: the last token is always computed, for
-    /// the logits behind it, and so is every prompt token whose successor is not scored yet.
+    /// Hashes of the leading full pages that may be taken from the prefix cache: the last token is always
+    /// computed, for the logits behind it, and so is every prompt token whose successor is not scored yet.
     pub(super) fn reusable_hashes(&mut self, page_size: usize) -> &[PageHash] {
         let mut reusable = self.len() - 1;
         if let Some(scores) = &self.scores {
@@ -154,7 +156,8 @@ impl Sequence {
         }
     }
 
-    /// The prompt tokens that the next `chunk` tokens score: the row of token `i` gives the logits of token `i + 1`.
+    /// The prompt tokens that the next `chunk` tokens score: the row of token `i` gives the logits of token
+    /// `i + 1`.
     fn scored_by(&self, chunk: usize) -> Range<usize> {
         let Some(scores) = &self.scores else { return 0..0 };
         let first = scores.entries.len();
@@ -166,8 +169,8 @@ impl Sequence {
         self.num_computed + chunk == self.len() && !self.stop.generates_nothing()
     }
 
-    /// Appends what is wanted from the rows of the next `chunk` tokens, in order; `first_row` is the chunk's first row
-    /// in the batch.
+    /// Appends what is wanted from the rows of the next `chunk` tokens, in order; `first_row` is the chunk's
+    /// first row in the batch.
     pub(super) fn push_targets(&self, chunk: usize, first_row: usize, targets: &mut Vec<SampleTarget>) {
         for token in self.scored_by(chunk) {
             targets.push(SampleTarget {
@@ -196,8 +199,9 @@ impl Sequence {
         }
     }
 
-    /// Takes in what came out of the targets that [`push_targets`](Self::push_targets) named for `chunk`, and moves on by
-    /// `chunk`. Appends the events that follow from it, the end excepted: that is [`finished`](Self::finished).
+    /// Takes in what came out of the targets that [`push_targets`](Self::push_targets) named for `chunk`, and
+    /// moves on by `chunk`. Appends the events that follow from it, the end excepted: that is
+    /// [`finished`](Self::finished).
     pub(super) fn take_results(
         &mut self,
         chunk: usize,

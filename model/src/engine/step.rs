@@ -8,7 +8,8 @@ use super::request::TokenLogprobs;
 
 /// A model that can be stepped: weights, paged caches and sampler, on however many ranks.
 ///
-/// The engine owns the cache's pages by number (`0..num_pages`); the model only follows the batch's block tables.
+/// The engine owns the cache's pages by number (`0..num_pages`); the model only follows the batch's block
+/// tables.
 pub trait StepModel: Send {
     /// Runs one step on all ranks: writes the batch's cache rows and returns one result per target, in order.
     ///
@@ -25,7 +26,8 @@ pub trait StepModel: Send {
 pub struct Step {
     /// The new tokens of every sequence that takes part.
     pub batch: Batch,
-    /// The rows whose logits are wanted, in ascending order of `row`; empty when every sequence is in mid-prompt.
+    /// The rows whose logits are wanted, in ascending order of `row`; empty when every sequence is in
+    /// mid-prompt.
     pub targets: Vec<SampleTarget>,
 }
 

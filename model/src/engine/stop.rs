@@ -44,8 +44,8 @@ impl StopConditions {
         Arc::clone(&self.nothing)
     }
 
-    /// Whether `token`, the `generated`-th one (counted from 1), was the last. A stop id that is also the last
-    /// allowed token counts as a stop.
+    /// Whether `token`, the `generated`-th one (counted from 1), was the last. A stop id that is also the
+    /// last allowed token counts as a stop.
     pub(super) fn reached(&self, token: u32, generated: usize) -> Option<FinishReason> {
         if self.stop_ids.contains(&token) {
             Some(FinishReason::Stop)

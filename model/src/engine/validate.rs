@@ -1,4 +1,5 @@
-//! What a request must satisfy before it may wait: everything that could go wrong later is refused here, by name.
+//! What a request must satisfy before it may wait: everything that could go wrong later is refused here, by
+//! name.
 
 use dsa80_reference::SamplingParams;
 
@@ -35,7 +36,7 @@ fn check_lengths(request: &Request, limits: &StepLimits) -> Result<(), SubmitErr
     let max_tokens = request.max_tokens;
     if max_tokens == 0 && request.prompt_logprobs.is_none() {
         return invalid(
-            "`max_tokens` is 0, expected at least 1 (0 is possible with `prompt_logprobs`, which scores the prompt)",
+            "`max_tokens` is 0, expected at least 1 (or 0 with `prompt_logprobs`, which scores the prompt)",
         );
     }
     if prompt_tokens.saturating_add(max_tokens) > limits.max_model_len {
@@ -47,8 +48,8 @@ fn check_lengths(request: &Request, limits: &StepLimits) -> Result<(), SubmitErr
     let pages = rows.div_ceil(limits.page_size);
     if pages > limits.num_pages {
         return invalid(format!(
-            "{prompt_tokens} prompt tokens and {max_tokens} `max_tokens` need {pages} cache pages of {} tokens, but \
-             the cache has {}; ask for less, or start the engine with more pages",
+            "{prompt_tokens} prompt tokens and {max_tokens} `max_tokens` need {pages} cache pages of {} tokens, \
+             but the cache has {}; ask for less, or start the engine with more pages",
             limits.page_size, limits.num_pages
         ));
     }
@@ -88,8 +89,8 @@ fn check_min_tokens(
         banned.dedup();
         if banned.len() == limits.vocab_size {
             return invalid(format!(
-                "`min_tokens` is {min_tokens}, but `stop_token_ids` and the end-of-sequence ids cover the whole \
-                 vocabulary, so that no token may come first"
+                "`min_tokens` is {min_tokens}, but `stop_token_ids` and the end-of-sequence ids cover the \
+                 whole vocabulary, so that no token may come first"
             ));
         }
     }
@@ -258,8 +259,8 @@ mod tests {
         assert_eq!(check(&with(18), &LIMITS, &[0]), Ok(()));
         assert_eq!(
             message(with(19)),
-            "3 prompt tokens and 19 `max_tokens` need 6 cache pages of 4 tokens, but the cache has 5; ask for less, \
-             or start the engine with more pages"
+            "3 prompt tokens and 19 `max_tokens` need 6 cache pages of 4 tokens, but the cache has 5; ask for \
+             less, or start the engine with more pages"
         );
     }
 }

@@ -62,7 +62,8 @@ fn failure(stream: EventStream) -> String {
     }
 }
 
-/// Submits until the engine drains; the requests that were taken before that. The model stands still meanwhile.
+/// Submits until the engine drains; the requests that were taken before that. The model stands still
+/// meanwhile.
 fn submit_until_refused(engine: &EngineHandle) -> Vec<EventStream> {
     let mut taken = Vec::new();
     loop {

@@ -1,5 +1,5 @@
-//! A model whose cache holds tokens. Every step is checked against the contract, every visible slot against the
-//! sequence that it should belong to; what comes next is a function of the whole visible context.
+//! A model whose cache holds tokens. Every step is checked against the contract, every visible slot against
+//! the sequence that it should belong to; what comes next is a function of the whole visible context.
 
 use std::collections::HashMap;
 use std::sync::mpsc::{Receiver, Sender};

@@ -136,7 +136,8 @@ impl Client {
         }
     }
 
-    /// Requires the events that the model's definition gives for the request, whatever the engine did meanwhile.
+    /// Requires the events that the model's definition gives for the request, whatever the engine did
+    /// meanwhile.
     fn assert_expected(&mut self) {
         let expected = mock::expected(&self.request, &EOS, limits().vocab_size);
         assert_eq!(without_cached(self.read()), expected, "for {:?}", self.request);
