@@ -55,9 +55,8 @@ impl Batching {
         if self.is_idle() {
             return Ok(None);
         }
-        let admissions = self.scheduler.admissions;
         self.scheduler.schedule();
-        self.left_queue += self.scheduler.admissions - admissions;
+        self.welcome_newcomers();
         let scheduler = &self.scheduler;
         let mut step = Step::default();
         let mut slices = Vec::with_capacity(scheduler.running.len());
@@ -79,6 +78,19 @@ impl Batching {
         step.batch = Batch::new(scheduler.blocks.page_size(), &slices)
             .map_err(|error| StepError(format!("the step could not be described: {error}")))?;
         Ok(Some(step))
+    }
+
+    /// Counts and tells those who run for the first time.
+    fn welcome_newcomers(&mut self) {
+        for sequence in self.scheduler.running.iter_mut().filter(|sequence| !sequence.admitted) {
+            let cached_tokens = sequence.num_computed;
+            sequence.admitted = true;
+            sequence.cached_tokens = cached_tokens;
+            sequence.prompt_counted = cached_tokens;
+            self.left_queue += 1;
+            self.counters.cached_tokens += cached_tokens as u64;
+            self.outbox.push((sequence.events.clone(), Event::Started { cached_tokens }));
+        }
     }
 
     /// Takes in the results of the step that [`next_step`](Self::next_step) described, one per target.
@@ -158,7 +170,6 @@ impl Batching {
             pages_total: blocks.total(),
             pages_used: blocks.total() - blocks.available(),
             pages_cached: blocks.idle(),
-            cached_tokens: scheduler.cached_tokens,
             preemptions: scheduler.preemptions,
             ..self.counters
         }

@@ -247,6 +247,7 @@ impl Worker {
             }
             let step = self.batching.next_step()?;
             self.publish();
+            self.batching.send_events();
             if let Some(step) = step {
                 let targets = step.targets.len();
                 let sampled = self.model.step(Arc::new(step))?;

@@ -103,8 +103,8 @@ pub enum SubmitError {
     Invalid(String),
     /// Prompt and `max_tokens` (or the prompt alone) do not fit the context.
     #[error(
-        "this model's maximum context length is {max_model_len} tokens, but {prompt_tokens} in the prompt and \
-         {max_tokens} to generate were asked for"
+        "this model's maximum context length is {max_model_len} tokens, but {prompt_tokens} in the prompt \
+         and {max_tokens} to generate were asked for"
     )]
     TooLong {
         /// Tokens of the prompt.

@@ -24,10 +24,6 @@ pub(super) struct Scheduler {
     pub(super) chunks: Vec<usize>,
     /// Sequences put back into the queue so far.
     pub(super) preemptions: u64,
-    /// Sequences admitted for the first time so far.
-    pub(super) admissions: usize,
-    /// Prompt tokens that those found in the prefix cache.
-    pub(super) cached_tokens: u64,
 }
 
 impl Scheduler {
@@ -48,8 +44,6 @@ impl Scheduler {
             running: Vec::new(),
             chunks: Vec::new(),
             preemptions: 0,
-            admissions: 0,
-            cached_tokens: 0,
         }
     }
 
@@ -171,13 +165,6 @@ impl Scheduler {
             sequence.pages = shared;
             sequence.published = sequence.pages.len();
             sequence.num_computed = sequence.pages.len() * page_size;
-            if !sequence.admitted {
-                sequence.admitted = true;
-                sequence.cached_tokens = sequence.num_computed;
-                sequence.prompt_counted = sequence.num_computed;
-                self.admissions += 1;
-                self.cached_tokens += sequence.num_computed as u64;
-            }
             let wanted = sequence.remaining().min(budget);
             self.running.push(sequence);
             let index = self.running.len() - 1;

@@ -48,8 +48,8 @@ fn check_lengths(request: &Request, limits: &StepLimits) -> Result<(), SubmitErr
     let pages = rows.div_ceil(limits.page_size);
     if pages > limits.num_pages {
         return invalid(format!(
-            "{prompt_tokens} prompt tokens and {max_tokens} `max_tokens` need {pages} cache pages of {} tokens, \
-             but the cache has {}; ask for less, or start the engine with more pages",
+            "{prompt_tokens} prompt tokens and {max_tokens} `max_tokens` need {pages} cache pages of {} \
+             tokens, but the cache has {}; ask for less, or start the engine with more pages",
             limits.page_size, limits.num_pages
         ));
     }
@@ -259,8 +259,8 @@ mod tests {
         assert_eq!(check(&with(18), &LIMITS, &[0]), Ok(()));
         assert_eq!(
             message(with(19)),
-            "3 prompt tokens and 19 `max_tokens` need 6 cache pages of 4 tokens, but the cache has 5; ask for \
-             less, or start the engine with more pages"
+            "3 prompt tokens and 19 `max_tokens` need 6 cache pages of 4 tokens, but the cache has 5; \
+             ask for less, or start the engine with more pages"
         );
     }
 }

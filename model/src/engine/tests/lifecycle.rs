@@ -255,6 +255,8 @@ fn a_failing_step_fails_everything_and_stops_the_engine() {
             let events = collect(stream);
             assert_eq!(events.last(), Some(&Event::Failed(message.into())));
             assert_eq!(tokens(&events).len(), [4, 3, 0, 0][index], "{fault:?}");
+            let started = matches!(events[0], Event::Started { .. });
+            assert_eq!(started, index < 2, "who only waited was never started");
             assert!(!engine.is_alive(), "who sees the failure sees the engine dead");
         }
         assert_eq!(engine.submit(request([2], 4)).unwrap_err(), SubmitError::ShuttingDown);
@@ -269,6 +271,14 @@ fn without_handles_the_engine_finishes_what_it_has() {
     let asked = request([2, 3], 9);
     let stream = start(MockModel::new(limits())).submit(asked.clone()).unwrap();
     assert_served(&asked, stream);
+}
+
+#[test]
+fn started_comes_before_the_first_step_is_done() {
+    let gated = Gated::start();
+    let mut stream = gated.engine.submit(request([2], 3)).unwrap();
+    gated.wait_for_step();
+    assert_eq!(stream.next_blocking(), Some(Event::Started { cached_tokens: 0 }));
 }
 
 #[test]

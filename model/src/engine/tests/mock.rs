@@ -167,7 +167,7 @@ impl StepModel for MockModel {
 
 /// The events of `request` by definition: no cache, no batch, no engine. Cached tokens are 0.
 pub(super) fn expected(request: &Request, eos: &[u32], vocab_size: usize) -> Vec<Event> {
-    let mut events = Vec::new();
+    let mut events = vec![Event::Started { cached_tokens: 0 }];
     let contexts: Vec<u64> = request
         .prompt
         .iter()

@@ -90,7 +90,7 @@ fn generated_tokens_carry_logprobs_only_when_asked() {
 fn a_scored_prompt_comes_before_the_first_token() {
     // 21 tokens: three chunks of the budget of 8.
     let mut client = run(Request { prompt_logprobs: Some(2), ..request(2..23, 4) });
-    let Event::Prompt(scores) = &client.read()[0] else { panic!("{:?}", client.events) };
+    let Event::Prompt(scores) = &client.read()[1] else { panic!("{:?}", client.events) };
     assert_eq!(scores.len(), 21);
     assert_eq!(scores.iter().position(Option::is_none), Some(0));
     assert!(scores[1..].iter().all(Option::is_some));
@@ -103,7 +103,7 @@ fn a_prompt_can_be_scored_without_generating() {
         let mut client = run(Request { prompt_logprobs: Some(0), ..request(prompt, 0) });
         assert!(matches!(
             client.read(),
-            [Event::Prompt(_), Event::Finished { reason: FinishReason::Length, .. }]
+            [Event::Started { .. }, Event::Prompt(_), Event::Finished { reason: FinishReason::Length, .. }]
         ));
     }
 }
