@@ -13,7 +13,7 @@ use crate::error::Result;
 const HEAD_GROUP: usize = 8;
 
 /// Selected rows that all heads of a group read before the next: they stay in the nearest cache meanwhile.
-const ROW_BLOCK: usize = 32;
+const ROW_BLOCK: usize = 16;
 
 pub(super) fn sparse_mla<F: Real>(
     cpu: &Cpu<F>,

@@ -10,15 +10,15 @@ use super::Real;
 pub(crate) const LANES: usize = 8;
 
 /// `sum_i x[i] * widen(w[i])`; `x` and `w` have the same length.
-#[inline]
+#[inline(always)]
 pub(crate) fn dot<F: Real, W: Copy>(x: &[F], w: &[W], widen: impl Fn(W) -> F) -> F {
     debug_assert_eq!(x.len(), w.len());
     let mut lanes = [F::zero(); LANES];
     let (x, x_tail) = x.as_chunks::<LANES>();
     let (w, w_tail) = w.as_chunks::<LANES>();
     for (x, w) in x.iter().zip(w) {
-        for lane in 0..LANES {
-            lanes[lane] += x[lane] * widen(w[lane]);
+        for ((lane, &x), &w) in lanes.iter_mut().zip(x).zip(w) {
+            *lane += x * widen(w);
         }
     }
     for (lane, (&x, &w)) in lanes.iter_mut().zip(x_tail.iter().zip(w_tail)) {
@@ -28,21 +28,20 @@ pub(crate) fn dot<F: Real, W: Copy>(x: &[F], w: &[W], widen: impl Fn(W) -> F) ->
 }
 
 /// Four [`dot`]s against the same `x`, each with the bits of the single one; `x` is loaded once.
-#[inline]
+#[inline(always)]
 pub(crate) fn dot4<F: Real>(x: &[F], w: [&[F]; 4]) -> [F; 4] {
     let mut lanes = [[F::zero(); LANES]; 4];
     let (x, x_tail) = x.as_chunks::<LANES>();
-    let [(w0, t0), (w1, t1), (w2, t2), (w3, t3)] = w.map(|w| w.as_chunks::<LANES>());
-    for ((((x, w0), w1), w2), w3) in x.iter().zip(w0).zip(w1).zip(w2).zip(w3) {
-        for lane in 0..LANES {
-            lanes[0][lane] += x[lane] * w0[lane];
-            lanes[1][lane] += x[lane] * w1[lane];
-            lanes[2][lane] += x[lane] * w2[lane];
-            lanes[3][lane] += x[lane] * w3[lane];
+    let w = w.map(|w| w[..LANES * x.len() + x_tail.len()].as_chunks::<LANES>());
+    for (i, x) in x.iter().enumerate() {
+        for (lanes, w) in lanes.iter_mut().zip(&w) {
+            for ((lane, &x), &w) in lanes.iter_mut().zip(x).zip(&w.0[i]) {
+                *lane += x * w;
+            }
         }
     }
-    for (lanes, tail) in lanes.iter_mut().zip([t0, t1, t2, t3]) {
-        for (lane, (&x, &w)) in lanes.iter_mut().zip(x_tail.iter().zip(tail)) {
+    for (lanes, w) in lanes.iter_mut().zip(&w) {
+        for (lane, (&x, &w)) in lanes.iter_mut().zip(x_tail.iter().zip(w.1)) {
             *lane += x * w;
         }
     }
@@ -50,13 +49,13 @@ pub(crate) fn dot4<F: Real>(x: &[F], w: [&[F]; 4]) -> [F; 4] {
 }
 
 /// `sum_i f(x[i])`.
-#[inline]
+#[inline(always)]
 pub(crate) fn sum<F: Real>(x: &[F], f: impl Fn(F) -> F) -> F {
     let mut lanes = [F::zero(); LANES];
     let (x, tail) = x.as_chunks::<LANES>();
     for x in x {
-        for lane in 0..LANES {
-            lanes[lane] += f(x[lane]);
+        for (lane, &x) in lanes.iter_mut().zip(x) {
+            *lane += f(x);
         }
     }
     for (lane, &x) in lanes.iter_mut().zip(tail) {
@@ -69,7 +68,7 @@ pub(crate) fn sum<F: Real>(x: &[F], f: impl Fn(F) -> F) -> F {
 /// `out`.
 ///
 /// `row(j)` is the row of `a[j]`, as long as `out`.
-#[inline]
+#[inline(always)]
 pub(crate) fn add_rows<'w, F: Real, W: Copy + 'w>(
     out: &mut [F],
     a: &[F],
@@ -93,6 +92,8 @@ pub(crate) fn add_rows<'w, F: Real, W: Copy + 'w>(
     }
 }
 
+/// A call on purpose: inlined, the tree leads LLVM to keep the sums of the loop before it as scalars.
+#[inline(never)]
 pub(crate) fn join<F: Real>(l: [F; LANES]) -> F {
     ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]))
 }
