@@ -1,6 +1,8 @@
 //! `absorb_query` and `absorb_output`: MLA's key and value up-projections, moved from the cache to the query
 //! and the output.
 
+use multiversion::multiversion;
+
 use super::checks::Check;
 use super::parallel::for_rows;
 use super::tensor::Storage;
@@ -65,8 +67,7 @@ pub(super) fn absorb_query<F: Real>(
             let (q_nope, q_rope) = q[i * q_width..][..q_width].split_at(nope);
             let head = &weights[(i % heads) * rows * rank..][..rows * rank];
             let (latent, rotary) = out.split_at_mut(rank);
-            latent.fill(F::zero());
-            add_rows(latent, q_nope, |n| &head[n * rank..][..rank], widen);
+            combine(latent, q_nope, head, widen);
             latent.iter_mut().for_each(|x| *x = cpu.act(*x));
             rotary.copy_from_slice(q_rope);
         });
@@ -97,12 +98,28 @@ pub(super) fn absorb_output<F: Real>(
         for_rows(out, v, tokens * heads * v * rank, |i, out| {
             let o = &o[i * rank..][..rank];
             let head = &weights[((i % heads) * rows + nope) * rank..][..v * rank];
-            for (j, out) in out.iter_mut().enumerate() {
-                *out = cpu.act(dot(o, &head[j * rank..][..rank], widen));
-            }
+            project(out, o, head, widen);
+            out.iter_mut().for_each(|x| *x = cpu.act(*x));
         });
     });
     Ok(())
+}
+
+/// `out = sum_n a[n] * rows[n]`; `rows` has at least as many rows, each as long as `out`.
+#[multiversion(targets("x86_64+avx2"))]
+fn combine<F: Real, W: Copy>(out: &mut [F], a: &[F], rows: &[W], widen: impl Fn(W) -> F) {
+    let width = out.len();
+    out.fill(F::zero());
+    add_rows(out, a, |n| &rows[n * width..][..width], widen);
+}
+
+/// `out[j] = rows[j] . x`, each row as long as `x`.
+#[multiversion(targets("x86_64+avx2"))]
+fn project<F: Real, W: Copy>(out: &mut [F], x: &[F], rows: &[W], widen: impl Fn(W) -> F) {
+    let width = x.len();
+    for (j, out) in out.iter_mut().enumerate() {
+        *out = dot(x, &rows[j * width..][..width], &widen);
+    }
 }
 
 #[cfg(test)]

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use multiversion::multiversion;
+
 use super::checks::Check;
 use super::paged::PagedRows;
 use super::parallel::for_rows;
@@ -11,7 +13,7 @@ use crate::batch::Batch;
 use crate::error::Result;
 
 /// Positions that a thread takes at a time: a single row with a long context is shared out as well.
-const BLOCK: usize = 256;
+const BLOCK: usize = 128;
 
 pub(super) fn indexer_logits<F: Real>(
     _cpu: &Cpu<F>,
@@ -50,29 +52,36 @@ pub(super) fn indexer_logits<F: Real>(
         let weights = &weights[t * heads..][..heads];
         for_rows(&mut logits[..visible], BLOCK, visible * ops_per_key, |block, logits| {
             let start = block * BLOCK;
-            let (fours, rest) = logits.as_chunks_mut::<4>();
-            for (i, four) in fours.iter_mut().enumerate() {
-                let keys = [0, 1, 2, 3].map(|j| keys.row(t, start + 4 * i + j));
-                let mut sums = [F::zero(); 4];
-                for (h, &weight) in weights.iter().enumerate() {
-                    let dots = dot4(&q[h * width..][..width], keys);
-                    for (sum, dot) in sums.iter_mut().zip(dots) {
-                        *sum += weight * relu(dot);
-                    }
-                }
-                *four = sums.map(|sum| sum * scale);
-            }
-            for (i, logit) in rest.iter_mut().enumerate() {
-                let key = keys.row(t, start + 4 * fours.len() + i);
-                let mut sum = F::zero();
-                for (h, &weight) in weights.iter().enumerate() {
-                    sum += weight * relu(dot(&q[h * width..][..width], key, |x| x));
-                }
-                *logit = sum * scale;
-            }
+            score(q, weights, |i| keys.row(t, start + i), scale, logits);
         });
     });
     Ok(())
+}
+
+/// The scores of one token for the keys `key(0)`, `key(1)`, ...; `q` `[HI, D]`, `weights` `[HI]`.
+#[multiversion(targets("x86_64+avx2"))]
+fn score<'k, F: Real>(q: &[F], weights: &[F], key: impl Fn(usize) -> &'k [F], scale: F, logits: &mut [F]) {
+    let width = q.len() / weights.len().max(1);
+    let (fours, rest) = logits.as_chunks_mut::<4>();
+    for (i, four) in fours.iter_mut().enumerate() {
+        let keys = [0, 1, 2, 3].map(|j| key(4 * i + j));
+        let mut sums = [F::zero(); 4];
+        for (h, &weight) in weights.iter().enumerate() {
+            let dots = dot4(&q[h * width..][..width], keys);
+            for (sum, dot) in sums.iter_mut().zip(dots) {
+                *sum += weight * relu(dot);
+            }
+        }
+        *four = sums.map(|sum| sum * scale);
+    }
+    for (i, logit) in rest.iter_mut().enumerate() {
+        let key = key(4 * fours.len() + i);
+        let mut sum = F::zero();
+        for (h, &weight) in weights.iter().enumerate() {
+            sum += weight * relu(dot(&q[h * width..][..width], key, |x| x));
+        }
+        *logit = sum * scale;
+    }
 }
 
 /// `max(x, 0)` that keeps NaN, so that a broken key ranks last instead of looking irrelevant.

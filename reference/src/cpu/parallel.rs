@@ -2,9 +2,9 @@
 
 use rayon::prelude::*;
 
-/// Multiply-adds below which one thread is faster: some 30 microseconds of work, several times what waking
-/// the pool costs. A decode step of a small model stays below it in most of its kernels.
-const PARALLEL_FROM: usize = 1 << 17;
+/// Multiply-adds below which one thread is faster: some 15 to 30 microseconds of work, several times what
+/// waking the pool costs. A decode step of a small model stays below it in most of its kernels.
+const PARALLEL_FROM: usize = 1 << 18;
 
 /// Multiply-adds that a task has at least, so that short rows are not handed out one by one.
 const TASK_FROM: usize = PARALLEL_FROM / 4;

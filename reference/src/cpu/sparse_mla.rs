@@ -1,5 +1,7 @@
 //! `sparse_mla`: attention over the selected latent rows.
 
+use multiversion::multiversion;
+
 use super::checks::Check;
 use super::paged::PagedRows;
 use super::parallel::for_rows;
@@ -71,6 +73,7 @@ pub(super) fn sparse_mla<F: Real>(
 }
 
 /// Attention of a group of heads over `rows`: `q` `[heads, width]`, `out` `[heads, rank]`.
+#[multiversion(targets("x86_64+avx2"))]
 fn attend<F: Real>(q: &[F], rows: &[&[F]], scale: F, out: &mut [F], rank: usize) {
     out.fill(F::zero());
     let Some(width) = rows.first().map(|row| row.len()) else { return };
