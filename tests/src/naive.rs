@@ -209,9 +209,11 @@ fn mixture(config: &ModelConfig, moe: &HostMoe, rows: &[Row], narrowest: &mut f6
     for (t, logits) in times(rows, &moe.gate).iter().enumerate() {
         let scores: Row = logits.iter().map(|logit| 1.0 / (1.0 + (-logit).exp())).collect();
         let biased: Row = scores.iter().zip(&bias).map(|(score, bias)| score + bias).collect();
+        // Which two of a group are its best does not matter, only their sum: a narrow choice is none.
+        let mut ignored = f64::INFINITY;
         let group_scores: Row = biased
             .chunks(group_size)
-            .map(|group| best(group, group_size.min(2), &mut f64::INFINITY).iter().map(|&e| group[e]).sum())
+            .map(|group| best(group, group_size.min(2), &mut ignored).iter().map(|&e| group[e]).sum())
             .collect();
         let groups = best(&group_scores, config.topk_group, narrowest);
         let allowed: Vec<usize> =
