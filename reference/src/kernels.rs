@@ -97,7 +97,7 @@ pub trait Kernels: Send + Sized {
     /// Uploads a layer's routed experts for `moe_int4`.
     ///
     /// # Errors
-    /// An expert with an unquantised projection, unequal dimensions or group sizes; memory.
+    /// Experts that [`HostExpert::fit_moe_int4`] denies or of unequal dimensions; memory.
     fn upload_experts_int4(&self, experts: Vec<HostExpert>) -> Result<Self::ExpertsInt4>;
 
     /// Uploads a layer's routed experts for `moe`.

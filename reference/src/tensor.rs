@@ -108,7 +108,7 @@ impl HostTensor {
 /// unpacking where the format allows (compressed-tensors stores exactly this).
 ///
 /// The weight is `w[o, i] = (q[o, i] - z[o, g]) * scale[o, g]` with `g = i / group_size`, `q` and `z` unsigned nibbles
-/// and the product exact (never rounded to bf16: at most 5 + 11 significant bits, so exact in f32).
+/// and the product never rounded to bf16: with bf16 or f16 scales it has at most 5 + 11 significant bits and is exact in f32.
 #[derive(Debug, Clone, PartialEq)]
 pub struct HostInt4 {
     /// Rows: output features.
@@ -150,7 +150,8 @@ impl HostInt4 {
         }
     }
 
-    /// The whole weight as f32, exactly. For load-time conversions and tests; kernels never call it.
+    /// The whole weight as f32: exactly with bf16 or f16 scales, rounded once with f32 ones. For load-time conversions and tests;
+    /// kernels never call it.
     pub fn dequantise(&self) -> HostTensor {
         let scales = self.scales.to_f32();
         let groups = self.groups();
@@ -197,9 +198,19 @@ pub struct HostExpert {
 }
 
 impl HostExpert {
-    /// Whether all three projections are INT4, so that `moe_int4` takes the expert.
-    pub fn is_int4(&self) -> bool {
-        [&self.gate_proj, &self.up_proj, &self.down_proj].iter().all(|w| matches!(w, HostLinear::Int4(_)))
+    /// Whether `moe_int4` takes these experts: every projection is INT4, with one group size for all gates and ups and one for all
+    /// downs (which differ where scales are per channel).
+    pub fn fit_moe_int4(experts: &[HostExpert]) -> bool {
+        let group_sizes = |expert: &HostExpert| {
+            let group_size = |weight: &HostLinear| match weight {
+                HostLinear::Dense(_) => None,
+                HostLinear::Int4(weight) => Some(weight.group_size),
+            };
+            let gate = group_size(&expert.gate_proj)?;
+            (group_size(&expert.up_proj)? == gate).then_some((gate, group_size(&expert.down_proj)?))
+        };
+        let Some(first) = experts.first().and_then(group_sizes) else { return false };
+        experts.iter().all(|expert| group_sizes(expert) == Some(first))
     }
 }
 

@@ -64,12 +64,19 @@ fn values(tensor: &HostTensor) -> Row {
 }
 
 fn matrix(weight: &HostLinear) -> Vec<Row> {
-    let dense = match weight {
-        HostLinear::Dense(tensor) => tensor.clone(),
-        HostLinear::Int4(packed) => packed.dequantise(),
-    };
-    let (_, columns) = weight.dims();
-    values(&dense).chunks(columns).map(<[f64]>::to_vec).collect()
+    let (rows, columns) = weight.dims();
+    match weight {
+        HostLinear::Dense(tensor) => values(tensor).chunks(columns).map(<[f64]>::to_vec).collect(),
+        HostLinear::Int4(packed) => {
+            let scales = values(&packed.scales);
+            let element = |o: usize, i: usize| {
+                let group = i / packed.group_size;
+                let centred = f64::from(packed.q(o, i)) - f64::from(packed.zero_point(o, group));
+                centred * scales[o * packed.groups() + group]
+            };
+            (0..rows).map(|o| (0..columns).map(|i| element(o, i)).collect()).collect()
+        }
+    }
 }
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {

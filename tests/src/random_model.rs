@@ -29,6 +29,8 @@ pub fn random_model() -> impl Strategy<Value = RandomModel> {
             let (index_heads, index_pass, index_topk, index_interleave) = indexer;
             let (n_group, group_size, shared, intermediate, norm) = experts;
             let rope = 2 * rope_pairs;
+            // A group is scored by the sum of its two best.
+            let group_size = if n_group > 1 { group_size + 1 } else { group_size };
             let indexer_types: Vec<_> = layers
                 .iter()
                 .enumerate()

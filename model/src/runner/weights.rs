@@ -1,6 +1,6 @@
 //! A rank's weights on a backend.
 
-use dsa80_reference::{HostLinear, Kernels, Result};
+use dsa80_reference::{HostExpert, HostLinear, Kernels, Result};
 
 use crate::weights::{HostAttention, HostEnds, HostIndexer, HostLayer, HostMlp, HostMoe, HostSwiGlu};
 
@@ -162,7 +162,7 @@ impl<K: Kernels> Moe<K> {
         Ok(Self {
             gate: Linear::upload(kernels, moe.gate)?,
             e_score_correction_bias: kernels.upload(moe.e_score_correction_bias)?,
-            experts: if moe.experts.iter().all(|expert| expert.is_int4()) {
+            experts: if HostExpert::fit_moe_int4(&moe.experts) {
                 Experts::Int4(kernels.upload_experts_int4(moe.experts)?)
             } else {
                 Experts::Mixed(kernels.upload_experts(moe.experts)?)

@@ -41,9 +41,10 @@ impl CpuExperts {
         upload(experts, "upload_experts")
     }
 
-    /// Refuses what `moe_int4` does not take: a dense projection, or group sizes that differ.
+    /// Refuses what `moe_int4` does not take: a dense projection, or group sizes that differ between experts or between gate and
+    /// up.
     pub(super) fn from_host_int4(experts: Vec<HostExpert>) -> Result<Self> {
-        let mut group_size = None;
+        let mut group_sizes = [None; 2];
         for (e, expert) in experts.iter().enumerate() {
             for (name, weight) in projections(expert) {
                 let refuse = |expected: String, found: String| Error::Value {
@@ -60,7 +61,8 @@ impl CpuExperts {
                         ));
                     }
                     HostLinear::Int4(weight) => {
-                        let first = *group_size.get_or_insert(weight.group_size);
+                        let of = &mut group_sizes[usize::from(name == "down_proj")];
+                        let first = *of.get_or_insert(weight.group_size);
                         if weight.group_size != first {
                             let found = format!("groups of {}", weight.group_size);
                             return Err(refuse(format!("groups of {first} as in expert 0"), found));
