@@ -187,7 +187,8 @@ mod tests {
 
     #[test]
     fn bits_depend_on_neither_neighbours_nor_threads() {
-        let (tokens, heads, nope, v, rope, rank) = (9, 3, 32, 24, 8, 64);
+        // Enough work to reach the pool.
+        let (tokens, heads, nope, v, rope, rank) = (9, 3, 64, 48, 8, 256);
         let (kv_b, _) = bf16_weight::<f32>(1, &[heads, nope + v, rank]);
         let q = randoms(2, tokens * heads * (nope + rope));
         let run = |tokens: usize, q: &[f64]| {

@@ -222,7 +222,8 @@ mod tests {
 
     #[test]
     fn rows_are_the_same_on_any_number_of_threads_and_alone() {
-        let (logits, bias) = (randoms(1, 64 * 128), randoms(2, 128));
+        // Enough work to reach the pool.
+        let (logits, bias) = (randoms(1, 128 * 128), randoms(2, 128));
         let params = RouterParams { n_group: 8, topk_group: 3, ..PLAIN };
         let [one, four] = on_one_and_four_threads(|| route::<f32>(&logits, &bias, 6, params));
         assert_eq!(one, four);

@@ -224,6 +224,23 @@ mod tests {
     }
 
     #[test]
+    fn scores_of_negative_infinity_give_zeros_and_nan_stays() {
+        let mut case = Case::new(2, 1, 2, 12, 4);
+        case.rows.fill(1.0);
+        case.q[..16].fill(f64::NEG_INFINITY);
+        case.q[16] = f64::NAN;
+        let out = case.run(Cpu::<f32>::new(), &index(&[1, 3], &[0, 1, 2]));
+        assert_eq!(out[..12], [0.0; 12]);
+        assert!(out[12..].iter().all(|x| x.is_nan()));
+    }
+
+    #[test]
+    fn an_empty_step_is_no_work() {
+        let case = Case::new(0, 0, 2, 12, 4);
+        assert_eq!(case.run(Cpu::<f32>::new(), &index(&[0, 5], &[])), [] as [f64; 0]);
+    }
+
+    #[test]
     fn huge_scores_do_not_overflow() {
         let mut case = Case::new(8, 1, 2, 12, 4);
         case.q.iter_mut().for_each(|q| *q *= 1e4);

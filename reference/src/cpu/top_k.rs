@@ -141,8 +141,9 @@ mod tests {
 
     #[test]
     fn writes_its_rows_alone_on_any_number_of_threads() {
-        let batch = batch(1024, 2, &[(700, 40), (0, 9)], 0);
-        let logits = tensor::<f64>(DType::Float, &[41, 740], &randoms(1, 41 * 740));
+        // Enough work to reach the pool.
+        let batch = batch(2048, 2, &[(1400, 40), (0, 9)], 0);
+        let logits = tensor::<f64>(DType::Float, &[41, 1440], &randoms(1, 41 * 1440));
         let [one, four] = on_one_and_four_threads(|| {
             let mut out = index(&[49, 20], &[-7; 49 * 20]);
             top_k(&Cpu::new(), &batch, 3..44, &logits, &mut out).unwrap();
