@@ -53,7 +53,7 @@ mod tests {
     use half::{bf16, f16};
 
     use super::*;
-    use crate::cpu::testing::{randoms, read, tensor};
+    use crate::cpu::testing::{on_one_and_four_threads, randoms, read, tensor};
     use crate::kernels::Kernels;
     use crate::tensor::{DType, HostData, HostTensor};
 
@@ -112,7 +112,8 @@ mod tests {
             linear(&cpu, &tensor(DType::Act, &[rows, inner], x), &weight, &mut out).unwrap();
             read(&out)
         };
-        let together = run(&x);
+        let [together, on_four] = on_one_and_four_threads(|| run(&x));
+        assert_eq!(together, on_four);
         for t in 0..rows {
             assert_eq!(
                 run(&x[t * inner..][..inner]),
@@ -121,10 +122,6 @@ mod tests {
             );
         }
         assert_eq!(run(&x[2 * inner..]), together[2 * out_features..]);
-        for threads in [1, 3] {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            assert_eq!(pool.install(|| run(&x)), together, "{threads} threads");
-        }
     }
 
     #[test]

@@ -178,7 +178,7 @@ pub(super) fn linear_int4<F: Real>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::testing::{int4, randoms, read, tensor};
+    use crate::cpu::testing::{int4, on_one_and_four_threads, poisoned, randoms, read, tensor};
     use crate::kernels::Kernels;
     use crate::tensor::{DType, HostTensor};
 
@@ -218,6 +218,30 @@ mod tests {
             cpu.linear_int4(&x, &packed, &mut found).unwrap();
             cpu.linear(&x, &dense, &mut expected).unwrap();
             assert_eq!(read(&found), read(&expected), "{host:?} {rows} rows");
+        }
+    }
+
+    #[test]
+    fn a_row_alone_has_the_bits_that_it_has_in_any_batch_on_any_number_of_threads() {
+        let cpu = Cpu::<f32>::new();
+        // Large enough to be shared out, and no multiple of any block.
+        let (rows, out_features, inner) = (6, 203, 519);
+        let weight = cpu.upload_int4(int4(out_features, inner, 32, true, 1)).unwrap();
+        let x = randoms(2, rows * inner);
+        let run = |x: &[f64]| {
+            let rows = x.len() / inner;
+            let mut out = poisoned(DType::Act, &[rows, out_features]);
+            linear_int4(&cpu, &tensor(DType::Act, &[rows, inner], x), &weight, &mut out).unwrap();
+            read(&out)
+        };
+        let [together, on_four] = on_one_and_four_threads(|| run(&x));
+        assert_eq!(together, on_four);
+        for t in 0..rows {
+            assert_eq!(
+                run(&x[t * inner..][..inner]),
+                together[t * out_features..][..out_features],
+                "row {t}"
+            );
         }
     }
 
