@@ -1,5 +1,5 @@
-//! Multiply-adds a second of the oracle's matrix products, f32, at shapes of small models: `cargo bench -p dsa80-reference`.
-//! `RAYON_NUM_THREADS=1` gives one core's.
+//! Multiply-adds a second of the oracle's matrix products, f32, at shapes of small models:
+//! `cargo bench -p dsa80-reference --bench linear`. `RAYON_NUM_THREADS=1` gives one core's.
 
 use divan::{Bencher, counter::ItemsCount};
 use dsa80_reference::cpu::{Cpu, CpuTensor};

@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 
 /// A [`Batch`] and the capacity that was asked for it. Reads as the batch itself.
 ///
-/// The capacity costs nothing here; it is kept so that a caller who outgrows it is told on the CPU as on a GPU.
+/// The capacity costs nothing here; it is kept so that a caller who outgrows it is told, as on a GPU.
 #[derive(Debug, Clone)]
 pub struct CpuBatch {
     host: Batch,

@@ -1,7 +1,7 @@
 //! `embed`: token rows of a vocabulary shard.
 //!
-//! `table` `[V_local, hidden]` bf16, f16 or f32; `out` `[T, hidden]` `Act`, rounded (which changes rows of f32 tables alone). A token outside
-//! `vocab_start..vocab_start + V_local` gives zeros.
+//! `table` `[V_local, hidden]` bf16, f16 or f32; `out` `[T, hidden]` `Act`, rounded (which changes rows of
+//! f32 tables alone). A token outside `vocab_start..vocab_start + V_local` gives zeros.
 
 use super::checks::Check;
 use super::matmul::Element;

@@ -1,7 +1,7 @@
 //! `linear`: `out = x weight^T` with a dense weight.
 //!
-//! `x` `[T, in]` `Act`, `weight` `[out, in]` bf16, f16 or f32, `out` `[T, out]` `Act` (rounded once) or `Float` (not rounded). With `T = 0`
-//! nothing is written.
+//! `x` `[T, in]` `Act`, `weight` `[out, in]` bf16, f16 or f32, `out` `[T, out]` `Act` (rounded once) or
+//! `Float` (not rounded). With `T = 0` nothing is written.
 
 use super::checks::Check;
 use super::matmul::{Dense, matmul};
@@ -23,7 +23,8 @@ pub(super) fn linear<F: Real>(
     product(cpu, "linear", x, rows, weight, "out", out)
 }
 
-/// `out = x weight^T` for the rows of `x`, `[rows, in]`; checks `weight` and `out`, which the contract calls `name`.
+/// `out = x weight^T` for the rows of `x`, `[rows, in]`; checks `weight` and `out`, which the contract calls
+/// `name`.
 pub(super) fn product<F: Real>(
     cpu: &Cpu<F>,
     kernel: &'static str,

@@ -1,7 +1,9 @@
-//! `linear_int4`: `out = x weight^T` with a packed INT4 weight, `w[o, i] = (q[o, i] - z[o, g]) * scale[o, g]`.
+//! `linear_int4`: `out = x weight^T` with a packed INT4 weight,
+//! `w[o, i] = (q[o, i] - z[o, g]) * scale[o, g]`.
 //!
-//! `x` `[T, in]` `Act`, `out` `[T, out]` `Act` (rounded once) or `Float` (not rounded). Any group size, `in` a multiple of nothing: the
-//! last word of a row may be part empty and the last group short. With `T = 0` nothing is written.
+//! `x` `[T, in]` `Act`, `out` `[T, out]` `Act` (rounded once) or `Float` (not rounded). Any group size, `in`
+//! a multiple of nothing: the last word of a row may be part empty and the last group short. With `T = 0`
+//! nothing is written.
 
 use super::checks::Check;
 use super::matmul::{Weight, matmul};
@@ -9,7 +11,8 @@ use super::{Cpu, CpuTensor, Real};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, DeviceTensor, HostInt4};
 
-/// Nibbles that are unpacked together: a 16-byte vector holds the first half in its low nibbles, the second in its high ones.
+/// Nibbles that are unpacked together: a 16-byte vector holds the first half in its low nibbles, the second
+/// in its high ones.
 const CHUNK: usize = 32;
 
 /// A packed INT4 weight, repacked so that a vector of bytes unpacks with one mask and one shift.
@@ -18,7 +21,8 @@ pub struct CpuInt4 {
     out_features: usize,
     in_features: usize,
     group_size: usize,
-    /// `[out, ceil(in / 32), 16]`: byte `j` of chunk `c` holds `q[32c + j]` (low) and `q[32c + 16 + j]` (high).
+    /// `[out, ceil(in / 32), 16]`: byte `j` of chunk `c` holds `q[32c + j]` (low) and `q[32c + 16 + j]`
+    /// (high).
     packed: Vec<u8>,
     /// `[out, groups]`, widened (exact).
     scales: Vec<f32>,
@@ -182,8 +186,8 @@ mod tests {
     use crate::kernels::Kernels;
     use crate::tensor::{DType, HostTensor};
 
-    /// (out, in, group size): whole chunks; a padded last word; groups that no chunk or word is a multiple of; a short last
-    /// group; one group a row; less than a word.
+    /// (out, in, group size): whole chunks; a padded last word; groups that no chunk or word is a multiple
+    /// of; a short last group; one group a row; less than a word.
     const SHAPES: [(usize, usize, usize); 8] = [
         (16, 64, 32),
         (9, 128, 128),

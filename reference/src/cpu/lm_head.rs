@@ -1,7 +1,7 @@
 //! `lm_head`: logits of chosen token rows over a vocabulary shard, `logits[i] = weight x[rows[i]]`.
 //!
-//! `x` `[T, hidden]` `Act`, `rows` `[R]` `Index`, `weight` `[V_local, hidden]` dense, `logits` `[R, V_local]` `Float`, not rounded. Rows may
-//! repeat; one outside `x` is an error.
+//! `x` `[T, hidden]` `Act`, `rows` `[R]` `Index`, `weight` `[V_local, hidden]` dense, `logits` `[R, V_local]`
+//! `Float`, not rounded. Rows may repeat; one outside `x` is an error.
 
 use super::checks::Check;
 use super::linear::product;

@@ -1,9 +1,9 @@
 //! `x w^T` for weights that are widened on the way, as `linear`, `linear_int4`, `lm_head` and `moe` share it.
 //!
-//! A few rows of the weight at a time are widened into a buffer that stays in the first caches, and meet every row of `x` there:
-//! a weight is read once a call, never widened whole. The eight partial sums of an output element and the tree that joins them
-//! are written out, so the result depends neither on the instruction set that the machine turns out to have nor on what
-//! else is computed in the call.
+//! A few rows of the weight at a time are widened into a buffer that stays in the first caches, and meet
+//! every row of `x` there: a weight is read once a call, never widened whole. The eight partial sums of an
+//! output element and the tree that joins them are written out, so the result depends neither on the
+//! instruction set that the machine turns out to have nor on what else is computed in the call.
 
 use half::{bf16, f16};
 use multiversion::multiversion;
@@ -174,7 +174,8 @@ fn tile<F: Real, const T: usize, const O: usize>(x: [&[F]; T], w: [&[F]; O]) -> 
 
 /// Adds what is left of rows that are not a multiple of [`LANES`], and joins the partial sums.
 ///
-/// A call on purpose: inlined, the tree of [`join`] leads LLVM to keep the sums of the loop before it as scalars, four times slower.
+/// A call on purpose: inlined, the tree of [`join`] leads LLVM to keep the sums of the loop before it as
+/// scalars, four times slower.
 #[inline(never)]
 fn finish_sums<F: Real, const T: usize, const O: usize>(
     sums: &[[[F; LANES]; O]; T],

@@ -2,8 +2,8 @@
 //!
 //! One file a kernel. This one holds the memory methods and hands every kernel to its file.
 //!
-//! Results are deterministic, and a row's result does not depend on the rows beside it nor on the number of threads: the
-//! order in which an output element is summed depends on the inner dimension alone.
+//! Results are deterministic, and a row's result does not depend on the rows beside it nor on the number of
+//! threads: the order in which an output element is summed depends on the inner dimension alone.
 
 mod absorb;
 mod batch;

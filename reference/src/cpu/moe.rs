@@ -1,10 +1,11 @@
-//! `moe`: routed experts in any mix of formats, `out[t] = shared[t] + sum_k topk_weights[t, k] * expert_e(x[t])`, `e = topk_ids[t, k]`,
+//! `moe`: routed experts in any mix of formats,
+//! `out[t] = shared[t] + sum_k topk_weights[t, k] * expert_e(x[t])`, `e = topk_ids[t, k]`,
 //! `expert_e(x) = down_e(silu(gate_e x) * up_e x)`.
 //!
-//! Tokens are grouped by expert, so that an expert's weights are read once a step and those of an expert that nobody chose
-//! not at all. What the experts give is kept per (token, k) and summed in the order of `k`: a token's result does not depend on
-//! who shares its experts. Rounds after `silu * up` and at the end. An expert that does not exist is an error; a repeated one
-//! counts twice.
+//! Tokens are grouped by expert, so that an expert's weights are read once a step and those of an expert that
+//! nobody chose not at all. What the experts give is kept per (token, k) and summed in the order of `k`: a
+//! token's result does not depend on who shares its experts. Rounds after `silu * up` and at the end. An
+//! expert that does not exist is an error; a repeated one counts twice.
 
 use super::checks::Check;
 use super::linear_int4::CpuInt4;
@@ -41,8 +42,8 @@ impl CpuExperts {
         upload(experts, "upload_experts")
     }
 
-    /// Refuses what `moe_int4` does not take: a dense projection, or group sizes that differ between experts or between gate and
-    /// up.
+    /// Refuses what `moe_int4` does not take: a dense projection, or group sizes that differ between experts
+    /// or between gate and up.
     pub(super) fn from_host_int4(experts: Vec<HostExpert>) -> Result<Self> {
         let mut group_sizes = [None; 2];
         for (e, expert) in experts.iter().enumerate() {
@@ -341,7 +342,7 @@ mod tests {
         out.iter().zip(shared).map(|(out, shared)| round(shared + out)).collect()
     }
 
-    /// A step of seven tokens, three experts each, one of which nobody chooses and one of which is chosen twice by one token.
+    /// A step of seven tokens, three experts each. Nobody chooses expert 3; token 0 chooses expert 1 twice.
     struct Step {
         x: Vec<f64>,
         ids: Vec<i32>,

@@ -1,5 +1,5 @@
-//! `moe_int4`: routed experts, all of them INT4. On the CPU the same computation as [`moe`](super::moe), which states it: what
-//! differs is that the upload has refused anything else.
+//! `moe_int4`: routed experts, all of them INT4. On the CPU the same computation as [`moe`](super::moe),
+//! which states it: what differs is that the upload has refused anything else.
 
 use super::moe::routed;
 use super::{Cpu, CpuExperts, CpuTensor, Real};

@@ -40,9 +40,9 @@ impl Real for f32 {
     }
     #[inline(always)]
     fn of_f16(value: f16) -> Self {
-        // `half` asks for the machine's features on every call, which keeps a loop over a row from being vectorised. Moving the
-        // exponent and fraction into place and scaling by 2^(127 - 15) is right for subnormals too; infinity and NaN keep
-        // an exponent of all ones.
+        // `half` asks for the machine's features on every call, which keeps a loop over a row from being
+        // vectorised. Moving the exponent and fraction into place and scaling by 2^(127 - 15) is right for
+        // subnormals too; infinity and NaN keep an exponent of all ones.
         let bits = u32::from(value.to_bits());
         let magnitude = (bits & 0x7fff) << 13;
         let scaled = f32::from_bits(magnitude) * f32::from_bits((127 + 112) << 23);
@@ -90,8 +90,8 @@ impl Real for f64 {
     }
     #[inline(always)]
     fn round_bf16(self) -> Self {
-        // `bf16::from_f64` looks at the upper half of the bits alone. Rounding to f32 first, towards the neighbour with
-        // an odd last bit, keeps the knowledge that something was cut off.
+        // `bf16::from_f64` looks at the upper half of the bits alone. Rounding to f32 first, towards the
+        // neighbour with an odd last bit, keeps the knowledge that something was cut off.
         let near = self as f32;
         let odd = match f64::from(near).abs().partial_cmp(&self.abs()) {
             Some(Ordering::Less) => near.to_bits() | 1,

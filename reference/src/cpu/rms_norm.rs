@@ -1,7 +1,7 @@
 //! `rms_norm`: `out = weight * x / sqrt(mean(x^2) + eps)`, with and without the residual add before it.
 //!
-//! `x`, `residual`, `out` `[T, D]` `Act`; `weight` `[D]` bf16, f16 or f32. The norm rounds once, at the end; the residual is rounded when it is
-//! written, and the norm reads the rounded one.
+//! `x`, `residual`, `out` `[T, D]` `Act`; `weight` `[D]` bf16, f16 or f32. The norm rounds once, at the end;
+//! the residual is rounded when it is written, and the norm reads the rounded one.
 
 use super::checks::Check;
 use super::parallel::for_rows;

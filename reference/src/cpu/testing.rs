@@ -104,7 +104,8 @@ pub(crate) fn assert_close(actual: &[f64], expected: &[f64], tolerance: f64) {
     }
 }
 
-/// An INT4 weight of random nibbles, scales near 0.1 and, if asked for, random zero points. Unused nibbles are set.
+/// An INT4 weight of random nibbles, scales near 0.1 and, if asked for, random zero points. Unused nibbles
+/// are set.
 pub(crate) fn int4(out: usize, inner: usize, group_size: usize, asymmetric: bool, seed: u64) -> HostInt4 {
     let words = |n: usize, seed| -> Vec<u32> {
         randoms(seed, n)
@@ -114,7 +115,8 @@ pub(crate) fn int4(out: usize, inner: usize, group_size: usize, asymmetric: bool
             .collect()
     };
     let groups = inner.div_ceil(group_size);
-    // Few bits, as in a checkpoint: the products with nibbles are exact in f32, and `dequantise` loses nothing.
+    // Few bits, as in a checkpoint: the products with nibbles are exact in f32, and `dequantise` loses
+    // nothing.
     let scales =
         randoms(seed + 1, out * groups).iter().map(|x| (100.0 + 50.0 * x).round() as f32 / 1024.0).collect();
     HostInt4 {
