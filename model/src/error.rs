@@ -9,10 +9,10 @@ use crate::config::ConfigError;
 pub enum LaunchError {
     /// The configuration does not allow what was asked for.
     #[error(transparent)]
-    Config(#[from] ConfigError),
+    Config(Box<ConfigError>),
     /// The checkpoint is damaged or incomplete.
     #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
+    Checkpoint(Box<CheckpointError>),
     /// A backend refused.
     #[error(transparent)]
     Kernel(#[from] dsa80_reference::Error),
@@ -27,4 +27,16 @@ pub enum LaunchError {
         /// The number of ranks.
         world_size: usize,
     },
+}
+
+impl From<ConfigError> for LaunchError {
+    fn from(error: ConfigError) -> Self {
+        Self::Config(Box::new(error))
+    }
+}
+
+impl From<CheckpointError> for LaunchError {
+    fn from(error: CheckpointError) -> Self {
+        Self::Checkpoint(Box::new(error))
+    }
 }

@@ -4,6 +4,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod engine;
 mod error;
+pub mod launch;
 pub mod plan;
 pub mod runner;
 pub mod weights;

@@ -11,6 +11,14 @@ use super::source::WeightSource;
 use crate::engine::{Sampled, Step, StepError, StepLimits, StepModel};
 use crate::error::LaunchError;
 
+/// What a rank is made of before it has weights.
+pub struct RankParts<K: Kernels> {
+    /// Its backend.
+    pub kernels: K,
+    /// Its place among the ranks.
+    pub communicator: Box<dyn Communicator<K::Tensor>>,
+}
+
 /// All ranks of a model. Rank 0 runs on the caller's thread, every other on a thread of its own.
 pub struct RankGroup<K: Kernels> {
     first: Rank<K>,
@@ -29,22 +37,21 @@ impl<K> RankGroup<K>
 where
     K: Kernels + 'static,
 {
-    /// Loads every rank of `ranks` (a backend and a communicator each, in rank order), all at once.
+    /// Loads every rank of `ranks`, which are in rank order, all at once.
     ///
     /// # Errors
     /// The first rank's error, in rank order. The others are told by their communicator and end.
     pub fn load(
-        ranks: Vec<(K, Box<dyn Communicator<K::Tensor>>)>,
+        ranks: Vec<RankParts<K>>,
         weights: &Arc<dyn WeightSource>,
         limits: StepLimits,
     ) -> Result<Self, LaunchError> {
         let world_size = ranks.len();
         let mut ranks = ranks.into_iter();
-        let Some((kernels, communicator)) = ranks.next() else {
+        let Some(RankParts { kernels, communicator }) = ranks.next() else {
             return Err(LaunchError::Options("a model needs at least one rank".into()));
         };
-        let loading: Vec<_> =
-            ranks.map(|(kernels, communicator)| follow(kernels, communicator, weights, &limits)).collect();
+        let loading: Vec<_> = ranks.map(|parts| follow(parts, weights, &limits)).collect();
         let first = Rank::load(kernels, communicator, &**weights, &limits)?;
         let mut others = Vec::with_capacity(loading.len());
         for (index, (loaded, follower)) in loading.into_iter().enumerate() {
@@ -57,8 +64,7 @@ where
 
 /// Starts the thread of a rank other than 0: it loads, says how that went, then makes steps until its sender is gone.
 fn follow<K: Kernels + 'static>(
-    kernels: K,
-    communicator: Box<dyn Communicator<K::Tensor>>,
+    RankParts { kernels, communicator }: RankParts<K>,
     weights: &Arc<dyn WeightSource>,
     limits: &StepLimits,
 ) -> (Receiver<Result<(), LaunchError>>, Follower) {

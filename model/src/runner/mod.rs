@@ -12,7 +12,7 @@ mod source;
 mod weights;
 mod workspace;
 
-pub use group::RankGroup;
+pub use group::{RankGroup, RankParts};
 pub use probe::Probe;
 pub use rank::Rank;
 pub use source::WeightSource;
