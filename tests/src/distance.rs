@@ -53,6 +53,15 @@ pub fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len() as f64
 }
 
+/// The `q`-quantile of `values`, linearly interpolated as numpy does.
+pub fn percentile(values: &[f64], q: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let place = q * (sorted.len() - 1) as f64;
+    let (low, share) = (place as usize, place.fract());
+    sorted[low] + share * (sorted[(low + 1).min(sorted.len() - 1)] - sorted[low])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -61,6 +70,12 @@ mod tests {
     fn log_softmax_sums_to_one_and_survives_large_logits() {
         let logprobs = log_softmax(&[1000.0, 1001.0, 999.0]);
         assert!((logprobs.iter().map(|l| l.exp()).sum::<f64>() - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn percentiles_interpolate() {
+        assert_eq!(percentile(&[3.0, 1.0, 2.0], 0.5), 2.0);
+        assert_eq!(percentile(&[0.0, 10.0], 0.99), 9.9);
     }
 
     #[test]

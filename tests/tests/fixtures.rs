@@ -6,7 +6,7 @@ use dsa80_model::checkpoint::Checkpoint;
 use dsa80_model::runner::Rank;
 use dsa80_reference::SequenceSlice;
 use dsa80_reference::cpu::{Cpu, Real, ThreadCommunicator};
-use dsa80_tests::distance::{LogprobDelta, argmax, largest, mean, share_within};
+use dsa80_tests::distance::{LogprobDelta, argmax, largest, mean, percentile, share_within};
 use dsa80_tests::fixture::{self, Fixture};
 use dsa80_tests::prompt::{self, Run};
 
@@ -16,10 +16,14 @@ const SELECTION_GAP: f64 = 1e-5;
 const GREEDY_MARGIN: f64 = 1e-3;
 
 fn load<F: Real>(fixture: &Fixture, page_size: usize) -> Rank<Cpu<F>> {
+    load_on(Cpu::new(), fixture, page_size)
+}
+
+fn load_on<F: Real>(cpu: Cpu<F>, fixture: &Fixture, page_size: usize) -> Rank<Cpu<F>> {
     let checkpoint = Checkpoint::open(&fixture.dir).unwrap();
-    let communicator = ThreadCommunicator::group(Cpu::new(), 1).remove(0);
+    let communicator = ThreadCommunicator::group(cpu, 1).remove(0);
     let limits = limits(fixture, page_size);
-    Rank::load(Cpu::new(), Box::new(communicator), &checkpoint, &limits).unwrap()
+    Rank::load(cpu, Box::new(communicator), &checkpoint, &limits).unwrap()
 }
 
 fn limits(fixture: &Fixture, page_size: usize) -> dsa80_model::engine::StepLimits {
@@ -187,6 +191,31 @@ fn the_oracle_in_f64_is_hf_in_f64() {
         let delta = LogprobDelta::new(&run.logits, &fixture.logits, &fixture.tokens);
         // The golden logits are stored in float32: half an ulp of a logit of magnitude 8 is 2.4e-7, twice in a difference.
         assert!(largest(&delta.worst) <= 1e-6, "{}: {:e}", fixture.name, largest(&delta.worst));
+    }
+}
+
+/// The bounds that a bf16 backend has to meet: no farther from HF float64 than HF bfloat16 is, give or take.
+#[test]
+fn the_oracle_rounding_to_bf16_is_no_farther_than_hf_in_bf16() {
+    for fixture in fixture::all().unwrap() {
+        let mut rank = load_on(Cpu::<f32>::rounding_to_bf16(), &fixture, 16);
+        let pages = prompt::scattered_pages(&limits(&fixture, 16), 0);
+        let len = fixture.tokens.len();
+        let run = prompt::run(&mut rank, &fixture.tokens, &pages, 16, &prompt::pieces(len, len)).unwrap();
+        let delta = LogprobDelta::new(&run.logits, &fixture.logits, &fixture.tokens).target;
+        let scale = &fixture.scale.bf16;
+        let p99 = percentile(&delta, 0.99);
+        println!(
+            "{:>20}: |delta logprob| mean {:.3} p99 {p99:.3} (HF bfloat16 {:.3} {:.3})",
+            fixture.name,
+            mean(&delta),
+            scale.mean,
+            scale.p99,
+        );
+        // Not the same numbers as float32 by accident: rounding must happen.
+        assert!(mean(&delta) > 1e-4, "{}: nothing was rounded", fixture.name);
+        assert!(mean(&delta) <= 1.25 * scale.mean, "{}: mean {}", fixture.name, mean(&delta));
+        assert!(p99 <= 1.5 * scale.p99, "{}: p99 {p99}", fixture.name);
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
-use dsa80_reference::{Communicator, Kernels};
+use dsa80_reference::{Communicator, Error, Kernels};
 
 use super::rank::Rank;
 use super::source::WeightSource;
@@ -29,7 +29,7 @@ pub struct RankGroup<K: Kernels> {
 /// A rank on its own thread. Dropping the sender ends the thread.
 struct Follower {
     steps: Sender<Arc<Step>>,
-    results: Receiver<Result<(), String>>,
+    results: Receiver<Result<(), Error>>,
     thread: JoinHandle<()>,
 }
 
@@ -86,7 +86,7 @@ fn follow<K: Kernels + 'static>(
             return;
         }
         for step in step_receiver {
-            let result = rank.step(&step).map(drop).map_err(|error| error.to_string());
+            let result = rank.step(&step).map(drop);
             let failed = result.is_err();
             // A failed rank leaves; its communicator tells the others why they cannot go on.
             if result_sender.send(result).is_err() || failed {
@@ -103,20 +103,27 @@ impl<K: Kernels + 'static> StepModel for RankGroup<K> {
             // A thread that is gone is reported below, by its result.
             let _ = follower.steps.send(Arc::clone(&step));
         }
-        let sampled = self.first.step(&step);
-        if let Err(error) = &sampled {
-            // The others may wait for rank 0 in a collective.
-            self.first.abort(&error.to_string());
-        }
-        // A follower's own error says more than the broken collective that rank 0 saw because of it.
-        for (index, follower) in self.others.iter().enumerate() {
-            match follower.results.recv() {
-                Ok(Ok(())) => {}
-                Ok(Err(reason)) => return Err(StepError(format!("rank {}: {reason}", index + 1))),
-                Err(_) => return Err(StepError(format!("rank {} has ended", index + 1))),
+        let (mut sampled, mut errors) = (Vec::new(), Vec::new());
+        match self.first.step(&step) {
+            Ok(tokens) => sampled = tokens,
+            Err(error) => {
+                // The others may wait for rank 0 in a collective.
+                self.first.abort(&error.to_string());
+                errors.push((0, error));
             }
         }
-        sampled.map_err(|error| StepError(format!("rank 0: {error}")))
+        for (index, follower) in self.others.iter().enumerate() {
+            let gone = || Error::Backend { backend: "thread", message: "has ended".into() };
+            if let Err(error) = follower.results.recv().unwrap_or_else(|_| Err(gone())) {
+                errors.push((index + 1, error));
+            }
+        }
+        // A rank's own failure says more than the broken collectives that the others saw because of it.
+        let own = errors.iter().find(|(_, error)| !matches!(error, Error::Communicator { .. }));
+        match own.or(errors.first()) {
+            None => Ok(sampled),
+            Some((rank, error)) => Err(StepError(format!("rank {rank}: {error}"))),
+        }
     }
 
     fn limits(&self) -> StepLimits {
