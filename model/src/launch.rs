@@ -57,8 +57,8 @@ pub struct LaunchOptions {
     pub device: Device,
     /// Tensor-parallel ranks.
     pub tp: usize,
-    /// The longest context served; by default the config's `max_position_embeddings`, or what the cache memory holds if that
-    /// is less.
+    /// The longest context served; by default the config's `max_position_embeddings`, or what the cache
+    /// memory holds if that is less.
     pub max_model_len: Option<usize>,
     /// Sequences in a step at most.
     pub max_num_seqs: usize,
@@ -96,8 +96,8 @@ impl Default for LaunchOptions {
 /// Loads `checkpoint` on the chosen device and starts its engine.
 ///
 /// # Errors
-/// A device that this build does not have, options that do not fit the model (with the arithmetic and what would fit), or a
-/// damaged checkpoint.
+/// A device that this build does not have, options that do not fit the model (with the arithmetic and what
+/// would fit), or a damaged checkpoint.
 pub fn launch(checkpoint: &Arc<Checkpoint>, options: &LaunchOptions) -> Result<EngineHandle, LaunchError> {
     let config = checkpoint.config();
     match options.device {

@@ -2,12 +2,15 @@
 
 use crate::error::Result;
 
-/// The collectives that the model needs, over tensors of one backend. Every rank calls the same ones in the same order.
+/// The collectives that the model needs, over tensors of one backend. Every rank calls the same ones in the
+/// same order.
 ///
-/// Sums are taken in rank order on every rank, so results are equal bit for bit on all ranks and from run to run.
+/// Sums are taken in rank order on every rank, so results are equal bit for bit on all ranks and from run to
+/// run.
 ///
 /// # Errors
-/// Every method fails with [`Error::Communicator`](crate::Error::Communicator) when another rank has failed or left: never a hang.
+/// Every method fails with [`Error::Communicator`](crate::Error::Communicator) when another rank has failed
+/// or left: never a hang.
 pub trait Communicator<T>: Send {
     /// This rank, `0..world_size`.
     fn rank(&self) -> usize;
@@ -27,7 +30,7 @@ pub trait Communicator<T>: Send {
     /// Returns when every rank has called it.
     fn barrier(&self) -> Result<()>;
 
-    /// Breaks the group: collectives that wait, and all later ones, fail on every rank with `reason`. Dropping a communicator
-    /// does the same.
+    /// Breaks the group: collectives that wait, and all later ones, fail on every rank with `reason`.
+    /// Dropping a communicator does the same.
     fn abort(&self, reason: &str);
 }

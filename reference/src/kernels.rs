@@ -2,19 +2,21 @@
 //!
 //! # Reading a contract
 //!
-//! Shapes are row-major; `T` is the number of new tokens of the step ([`Batch::num_tokens`]), `S` its sequences, `H` the
-//! heads of this rank. Element types are [`DType`]s: `Act` is bf16 on the GPU backends, `Float` is f32 there, and both are
-//! the oracle's own float on `Cpu`. "Rounds to `Act`" marks the rounding points: the places where a value passes through
-//! bf16 on a GPU backend and, when asked to, on the oracle. Between rounding points everything is accumulated in f32 (`Float`).
-//! A linear weight is `[out, in]` and is never rounded on its way: bf16 and f16 are widened, INT4 is `(q - z) * scale`.
+//! Shapes are row-major; `T` is the number of new tokens of the step ([`Batch::num_tokens`]), `S` its
+//! sequences, `H` the heads of this rank. Element types are [`DType`]s: `Act` is bf16 on the GPU backends,
+//! `Float` is f32 there, and both are the oracle's own float on `Cpu`. "Rounds to `Act`" marks the rounding
+//! points: the places where a value passes through bf16 on a GPU backend and, when asked to, on the oracle.
+//! Between rounding points everything is accumulated in f32 (`Float`). A linear weight is `[out, in]` and is
+//! never rounded on its way: bf16 and f16 are widened, INT4 is `(q - z) * scale`.
 //!
-//! Every method writes into tensors that the caller allocated: no method allocates device memory that outlives it,
-//! synchronises with the host, or has a shape that depends on device data, so a step can be captured in a graph.
-//! Sizes are taken from the tensors' own shapes ([`DeviceTensor::set_shape`]); a mismatch is an error that names kernel and
-//! tensor. Outputs never alias inputs unless a method says "in place".
+//! Every method writes into tensors that the caller allocated: no method allocates device memory that
+//! outlives it, synchronises with the host, or has a shape that depends on device data, so a step can be
+//! captured in a graph. Sizes are taken from the tensors' own shapes ([`DeviceTensor::set_shape`]); a
+//! mismatch is an error that names kernel and tensor. Outputs never alias inputs unless a method says "in
+//! place".
 //!
-//! Formulas follow Hugging Face transformers 5.17, `models/glm_moe_dsa/modeling_glm_moe_dsa.py`, and the DeepSeek-V3.2
-//! report for the lightning indexer; where a method differs, it says so.
+//! Formulas follow Hugging Face transformers 5.17, `models/glm_moe_dsa/modeling_glm_moe_dsa.py`, and the
+//! DeepSeek-V3.2 report for the lightning indexer; where a method differs, it says so.
 
 use std::ops::Range;
 
@@ -52,8 +54,8 @@ pub struct SampleOutput<T> {
     pub token_ids: T,
     /// `[R]` `Float`: its log-probability under the raw logits.
     pub logprobs: T,
-    /// `[R, N]` `Index`: the N most probable tokens, best first, ties to the lower id; padded with -1 when the
-    /// vocabulary is smaller.
+    /// `[R, N]` `Index`: the N most probable tokens, best first, ties to the lower id; padded with -1 when
+    /// the vocabulary is smaller.
     pub top_ids: T,
     /// `[R, N]` `Float`: theirs; padding is negative infinity.
     pub top_logprobs: T,
@@ -74,7 +76,7 @@ pub trait Kernels: Send + Sized {
     /// A [`Batch`] on the device.
     type Batch: Send;
 
-    // --- memory -----------------------------------------------------------------------------------------------
+    // Memory.
 
     /// Allocates a tensor; its contents are unspecified.
     ///
@@ -142,10 +144,10 @@ pub trait Kernels: Send + Sized {
     /// Another element type.
     fn read_index(&self, tensor: &Self::Tensor) -> Result<Vec<i32>>;
 
-    // --- kernels ----------------------------------------------------------------------------------------------
+    // Kernels.
 
-    /// Token rows of a vocabulary shard: `out[t] = table[token_ids[t] - vocab_start]`, and zeros for a token outside
-    /// the shard, so that the sum over ranks is the embedding.
+    /// Token rows of a vocabulary shard: `out[t] = table[token_ids[t] - vocab_start]`, and zeros for a token
+    /// outside the shard, so that the sum over ranks is the embedding.
     ///
     /// `table` `[V_local, hidden]` weight; `out` `[T, hidden]` `Act`. Rounds to `Act`.
     fn embed(
@@ -158,8 +160,8 @@ pub trait Kernels: Send + Sized {
 
     /// `out[t] = weight * x[t] / sqrt(mean(x[t]^2) + eps)`.
     ///
-    /// `x`, `out` `[T, D]` `Act`; `weight` `[D]`. Computed in `Float`; rounds to `Act` once, at the end (HF rounds the
-    /// normalised row before it multiplies by the weight as well).
+    /// `x`, `out` `[T, D]` `Act`; `weight` `[D]`. Computed in `Float`; rounds to `Act` once, at the end (HF
+    /// rounds the normalised row before it multiplies by the weight as well).
     fn rms_norm(
         &self,
         x: &Self::Tensor,
@@ -168,8 +170,8 @@ pub trait Kernels: Send + Sized {
         out: &mut Self::Tensor,
     ) -> Result<()>;
 
-    /// The residual add and the norm that follows: `residual[t] += x[t]` (in place, rounds to `Act`), then `rms_norm` of the
-    /// rounded residual into `out`.
+    /// The residual add and the norm that follows: `residual[t] += x[t]` (in place, rounds to `Act`), then
+    /// `rms_norm` of the rounded residual into `out`.
     ///
     /// `x`, `residual`, `out` `[T, D]` `Act`; `weight` `[D]`.
     fn rms_norm_residual(
@@ -184,14 +186,16 @@ pub trait Kernels: Send + Sized {
     /// The rotary table of a step: for token row `t` and pair `j < dim / 2`,
     /// `cos_sin[t, j] = (cos a, sin a)` with `a = positions[t] * theta^(-2j / dim)`.
     ///
-    /// `cos_sin` `[T, dim / 2, 2]` `Float`. The angle is reduced in f64: at positions near 2^20 an f32 angle is off by 0.03 rad.
+    /// `cos_sin` `[T, dim / 2, 2]` `Float`. The angle is reduced in f64: at positions near 2^20 an f32 angle
+    /// is off by 0.03 rad.
     fn rope_table(&self, batch: &Self::Batch, theta: f64, cos_sin: &mut Self::Tensor) -> Result<()>;
 
-    /// RoPE in place on columns `offset..offset + dim` of every head; the rest passes. `dim` is twice the pairs of `cos_sin`.
+    /// RoPE in place on columns `offset..offset + dim` of every head; the rest passes. `dim` is twice the
+    /// pairs of `cos_sin`.
     ///
-    /// Pair `(a, b)` becomes `(a cos - b sin, b cos + a sin)`, written back where it was read, in either layout (HF writes
-    /// the interleaved pairs de-interleaved; dot products do not change as long as query and key agree).
-    /// `x` `[T, H, D]` `Act`, in place, rounds to `Act`; `cos_sin` `[T, dim / 2, 2]`.
+    /// Pair `(a, b)` becomes `(a cos - b sin, b cos + a sin)`, written back where it was read, in either
+    /// layout (HF writes the interleaved pairs de-interleaved; dot products do not change as long as query
+    /// and key agree). `x` `[T, H, D]` `Act`, in place, rounds to `Act`; `cos_sin` `[T, dim / 2, 2]`.
     fn rope(
         &self,
         x: &mut Self::Tensor,
@@ -202,9 +206,10 @@ pub trait Kernels: Send + Sized {
 
     /// The indexer's keys: LayerNorm, RoPE on the first columns, write to the paged indexer cache.
     ///
-    /// `y = weight * (x[t] - mean) / sqrt(var + eps) + bias` with the biased variance, RoPE on columns `0..dim`, then
-    /// `cache[slot_mapping[t]] = y`. `x` `[T, D]` `Act`; `weight`, `bias` `[D]`; `cache` `[pages, page_size, D]` `Act`. Rounds to `Act`
-    /// after the LayerNorm (where HF's module returns) and after RoPE.
+    /// `y = weight * (x[t] - mean) / sqrt(var + eps) + bias` with the biased variance, RoPE on columns
+    /// `0..dim`, then `cache[slot_mapping[t]] = y`. `x` `[T, D]` `Act`; `weight`, `bias` `[D]`; `cache`
+    /// `[pages, page_size, D]` `Act`. Rounds to `Act` after the LayerNorm (where HF's module returns) and
+    /// after RoPE.
     fn layer_norm_rope(
         &self,
         batch: &Self::Batch,
@@ -220,8 +225,8 @@ pub trait Kernels: Send + Sized {
     /// MLA's cache row: RMSNorm of the latent, RoPE on the shared key part, write to the paged MLA cache.
     ///
     /// `x` `[T, kv_lora_rank + rope]` `Act` is the output of `kv_a_proj_with_mqa`; `weight` `[kv_lora_rank]`;
-    /// `cache[slot_mapping[t]] = [rms_norm(x[t, ..kv_lora_rank]), rope(x[t, kv_lora_rank..])]`, `cache` `[pages, page_size,
-    /// kv_lora_rank + rope]` `Act`; RoPE is interleaved. Rounds to `Act` on writing.
+    /// `cache[slot_mapping[t]] = [rms_norm(x[t, ..kv_lora_rank]), rope(x[t, kv_lora_rank..])]`, `cache`
+    /// `[pages, page_size, kv_lora_rank + rope]` `Act`; RoPE is interleaved. Rounds to `Act` on writing.
     fn latent_rope(
         &self,
         batch: &Self::Batch,
@@ -232,31 +237,34 @@ pub trait Kernels: Send + Sized {
         cache: &mut Self::Tensor,
     ) -> Result<()>;
 
-    /// `out = x weight^T`. `x` `[T, in]` `Act`; `weight` `[out, in]` dense; `out` `[T, out]`, `Act` (rounds) or `Float` (does not).
+    /// `out = x weight^T`. `x` `[T, in]` `Act`; `weight` `[out, in]` dense; `out` `[T, out]`, `Act` (rounds)
+    /// or `Float` (does not).
     fn linear(&self, x: &Self::Tensor, weight: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
 
     /// [`linear`](Self::linear) with a packed INT4 weight.
     fn linear_int4(&self, x: &Self::Tensor, weight: &Self::Int4, out: &mut Self::Tensor) -> Result<()>;
 
-    /// The query into the latent space: per head `h`, `out[t, h] = [K_h^T q_nope, q_rope]`, where `q[t, h] = [q_nope, q_rope]` and
-    /// `K_h = kv_b[h, ..nope]`.
+    /// The query into the latent space: per head `h`, `out[t, h] = [K_h^T q_nope, q_rope]`, where `q[t, h] =
+    /// [q_nope, q_rope]` and `K_h = kv_b[h, ..nope]`.
     ///
-    /// `q` `[T, H, nope + rope]` `Act` (RoPE already applied); `kv_b` `[H, nope + v, kv_lora_rank]` dense; `out` `[T, H,
-    /// kv_lora_rank + rope]` `Act`. Rounds to `Act`.
+    /// `q` `[T, H, nope + rope]` `Act` (RoPE already applied); `kv_b` `[H, nope + v, kv_lora_rank]` dense;
+    /// `out` `[T, H, kv_lora_rank + rope]` `Act`. Rounds to `Act`.
     fn absorb_query(&self, q: &Self::Tensor, kv_b: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
 
     /// The attention output out of the latent space: `out[t, h] = V_h o[t, h]` with `V_h = kv_b[h, nope..]`.
     ///
-    /// `o` `[T, H, kv_lora_rank]` `Act`; `kv_b` `[H, nope + v, kv_lora_rank]` dense; `out` `[T, H, v]` `Act`. Rounds to `Act`.
+    /// `o` `[T, H, kv_lora_rank]` `Act`; `kv_b` `[H, nope + v, kv_lora_rank]` dense; `out` `[T, H, v]` `Act`.
+    /// Rounds to `Act`.
     fn absorb_output(&self, o: &Self::Tensor, kv_b: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
 
-    /// The lightning indexer's scores of a chunk of token rows:
-    /// `logits[t - rows.start, s] = sum_h weights[t, h] * relu(q[t, h] . k[s]) * scale` for `s <= position of t`, `k[s]` the
-    /// indexer cache row of position `s` of `t`'s sequence.
+    /// The lightning indexer's scores of a chunk of token rows: `logits[t - rows.start, s] = sum_h weights[t,
+    /// h] * relu(q[t, h] . k[s]) * scale` for `s <= position of t`, `k[s]` the indexer cache row of position
+    /// `s` of `t`'s sequence.
     ///
-    /// `q` `[T, HI, D]` `Act` (RoPE applied); `weights` `[T, HI]` `Float`, may be negative; `cache` `[pages, page_size, D]`
-    /// `Act`; `scale > 0` is `HI^-0.5 * D^-0.5`; `logits` `[rows, C]` `Float`, `C >= ` the longest context among the rows. Entries at
-    /// invisible positions are unspecified. Nothing is rounded to `Act`. The row chunk bounds the workspace: `rows.len() * C` floats.
+    /// `q` `[T, HI, D]` `Act` (RoPE applied); `weights` `[T, HI]` `Float`, may be negative; `cache` `[pages,
+    /// page_size, D]` `Act`; `scale > 0` is `HI^-0.5 * D^-0.5`; `logits` `[rows, C]` `Float`, `C >= ` the
+    /// longest context among the rows. Entries at invisible positions are unspecified. Nothing is rounded to
+    /// `Act`. The row chunk bounds the workspace: `rows.len() * C` floats.
     fn indexer_logits(
         &self,
         batch: &Self::Batch,
@@ -270,10 +278,11 @@ pub trait Kernels: Send + Sized {
 
     /// The `min(k, visible)` best positions of every row of the chunk, `visible = position + 1`.
     ///
-    /// `logits` `[rows, C]` `Float` as `indexer_logits` left them; `topk_indices` `[T, k]` `Index`: rows `rows` are written, the others left
-    /// alone. A row with `visible <= k` selects `0..visible` and its logits are not read (so `logits` may hold nothing
-    /// of use when the whole batch is that short). Equal scores: the lower position wins; -0.0 equals +0.0; NaN ranks below every
-    /// number. The order inside a row is ascending on `Cpu` and unspecified elsewhere; unused places are -1, at the end.
+    /// `logits` `[rows, C]` `Float` as `indexer_logits` left them; `topk_indices` `[T, k]` `Index`: rows
+    /// `rows` are written, the others left alone. A row with `visible <= k` selects `0..visible` and its
+    /// logits are not read (so `logits` may hold nothing of use when the whole batch is that short). Equal
+    /// scores: the lower position wins; -0.0 equals +0.0; NaN ranks below every number. The order inside a
+    /// row is ascending on `Cpu` and unspecified elsewhere; unused places are -1, at the end.
     fn top_k(
         &self,
         batch: &Self::Batch,
@@ -282,14 +291,15 @@ pub trait Kernels: Send + Sized {
         topk_indices: &mut Self::Tensor,
     ) -> Result<()>;
 
-    /// Attention over the selected latent rows, in the absorbed form: with `c[s]` the MLA cache row of position `s` (its first
-    /// `kv_lora_rank` columns are both key and value, the rest is the rotary key),
-    /// `p = softmax_s(q[t, h] . c[s] * scale)`, `out[t, h] = sum_s p[s] c[s, ..kv_lora_rank]` over `s` in `topk_indices[t]`.
+    /// Attention over the selected latent rows, in the absorbed form: with `c[s]` the MLA cache row of
+    /// position `s` (its first `kv_lora_rank` columns are both key and value, the rest is the rotary key), `p
+    /// = softmax_s(q[t, h] . c[s] * scale)`, `out[t, h] = sum_s p[s] c[s, ..kv_lora_rank]` over `s` in
+    /// `topk_indices[t]`.
     ///
-    /// `q` `[T, H, kv_lora_rank + rope]` `Act`; `cache` `[pages, page_size, kv_lora_rank + rope]` `Act`; `topk_indices` `[T, k]`
-    /// `Index`, -1 anywhere is a hole; `out` `[T, H, kv_lora_rank]` `Act`, rounded once at the end (tensor-core backends also round
-    /// `p`, unnormalised, to bf16 before the second product). A row with nothing selected gives zeros. An index outside the
-    /// context is undefined.
+    /// `q` `[T, H, kv_lora_rank + rope]` `Act`; `cache` `[pages, page_size, kv_lora_rank + rope]` `Act`;
+    /// `topk_indices` `[T, k]` `Index`, -1 anywhere is a hole; `out` `[T, H, kv_lora_rank]` `Act`, rounded
+    /// once at the end (tensor-core backends also round `p`, unnormalised, to bf16 before the second
+    /// product). A row with nothing selected gives zeros. An index outside the context is undefined.
     fn sparse_mla(
         &self,
         batch: &Self::Batch,
@@ -300,12 +310,14 @@ pub trait Kernels: Send + Sized {
         out: &mut Self::Tensor,
     ) -> Result<()>;
 
-    /// Expert choice. `s = sigmoid(logits[t])`; chosen by `s + bias`: each group is scored by the sum of its two best (its one,
-    /// if it has one), experts outside the best `topk_group` groups are dropped, then the best `K` are taken; their weights are `s`
-    /// without the bias, divided by their sum + 1e-20 when `norm_topk_prob`, times `routed_scaling_factor`.
+    /// Expert choice. `s = sigmoid(logits[t])`; chosen by `s + bias`: each group is scored by the sum of its
+    /// two best (its one, if it has one), experts outside the best `topk_group` groups are dropped, then the
+    /// best `K` are taken; their weights are `s` without the bias, divided by their sum + 1e-20 when
+    /// `norm_topk_prob`, times `routed_scaling_factor`.
     ///
-    /// `logits` `[T, E]` `Float`; `bias` `[E]` weight; `topk_ids` `[T, K]` `Index`, best first; `topk_weights` `[T, K]` `Float`. Ties (experts and
-    /// groups): the lower index. Nothing is rounded to `Act`.
+    /// `logits` `[T, E]` `Float`; `bias` `[E]` weight; `topk_ids` `[T, K]` `Index`, best first;
+    /// `topk_weights` `[T, K]` `Float`. Ties (experts and groups): the lower index. Nothing is rounded to
+    /// `Act`.
     fn router(
         &self,
         logits: &Self::Tensor,
@@ -315,11 +327,12 @@ pub trait Kernels: Send + Sized {
         topk_weights: &mut Self::Tensor,
     ) -> Result<()>;
 
-    /// Routed experts, all INT4: `out[t] = shared[t] + sum_k topk_weights[t, k] * down_e(silu(gate_e x[t]) * up_e x[t])`,
-    /// `e = topk_ids[t, k]`.
+    /// Routed experts, all INT4: `out[t] = shared[t] + sum_k topk_weights[t, k] * down_e(silu(gate_e x[t]) *
+    /// up_e x[t])`, `e = topk_ids[t, k]`.
     ///
-    /// `x`, `out`, `shared` `[T, hidden]` `Act`; `topk_ids` `[T, K]` `Index`; `topk_weights` `[T, K]` `Float`. Rounds to `Act` after
-    /// `silu * up` and at the end; the weighted sum over `k` runs in `Float`, in the order of `k`.
+    /// `x`, `out`, `shared` `[T, hidden]` `Act`; `topk_ids` `[T, K]` `Index`; `topk_weights` `[T, K]`
+    /// `Float`. Rounds to `Act` after `silu * up` and at the end; the weighted sum over `k` runs in `Float`,
+    /// in the order of `k`.
     fn moe_int4(
         &self,
         x: &Self::Tensor,
@@ -341,12 +354,14 @@ pub trait Kernels: Send + Sized {
         out: &mut Self::Tensor,
     ) -> Result<()>;
 
-    /// SwiGLU: `out = silu(gate) * up`, `silu(x) = x / (1 + exp(-x))`. All `[T, I]` `Act`; rounds to `Act` once.
+    /// SwiGLU: `out = silu(gate) * up`, `silu(x) = x / (1 + exp(-x))`. All `[T, I]` `Act`; rounds to `Act`
+    /// once.
     fn silu_mul(&self, gate: &Self::Tensor, up: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
 
     /// Logits of chosen token rows over a vocabulary shard: `logits[i] = weight x[rows[i]]`.
     ///
-    /// `x` `[T, hidden]` `Act`; `rows` `[R]` `Index`; `weight` `[V_local, hidden]` dense; `logits` `[R, V_local]` `Float`. Not rounded to `Act`.
+    /// `x` `[T, hidden]` `Act`; `rows` `[R]` `Index`; `weight` `[V_local, hidden]` dense; `logits` `[R,
+    /// V_local]` `Float`. Not rounded to `Act`.
     fn lm_head(
         &self,
         x: &Self::Tensor,
@@ -355,11 +370,12 @@ pub trait Kernels: Send + Sized {
         logits: &mut Self::Tensor,
     ) -> Result<()>;
 
-    /// Chooses a token for every row and reports log-probabilities; see [`SamplingParams`](crate::SamplingParams) for the order of
-    /// operations and [`uniform`](crate::sampling::uniform) for the random numbers.
+    /// Chooses a token for every row and reports log-probabilities; see
+    /// [`SamplingParams`](crate::SamplingParams) for the order of operations and
+    /// [`uniform`](crate::sampling::uniform) for the random numbers.
     ///
-    /// The draw is Gumbel-max: the kept token with the largest `logit / temperature - ln(-ln(uniform))`, ties to the lower id.
-    /// `logits` `[R, V]` `Float`, left unchanged.
+    /// The draw is Gumbel-max: the kept token with the largest `logit / temperature - ln(-ln(uniform))`, ties
+    /// to the lower id. `logits` `[R, V]` `Float`, left unchanged.
     fn sample(
         &self,
         logits: &Self::Tensor,

@@ -1,7 +1,7 @@
 //! The kernel contract of dsa80 and its portable implementations.
 //!
-//! [`Kernels`] is the contract: one method per kernel, as the model calls it. [`cpu::Cpu`] is the oracle that judges every
-//! other implementation, generic over f32 and f64.
+//! [`Kernels`] is the contract: one method per kernel, as the model calls it. [`cpu::Cpu`] is the oracle that
+//! judges every other implementation, generic over f32 and f64.
 
 pub mod batch;
 pub mod communicator;

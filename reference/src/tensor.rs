@@ -7,8 +7,8 @@ use half::{bf16, f16};
 pub enum DType {
     /// Activations and caches: bf16 on the GPU backends, the oracle's own float (f32 or f64) on `Cpu`.
     Act,
-    /// What must not be rounded to bf16 (logits, scores, router weights, cos/sin): f32 on the GPU backends, the
-    /// oracle's own float on `Cpu`.
+    /// What must not be rounded to bf16 (logits, scores, router weights, cos/sin): f32 on the GPU backends,
+    /// the oracle's own float on `Cpu`.
     Float,
     /// Indices: i32 everywhere.
     Index,
@@ -104,11 +104,12 @@ impl HostTensor {
     }
 }
 
-/// One INT4 linear layer in the *canonical* packed form that every checkpoint format is brought to at load, without
-/// unpacking where the format allows (compressed-tensors stores exactly this).
+/// One INT4 linear layer in the *canonical* packed form that every checkpoint format is brought to at load,
+/// without unpacking where the format allows (compressed-tensors stores exactly this).
 ///
-/// The weight is `w[o, i] = (q[o, i] - z[o, g]) * scale[o, g]` with `g = i / group_size`, `q` and `z` unsigned nibbles
-/// and the product never rounded to bf16: with bf16 or f16 scales it has at most 5 + 11 significant bits and is exact in f32.
+/// The weight is `w[o, i] = (q[o, i] - z[o, g]) * scale[o, g]` with `g = i / group_size`, `q` and `z`
+/// unsigned nibbles and the product never rounded to bf16: with bf16 or f16 scales it has at most 5 + 11
+/// significant bits and is exact in f32.
 #[derive(Debug, Clone, PartialEq)]
 pub struct HostInt4 {
     /// Rows: output features.
@@ -117,12 +118,13 @@ pub struct HostInt4 {
     pub in_features: usize,
     /// Columns that share a scale; equals `in_features` for per-channel scales.
     pub group_size: usize,
-    /// `[out, ceil(in / 8)]`: nibble `j` (bits `4j..4j+3`) of word `c` is `q[o, 8c + j]`, in 0..=15. The unused
-    /// nibbles of a padded last word are ignored.
+    /// `[out, ceil(in / 8)]`: nibble `j` (bits `4j..4j+3`) of word `c` is `q[o, 8c + j]`, in 0..=15. The
+    /// unused nibbles of a padded last word are ignored.
     pub weight_packed: Vec<u32>,
     /// `[out, ceil(in / group_size)]` in the checkpoint's own float type.
     pub scales: HostTensor,
-    /// `[ceil(out / 8), groups]`: nibble `j` of row `r` is `z[8r + j, g]`. `None` means 8 everywhere (symmetric).
+    /// `[ceil(out / 8), groups]`: nibble `j` of row `r` is `z[8r + j, g]`. `None` means 8 everywhere
+    /// (symmetric).
     pub zero_points: Option<Vec<u32>>,
 }
 
@@ -150,8 +152,8 @@ impl HostInt4 {
         }
     }
 
-    /// The whole weight as f32: exactly with bf16 or f16 scales, rounded once with f32 ones. For load-time conversions and tests;
-    /// kernels never call it.
+    /// The whole weight as f32: exactly with bf16 or f16 scales, rounded once with f32 ones. For load-time
+    /// conversions and tests; kernels never call it.
     pub fn dequantise(&self) -> HostTensor {
         let scales = self.scales.to_f32();
         let groups = self.groups();
@@ -198,8 +200,8 @@ pub struct HostExpert {
 }
 
 impl HostExpert {
-    /// Whether `moe_int4` takes these experts: every projection is INT4, with one group size for all gates and ups and one for all
-    /// downs (which differ where scales are per channel).
+    /// Whether `moe_int4` takes these experts: every projection is INT4, with one group size for all gates
+    /// and ups and one for all downs (which differ where scales are per channel).
     pub fn fit_moe_int4(experts: &[HostExpert]) -> bool {
         let group_sizes = |expert: &HostExpert| {
             let group_size = |weight: &HostLinear| match weight {
@@ -225,11 +227,12 @@ pub trait DeviceTensor: Send {
     /// Elements that the allocation holds.
     fn capacity(&self) -> usize;
 
-    /// Sets the shape without touching memory, so that one workspace serves every batch size and the output of a
-    /// projection is seen as heads.
+    /// Sets the shape without touching memory, so that one workspace serves every batch size and the output
+    /// of a projection is seen as heads.
     ///
     /// # Errors
-    /// [`Error::Capacity`](crate::Error::Capacity) when `shape` has more elements than [`capacity`](Self::capacity).
+    /// [`Error::Capacity`](crate::Error::Capacity) when `shape` has more elements than
+    /// [`capacity`](Self::capacity).
     fn set_shape(&mut self, shape: &[usize]) -> crate::Result<()>;
 
     /// [`set_shape`](Self::set_shape) of the first dimension alone.

@@ -64,7 +64,8 @@ pub struct Spread {
     pub max: f64,
 }
 
-/// The folder of fixtures: `DSA80_FIXTURES`, or the repository's (for test binaries that run where they were built).
+/// The folder of fixtures: `DSA80_FIXTURES`, or the repository's (for test binaries that run where they were
+/// built).
 pub fn root() -> PathBuf {
     std::env::var_os("DSA80_FIXTURES")
         .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures")), PathBuf::from)

@@ -1,5 +1,6 @@
-//! The whole model on top of [`dsa80_reference::cpu::naive`], as naively as it can be written: f64, one sequence, no cache, no
-//! pages, no absorption; attention is dense with a mask. It shares nothing with the kernels.
+//! The whole model on top of [`dsa80_reference::cpu::naive`], as naively as it can be written: f64, one
+//! sequence, no cache, no pages, no absorption; attention is dense with a mask. It shares nothing with the
+//! kernels.
 //!
 //! Source: Hugging Face transformers 5.17, `models/glm_moe_dsa/modeling_glm_moe_dsa.py`.
 
@@ -22,7 +23,8 @@ pub struct Naive {
     pub logits: Vec<Row>,
     /// By full layer `[T]`: the selected positions, ascending.
     pub selections: BTreeMap<usize, Vec<Vec<usize>>>,
-    /// The smallest non-zero distance between a choice (key, expert, group) and the best one that was not chosen.
+    /// The smallest non-zero distance between a choice (key, expert, group) and the best one that was not
+    /// chosen.
     pub narrowest: f64,
 }
 

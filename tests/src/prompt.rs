@@ -29,7 +29,8 @@ pub fn limits(max_model_len: usize, page_size: usize, vocab_size: usize) -> Step
     }
 }
 
-/// The pages of one of up to three sequences: every third of the cache, from the end, so that no two neighbours touch.
+/// The pages of one of up to three sequences: every third of the cache, from the end, so that no two
+/// neighbours touch.
 pub fn scattered_pages(limits: &StepLimits, sequence: usize) -> Vec<u32> {
     let count = limits.max_model_len.div_ceil(limits.page_size);
     (0..count).rev().map(|page| (page * 3 + sequence) as u32).collect()

@@ -1,5 +1,5 @@
-//! The serving path (absorbed MLA, paged caches, selected rows, chunks) against a naive dense masked model, on random
-//! configurations.
+//! The serving path (absorbed MLA, paged caches, selected rows, chunks) against a naive dense masked model,
+//! on random configurations.
 
 use dsa80_model::runner::Rank;
 use dsa80_reference::cpu::{Cpu, ThreadCommunicator};

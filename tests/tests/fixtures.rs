@@ -189,7 +189,8 @@ fn the_oracle_in_f64_is_hf_in_f64() {
         let len = fixture.tokens.len();
         let run = prompt::run(&mut rank, &fixture.tokens, &pages, 16, &prompt::pieces(len, len)).unwrap();
         let delta = LogprobDelta::new(&run.logits, &fixture.logits, &fixture.tokens);
-        // The golden logits are stored in float32: half an ulp of a logit of magnitude 8 is 2.4e-7, twice in a difference.
+        // The golden logits are stored in float32: half an ulp of a logit of magnitude 8 is 2.4e-7, twice in
+        // a difference.
         assert!(largest(&delta.worst) <= 1e-6, "{}: {:e}", fixture.name, largest(&delta.worst));
     }
 }

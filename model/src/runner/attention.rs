@@ -56,8 +56,8 @@ impl<K: Kernels> Forward<'_, K> {
         weights.o_proj.apply(kernels, &ws.o, &mut ws.delta)
     }
 
-    /// The indexer of a full layer: caches this step's keys and leaves the selection in `topk_indices`, where the shared layers
-    /// that follow find it.
+    /// The indexer of a full layer: caches this step's keys and leaves the selection in `topk_indices`, where
+    /// the shared layers that follow find it.
     fn select(&mut self, layer: usize, indexer: &Indexer<K>) -> Result<()> {
         let (kernels, config, shape, tokens) = (self.kernels, self.config, self.shape, self.tokens);
         let ws = &mut *self.workspace;

@@ -62,7 +62,8 @@ where
     }
 }
 
-/// Starts the thread of a rank other than 0: it loads, says how that went, then makes steps until its sender is gone.
+/// Starts the thread of a rank other than 0: it loads, says how that went, then makes steps until its sender
+/// is gone.
 fn follow<K: Kernels + 'static>(
     RankParts { kernels, communicator }: RankParts<K>,
     weights: &Arc<dyn WeightSource>,

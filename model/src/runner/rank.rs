@@ -48,7 +48,8 @@ impl<K: Kernels> Rank<K> {
             .map(|index| Ok(Layer::upload(&kernels, weights.load_layer(index, shard)?)?))
             .collect::<Result<_, LaunchError>>()?;
         let max_blocks = limits.max_model_len.div_ceil(limits.page_size);
-        // A chunk of 4 Mi scores (16 MiB) keeps the selection busy; one row of the longest context is the least.
+        // A chunk of 4 Mi scores (16 MiB) keeps the selection busy; one row of the longest context is the
+        // least.
         let index_logits =
             limits.max_model_len.max(4 << 20).min(limits.max_model_len * limits.max_batch_tokens);
         Ok(Self {
@@ -67,7 +68,8 @@ impl<K: Kernels> Rank<K> {
     /// Runs `batch` through all layers and writes its cache rows.
     ///
     /// # Errors
-    /// A batch larger than the limits given to [`load`](Self::load), or whatever a kernel or a collective reports.
+    /// A batch larger than the limits given to [`load`](Self::load), or whatever a kernel or a collective
+    /// reports.
     pub fn forward(&mut self, batch: &Batch, probe: Option<&mut dyn Probe>) -> Result<()> {
         self.kernels.upload_batch(batch, &mut self.device_batch)?;
         Forward {

@@ -2,8 +2,8 @@
 
 use crate::config::{MlpLayerType, ModelConfig};
 
-/// What workspace, caches and kernels are sized by. Names are the config's; `heads`, `max_intermediate` and `vocab_shard` are
-/// this rank's share.
+/// What workspace, caches and kernels are sized by. Names are the config's; `heads`, `max_intermediate` and
+/// `vocab_shard` are this rank's share.
 #[derive(Debug, Clone)]
 pub(crate) struct RankShape {
     pub(crate) hidden_size: usize,

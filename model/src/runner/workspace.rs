@@ -4,13 +4,15 @@ use dsa80_reference::{DType, DeviceTensor, Kernels, Result, SampleOutput};
 
 use super::shape::RankShape;
 
-/// Rows that are projected to logits at once; more are taken in turns. Bounds the logits at 64 rows of the vocabulary.
+/// Rows that are projected to logits at once; more are taken in turns. Bounds the logits at 64 rows of the
+/// vocabulary.
 pub(crate) const LOGIT_ROWS: usize = 64;
 
 /// Alternatives with log-probabilities that a token can carry at most.
 pub(crate) const MAX_LOGPROBS: usize = 20;
 
-/// Every intermediate of a step. `M` is the most tokens a step can have; shapes in the comments are of one step of `T`.
+/// Every intermediate of a step. `M` is the most tokens a step can have; shapes in the comments are of one
+/// step of `T`.
 pub(crate) struct Workspace<K: Kernels> {
     pub(crate) cos_sin: K::Tensor,        // [T, rope / 2, 2]
     pub(crate) residual: K::Tensor,       // [T, hidden]
@@ -42,7 +44,8 @@ pub(crate) struct Workspace<K: Kernels> {
 }
 
 impl<K: Kernels> Workspace<K> {
-    /// `index_logits` is the size in floats of the indexer's score chunk; at least one row of the longest context.
+    /// `index_logits` is the size in floats of the indexer's score chunk; at least one row of the longest
+    /// context.
     pub(crate) fn alloc(
         kernels: &K,
         shape: &RankShape,

@@ -9,8 +9,8 @@ use crate::tensor::{DType, DeviceTensor};
 
 /// One rank of a group of threads that meet in shared memory.
 ///
-/// A rank that is dropped before the others have finished (its thread failed or panicked) breaks the group: every collective
-/// that waits, and every later one, fails with the reason.
+/// A rank that is dropped before the others have finished (its thread failed or panicked) breaks the group:
+/// every collective that waits, and every later one, fails with the reason.
 #[derive(Debug)]
 pub struct ThreadCommunicator<F> {
     cpu: Cpu<F>,
@@ -35,8 +35,8 @@ struct State<F> {
 }
 
 impl<F: Real> ThreadCommunicator<F> {
-    /// The ranks of a group of `world_size`, in order; each goes to its own thread. Sums of activations are rounded as `cpu`
-    /// rounds.
+    /// The ranks of a group of `world_size`, in order; each goes to its own thread. Sums of activations are
+    /// rounded as `cpu` rounds.
     pub fn group(cpu: Cpu<F>, world_size: usize) -> Vec<Self> {
         let group = Arc::new(Group {
             world_size,
@@ -105,7 +105,8 @@ impl<F: Real> ThreadCommunicator<F> {
 
 impl<F> ThreadCommunicator<F> {
     fn lock(&self) -> MutexGuard<'_, State<F>> {
-        // The state is consistent between any two statements that hold the lock, so a poisoned lock is still good.
+        // The state is consistent between any two statements that hold the lock, so a poisoned lock is still
+        // good.
         self.group.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
