@@ -1,5 +1,5 @@
-//! Multiply-adds a second of the oracle's attention kernels, f32: `cargo bench -p dsa80-reference --bench
-//! attention`. `RAYON_NUM_THREADS=1` gives one core's.
+//! Multiply-adds a second of the oracle's attention kernels, f32:
+//! `cargo bench -p dsa80-reference --bench attention`. `RAYON_NUM_THREADS=1` gives one core's.
 
 use divan::{Bencher, counter::ItemsCount};
 use dsa80_reference::cpu::{Cpu, CpuBatch, CpuTensor};

@@ -16,8 +16,8 @@ pub struct SequenceSlice<'a> {
 /// A ragged batch of prefill chunks and decodes.
 ///
 /// `T` is the number of new tokens over all sequences, `S` the number of sequences, `B` the widest block
-/// table. Sequences lie one after the other; the tokens of sequence `s` are rows `cu_seqlens[s]..cu_seqlens[s
-/// + 1]`.
+/// table. Sequences lie one after the other; the tokens of sequence `s` are rows
+/// `cu_seqlens[s]..cu_seqlens[s + 1]`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Batch {
     /// Tokens a page holds.

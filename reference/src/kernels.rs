@@ -244,8 +244,8 @@ pub trait Kernels: Send + Sized {
     /// [`linear`](Self::linear) with a packed INT4 weight.
     fn linear_int4(&self, x: &Self::Tensor, weight: &Self::Int4, out: &mut Self::Tensor) -> Result<()>;
 
-    /// The query into the latent space: per head `h`, `out[t, h] = [K_h^T q_nope, q_rope]`, where `q[t, h] =
-    /// [q_nope, q_rope]` and `K_h = kv_b[h, ..nope]`.
+    /// The query into the latent space: per head `h`, `out[t, h] = [K_h^T q_nope, q_rope]`, where
+    /// `q[t, h] = [q_nope, q_rope]` and `K_h = kv_b[h, ..nope]`.
     ///
     /// `q` `[T, H, nope + rope]` `Act` (RoPE already applied); `kv_b` `[H, nope + v, kv_lora_rank]` dense;
     /// `out` `[T, H, kv_lora_rank + rope]` `Act`. Rounds to `Act`.
@@ -257,14 +257,14 @@ pub trait Kernels: Send + Sized {
     /// Rounds to `Act`.
     fn absorb_output(&self, o: &Self::Tensor, kv_b: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
 
-    /// The lightning indexer's scores of a chunk of token rows: `logits[t - rows.start, s] = sum_h weights[t,
-    /// h] * relu(q[t, h] . k[s]) * scale` for `s <= position of t`, `k[s]` the indexer cache row of position
-    /// `s` of `t`'s sequence.
+    /// The lightning indexer's scores of a chunk of token rows:
+    /// `logits[t - rows.start, s] = sum_h weights[t, h] * relu(q[t, h] . k[s]) * scale` for
+    /// `s <= position of t`, `k[s]` the indexer cache row of position `s` of `t`'s sequence.
     ///
-    /// `q` `[T, HI, D]` `Act` (RoPE applied); `weights` `[T, HI]` `Float`, may be negative; `cache` `[pages,
-    /// page_size, D]` `Act`; `scale > 0` is `HI^-0.5 * D^-0.5`; `logits` `[rows, C]` `Float`, `C >= ` the
-    /// longest context among the rows. Entries at invisible positions are unspecified. Nothing is rounded to
-    /// `Act`. The row chunk bounds the workspace: `rows.len() * C` floats.
+    /// `q` `[T, HI, D]` `Act` (RoPE applied); `weights` `[T, HI]` `Float`, may be negative; `cache`
+    /// `[pages, page_size, D]` `Act`; `scale > 0` is `HI^-0.5 * D^-0.5`; `logits` `[rows, C]` `Float`,
+    /// `C >= ` the longest context among the rows. Entries at invisible positions are unspecified. Nothing is
+    /// rounded to `Act`. The row chunk bounds the workspace: `rows.len() * C` floats.
     fn indexer_logits(
         &self,
         batch: &Self::Batch,
@@ -292,8 +292,8 @@ pub trait Kernels: Send + Sized {
     ) -> Result<()>;
 
     /// Attention over the selected latent rows, in the absorbed form: with `c[s]` the MLA cache row of
-    /// position `s` (its first `kv_lora_rank` columns are both key and value, the rest is the rotary key), `p
-    /// = softmax_s(q[t, h] . c[s] * scale)`, `out[t, h] = sum_s p[s] c[s, ..kv_lora_rank]` over `s` in
+    /// position `s` (its first `kv_lora_rank` columns are both key and value, the rest is the rotary key),
+    /// `p = softmax_s(q[t, h] . c[s] * scale)`, `out[t, h] = sum_s p[s] c[s, ..kv_lora_rank]` over `s` in
     /// `topk_indices[t]`.
     ///
     /// `q` `[T, H, kv_lora_rank + rope]` `Act`; `cache` `[pages, page_size, kv_lora_rank + rope]` `Act`;
@@ -327,8 +327,9 @@ pub trait Kernels: Send + Sized {
         topk_weights: &mut Self::Tensor,
     ) -> Result<()>;
 
-    /// Routed experts, all INT4: `out[t] = shared[t] + sum_k topk_weights[t, k] * down_e(silu(gate_e x[t]) *
-    /// up_e x[t])`, `e = topk_ids[t, k]`.
+    /// Routed experts, all INT4:
+    /// `out[t] = shared[t] + sum_k topk_weights[t, k] * down_e(silu(gate_e x[t]) * up_e x[t])`,
+    /// `e = topk_ids[t, k]`.
     ///
     /// `x`, `out`, `shared` `[T, hidden]` `Act`; `topk_ids` `[T, K]` `Index`; `topk_weights` `[T, K]`
     /// `Float`. Rounds to `Act` after `silu * up` and at the end; the weighted sum over `k` runs in `Float`,
@@ -360,8 +361,8 @@ pub trait Kernels: Send + Sized {
 
     /// Logits of chosen token rows over a vocabulary shard: `logits[i] = weight x[rows[i]]`.
     ///
-    /// `x` `[T, hidden]` `Act`; `rows` `[R]` `Index`; `weight` `[V_local, hidden]` dense; `logits` `[R,
-    /// V_local]` `Float`. Not rounded to `Act`.
+    /// `x` `[T, hidden]` `Act`; `rows` `[R]` `Index`; `weight` `[V_local, hidden]` dense; `logits`
+    /// `[R, V_local]` `Float`. Not rounded to `Act`.
     fn lm_head(
         &self,
         x: &Self::Tensor,

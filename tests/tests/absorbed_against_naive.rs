@@ -1,6 +1,8 @@
 //! The serving path (absorbed MLA, paged caches, selected rows, chunks) against a naive dense masked model,
 //! on random configurations.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use dsa80_model::runner::Rank;
 use dsa80_reference::cpu::{Cpu, ThreadCommunicator};
 use dsa80_tests::random_model::{RandomModel, random_model};

@@ -1,5 +1,11 @@
 //! Every fixture on the oracle, against what HF transformers computed in float64.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test fails by panicking and shows what it measured"
+)]
+
 use std::sync::Arc;
 
 use dsa80_model::checkpoint::Checkpoint;

@@ -1,5 +1,7 @@
 //! A rank that fails stops the others with the reason, at load and in the middle of a step: never a hang.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
