@@ -229,3 +229,87 @@ fn resident_bytes(spec: &LinearSpec, format: LinearFormat, world_size: usize) ->
 fn product(factors: &[usize]) -> u64 {
     factors.iter().fold(1_u64, |product, factor| product.saturating_mul(*factor as u64))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: f64 = (1_u64 << 30) as f64;
+
+    /// GLM-5.2's dimensions with a `quantization_config`.
+    fn glm_5_2(quantization: &str) -> ModelConfig {
+        let text = r#"{"model_type":"glm_moe_dsa","hidden_size":6144,"num_hidden_layers":78,"vocab_size":154880,
+            "num_attention_heads":64,"q_lora_rank":2048,"kv_lora_rank":512,"qk_nope_head_dim":192,"qk_rope_head_dim":64,
+            "v_head_dim":256,"index_n_heads":32,"index_head_dim":128,"index_topk":2048,"index_topk_freq":4,
+            "index_skip_topk_offset":3,"rope_parameters":{"rope_theta":8000000},"n_routed_experts":256,
+            "num_experts_per_tok":8,"n_shared_experts":1,"moe_intermediate_size":2048,"intermediate_size":12288,
+            "routed_scaling_factor":2.5,"first_k_dense_replace":3,"rms_norm_eps":1e-5,"max_position_embeddings":1048576,
+            "quantization_config":QUANTIZATION}"#;
+        ModelConfig::from_json(&text.replace("QUANTIZATION", quantization)).unwrap()
+    }
+
+    /// As cyankiwi/GLM-5.2-AWQ-INT4: only the routed experts packed, group size 32, asymmetric.
+    const EXPERTS_ONLY: &str = r#"{"quant_method":"compressed-tensors","format":"pack-quantized",
+        "ignore":["lm_head","re:.*self_attn.*","re:.*shared_experts.*","re:model[.]layers[.][0-2][.]mlp[.].*"],
+        "config_groups":{"group_0":{"targets":["Linear"],
+        "weights":{"num_bits":4,"type":"int","symmetric":false,"group_size":32,"strategy":"group"}}}}"#;
+
+    /// The published size is 744 billion parameters, 40 of them active.
+    #[test]
+    fn parameters_of_glm_5_2() {
+        let Parameters { total, active } = Plan::from_config(&glm_5_2("null"), 1).unwrap().parameters;
+        assert_eq!(total / 1_000_000_000, 743);
+        assert_eq!(active / 1_000_000_000, 40);
+        // By hand, in parts.
+        let attention = 2048 * 6144 + 2048 * 16384 + 576 * 6144 + 512 * 28672 + 6144 * 16384;
+        let indexer = 2048 * 4096 + 6144 * 128 + 6144 * 32 + 2 * 128;
+        let expert = 3 * 2048 * 6144;
+        let sparse = 256 * 6144 + 256 + 257 * expert;
+        let norms = 2 * 6144 + 2048 + 512;
+        let layers = 78 * (attention + norms) + 21 * indexer + 3 * (3 * 12288 * 6144) + 75 * sparse;
+        assert_eq!(total, layers + 2 * 154880 * 6144 + 6144);
+        assert_eq!(total - active, 154880 * 6144 + 75 * 248 * expert);
+    }
+
+    /// The published INT4 checkpoint has 474 GB, of which the MTP layer, which is not loaded, takes 20.
+    #[test]
+    fn memory_of_glm_5_2_in_int4() {
+        let config = glm_5_2(EXPERTS_ONLY);
+        let whole = Plan::from_config(&config, 1).unwrap();
+        let gigabytes = whole.weights.total() as f64 / 1e9;
+        assert!((gigabytes / 454.0 - 1.0).abs() < 0.01, "{gigabytes}");
+        // 4 bits, and 16 + 4 bits for every 32 of them.
+        let expert_weights = 75 * 256 * 3 * 2048 * 6144_u64;
+        assert_eq!(whole.weights.experts, expert_weights / 2 + expert_weights / 32 * 20 / 8);
+
+        let rank = Plan::from_config(&config, 8).unwrap();
+        assert_eq!(rank.weights.experts * 8, whole.weights.experts);
+        assert_eq!(rank.weights.embeddings * 8, whole.weights.embeddings);
+        assert_eq!(rank.weights.indexer, whole.weights.indexer);
+        // q_a and kv_a are whole on every rank, q_b, kv_b and o are not.
+        let (replicated, sharded) = ((2048 + 576) * 6144, 16384 * 2048 + 28672 * 512 + 6144 * 16384);
+        assert_eq!(rank.weights.attention, 78 * 2 * (replicated + sharded / 8));
+        assert_eq!(rank.weights.norms, whole.weights.norms);
+        assert_eq!(rank.parameters, whole.parameters);
+    }
+
+    #[test]
+    fn caches_of_glm_5_2() {
+        let plan = Plan::from_config(&glm_5_2(EXPERTS_ONLY), 8).unwrap();
+        assert_eq!(plan.kv, KvBytes { mla: 78 * 1152, indexer: 21 * 256 });
+        let weights = plan.weights.total();
+        assert_eq!(plan.cache_tokens(weights), 0);
+        assert_eq!(plan.longest_context(weights / 2), 0);
+        assert_eq!(plan.longest_context(weights + 1000 * plan.kv.total() + 1), 1000);
+        assert_eq!(plan.longest_context(u64::MAX), 1_048_576);
+        // An A100 of 80 GB used to 90 %.
+        let context = plan.longest_context((0.9 * 80.0 * GIB) as u64);
+        assert!((150_000..250_000).contains(&context), "{context}");
+    }
+
+    #[test]
+    fn a_degree_that_does_not_divide() {
+        let message = Plan::from_config(&glm_5_2(EXPERTS_ONLY), 3).unwrap_err().to_string();
+        assert!(message.contains("3 ranks"), "{message}");
+    }
+}

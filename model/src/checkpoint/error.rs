@@ -105,9 +105,9 @@ pub enum CheckpointError {
         /// The tensor.
         tensor: String,
         /// Its shape.
-        found: Vec<usize>,
+        found: Box<[usize]>,
         /// The shape that the config calls for.
-        expected: Vec<usize>,
+        expected: Box<[usize]>,
         /// Where that comes from.
         reason: String,
     },

@@ -135,3 +135,99 @@ impl<'de> Visitor<'de> for TensorsVisitor {
         Ok(Tensors(tensors))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use safetensors::SafeTensors;
+
+    use super::*;
+
+    fn file(header: &str, data: usize) -> Vec<u8> {
+        let mut file = (header.len() as u64).to_le_bytes().to_vec();
+        file.extend(header.bytes());
+        file.resize(file.len() + data, 0);
+        file
+    }
+
+    #[test]
+    fn entries_in_the_order_of_their_offsets() {
+        let header = r#"{"b":{"dtype":"BF16","shape":[2,3],"data_offsets":[4,16]},"__metadata__":{"format":"pt"},
+            "a":{"dtype":"F32","shape":[],"data_offsets":[0,4]},"empty":{"dtype":"U8","shape":[0,9],"data_offsets":[4,4]}}"#;
+        let file = file(header, 16);
+        let entries = parse(&file).unwrap();
+        let found: Vec<_> = entries.iter().map(|e| (e.name.as_str(), e.bytes.clone())).collect();
+        let start = file.len() - 16;
+        assert_eq!(
+            found,
+            [("a", start..start + 4), ("empty", start + 4..start + 4), ("b", start + 4..start + 16)]
+        );
+        assert!(SafeTensors::deserialize(&file).is_ok());
+    }
+
+    /// One case a way to be malformed; the reason names the tensor wherever one is to blame.
+    #[test]
+    fn malformed_headers() {
+        let f32s = |name: &str, shape: &str, offsets: &str| {
+            format!(r#""{name}":{{"dtype":"F32","shape":{shape},"data_offsets":{offsets}}}"#)
+        };
+        let one = |entry: String| file(&format!("{{{entry}}}"), 8);
+        let two = |a: String, b: String| file(&format!("{{{a},{b}}}"), 8);
+        let claim = |length: u64| [&length.to_le_bytes(), b"{}".as_slice()].concat();
+        let cases = [
+            (Vec::new(), "expected at least 8 bytes, found 0"),
+            (vec![0; 7], "expected at least 8 bytes, found 7"),
+            (claim(u64::MAX), "claims 18446744073709551615 bytes"),
+            (claim(i64::MAX as u64), "claims 9223372036854775807 bytes"),
+            (claim(100_000_001), "claims 100000001 bytes"),
+            (claim(3), "claims 3 bytes; expected at most 2"),
+            (claim(0), "its header: EOF"),
+            (file("[]", 0), "expected an object of tensors"),
+            (file("{\"a\": \u{1}}", 0), "its header:"),
+            (file(&"[".repeat(10_000), 0), "its header:"),
+            ([file("{  }", 0), vec![1]].concat(), "found 1"),
+            (one(f32s("a", "[1]", "[0,4]")), "its tensors take 4 bytes; found 8"),
+            (one(f32s("a", "[2]", "[8,0]")), "tensor `a`: data_offsets [8, 0]"),
+            (one(f32s("a", "[4]", "[0,16]")), "tensor `a`: data_offsets [0, 16]"),
+            (
+                one(f32s("a", "[3]", "[0,8]")),
+                "tensor `a`: F32 elements of shape [3] take 12 bytes; its data_offsets span 8",
+            ),
+            (
+                one(f32s("a", "[4611686018427387904,4]", "[0,8]")),
+                "tensor `a`: shape [4611686018427387904, 4]",
+            ),
+            (one(f32s("a", "[-2]", "[0,8]")), "tensor `a`: invalid value: integer `-2`"),
+            (one(f32s("a", "[1.5]", "[0,8]")), "tensor `a`: invalid type: floating point"),
+            (one(f32s("a", "[2]", "[0]")), "tensor `a`: invalid length 1"),
+            (one(f32s("a", "[2]", "[4,12]")), "tensor `a`: data_offsets [4, 12]"),
+            (one(f32s("a", "[1]", "[4,8]")), "tensor `a` starts at 4 and leaves a gap after the header"),
+            (
+                one(r#""a":{"dtype":"F128","shape":[2],"data_offsets":[0,8]}"#.to_owned()),
+                "tensor `a`: unknown variant `F128`",
+            ),
+            (
+                one(r#""a":{"shape":[2],"data_offsets":[0,8]}"#.to_owned()),
+                "tensor `a`: missing field `dtype`",
+            ),
+            (one(r#""__metadata__":[]"#.to_owned()), "tensor `__metadata__`: invalid type"),
+            (two(f32s("a", "[1]", "[0,4]"), f32s("a", "[1]", "[4,8]")), "tensor `a` is listed twice"),
+            (two(f32s("a", "[0]", "[0,0]"), f32s("a", "[2]", "[0,8]")), "tensor `a` is listed twice"),
+            (
+                two(f32s("a", "[2]", "[0,8]"), f32s("b", "[1]", "[4,8]")),
+                "tensor `b` starts at 4 and overlaps a, which ends at 8",
+            ),
+            (
+                two(f32s("a", "[1]", "[0,4]"), f32s("b", "[1]", "[0,4]")),
+                "tensor `b` starts at 0 and overlaps a",
+            ),
+        ];
+        for (file, expected) in cases {
+            let reason = parse(&file).unwrap_err();
+            assert!(reason.contains(expected), "{reason}\nexpected {expected}");
+        }
+        let mut broken = one(f32s("a", "[2]", "[0,8]"));
+        assert!(parse(&broken).is_ok());
+        broken[10] = 0xff;
+        assert!(parse(&broken).unwrap_err().contains("not UTF-8"));
+    }
+}

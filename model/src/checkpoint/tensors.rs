@@ -200,8 +200,8 @@ impl<'a> TensorView<'a> {
         Err(CheckpointError::Shape {
             file: self.file.to_owned(),
             tensor: self.name.to_owned(),
-            found: self.shape.to_vec(),
-            expected: expected.to_vec(),
+            found: self.shape.into(),
+            expected: expected.into(),
             reason: reason(),
         })
     }

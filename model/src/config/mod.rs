@@ -6,6 +6,8 @@ mod index_share;
 mod parse;
 mod quantization;
 mod tensor_parallel;
+#[cfg(test)]
+mod tests;
 
 pub use error::ConfigError;
 pub use quantization::{Expectation, Int4Scheme, QuantizationConfig, QuantizationMethod};
