@@ -1,5 +1,5 @@
-//! Memory arithmetic: what a rank holds, what a token costs, what context fits. For `dsa80 inspect`, before any weight is
-//! loaded or even downloaded.
+//! Memory arithmetic: what a rank holds, what a token costs, what context fits. For `dsa80 inspect`, before
+//! any weight is loaded or even downloaded.
 
 use dsa80_reference::DType;
 
@@ -108,8 +108,8 @@ impl Plan {
         Ok(Self::new(config, world_size, format, dtype))
     }
 
-    /// The plan for a checkpoint that follows its config: dense weights and scales in 16 bits, packed layers as
-    /// `quantization_config` says.
+    /// The plan for a checkpoint that follows its config: dense weights and scales in 16 bits, packed layers
+    /// as `quantization_config` says.
     ///
     /// # Errors
     /// A degree that does not divide the model.
@@ -195,8 +195,8 @@ impl Plan {
         memory.saturating_sub(self.weights.total()) / self.kv.total()
     }
 
-    /// The longest single context that fits in `memory` bytes of one rank: [`cache_tokens`](Self::cache_tokens), but no more
-    /// than the model was made for.
+    /// The longest single context that fits in `memory` bytes of one rank:
+    /// [`cache_tokens`](Self::cache_tokens), but no more than the model was made for.
     pub fn longest_context(&self, memory: u64) -> usize {
         usize::try_from(self.cache_tokens(memory))
             .map_or(self.max_position_embeddings, |tokens| tokens.min(self.max_position_embeddings))
@@ -239,18 +239,20 @@ mod tests {
     /// GLM-5.2's dimensions with a `quantization_config`.
     fn glm_5_2(quantization: &str) -> ModelConfig {
         let text = r#"{"model_type":"glm_moe_dsa","hidden_size":6144,"num_hidden_layers":78,"vocab_size":154880,
-            "num_attention_heads":64,"q_lora_rank":2048,"kv_lora_rank":512,"qk_nope_head_dim":192,"qk_rope_head_dim":64,
-            "v_head_dim":256,"index_n_heads":32,"index_head_dim":128,"index_topk":2048,"index_topk_freq":4,
-            "index_skip_topk_offset":3,"rope_parameters":{"rope_theta":8000000},"n_routed_experts":256,
-            "num_experts_per_tok":8,"n_shared_experts":1,"moe_intermediate_size":2048,"intermediate_size":12288,
-            "routed_scaling_factor":2.5,"first_k_dense_replace":3,"rms_norm_eps":1e-5,"max_position_embeddings":1048576,
+            "num_attention_heads":64,"q_lora_rank":2048,"kv_lora_rank":512,"qk_nope_head_dim":192,
+            "qk_rope_head_dim":64,"v_head_dim":256,"index_n_heads":32,"index_head_dim":128,
+            "index_topk":2048,"index_topk_freq":4,"index_skip_topk_offset":3,
+            "rope_parameters":{"rope_theta":8000000},"n_routed_experts":256,"num_experts_per_tok":8,
+            "n_shared_experts":1,"moe_intermediate_size":2048,"intermediate_size":12288,
+            "routed_scaling_factor":2.5,"first_k_dense_replace":3,"rms_norm_eps":1e-5,
+            "max_position_embeddings":1048576,
             "quantization_config":QUANTIZATION}"#;
         ModelConfig::from_json(&text.replace("QUANTIZATION", quantization)).unwrap()
     }
 
     /// As cyankiwi/GLM-5.2-AWQ-INT4: only the routed experts packed, group size 32, asymmetric.
     const EXPERTS_ONLY: &str = r#"{"quant_method":"compressed-tensors","format":"pack-quantized",
-        "ignore":["lm_head","re:.*self_attn.*","re:.*shared_experts.*","re:model[.]layers[.][0-2][.]mlp[.].*"],
+        "ignore":["lm_head","re:.*self_attn.*","re:.*shared_experts.*","re:model[.]layers[.][0-2][.]mlp.*"],
         "config_groups":{"group_0":{"targets":["Linear"],
         "weights":{"num_bits":4,"type":"int","symmetric":false,"group_size":32,"strategy":"group"}}}}"#;
 

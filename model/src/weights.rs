@@ -1,7 +1,7 @@
 //! One rank's weights in host memory, as the checkpoint stores them and as the backend takes them.
 //!
-//! Dimensions are those of the *shard*: `H_local` is `num_attention_heads / world_size`, and so on. What is not said to
-//! be sharded is whole on every rank.
+//! Dimensions are those of the *shard*: `H_local` is `num_attention_heads / world_size`, and so on. What is
+//! not said to be sharded is whole on every rank.
 
 use dsa80_reference::{HostExpert, HostLinear, HostTensor};
 
@@ -31,8 +31,8 @@ pub struct HostAttention {
     pub kv_a_proj_with_mqa: HostLinear,
     /// `[kv_lora_rank]`.
     pub kv_a_layernorm: HostTensor,
-    /// `[H_local, qk_nope_head_dim + v_head_dim, kv_lora_rank]`, per head K then V, always dense: what the checkpoint
-    /// holds in INT4 is dequantised to f32, exactly, because `absorb` works on single heads.
+    /// `[H_local, qk_nope_head_dim + v_head_dim, kv_lora_rank]`, per head K then V, always dense: what the
+    /// checkpoint holds in INT4 is dequantised to f32, exactly, because `absorb` works on single heads.
     pub kv_b_proj: HostTensor,
     /// `[hidden, H_local * v_head_dim]`: the columns of this rank's heads.
     pub o_proj: HostLinear,
@@ -85,8 +85,8 @@ pub struct HostMoe {
     pub e_score_correction_bias: HostTensor,
     /// `n_routed_experts` of them, each with `moe_intermediate_size / world_size` inner features.
     pub experts: Vec<HostExpert>,
-    /// The shared experts, which the checkpoint stores as one SwiGLU of `moe_intermediate_size * n_shared_experts`
-    /// inner features; `None` when the model has none.
+    /// The shared experts, which the checkpoint stores as one SwiGLU of `moe_intermediate_size *
+    /// n_shared_experts` inner features; `None` when the model has none.
     pub shared_experts: Option<HostSwiGlu>,
 }
 
@@ -99,7 +99,7 @@ pub struct HostEnds {
     pub vocab_start: usize,
     /// `[hidden]`: the final norm.
     pub norm: HostTensor,
-    /// `[vocab_local, hidden]`, always dense (INT4 is dequantised to f32, exactly); `embed_tokens` again when the
-    /// checkpoint ties them.
+    /// `[vocab_local, hidden]`, always dense (INT4 is dequantised to f32, exactly); `embed_tokens` again when
+    /// the checkpoint ties them.
     pub lm_head: HostTensor,
 }

@@ -1,4 +1,5 @@
-//! The checkpoints that HF transformers and compressed-tensors wrote, under `fixtures/`: each opens and loads.
+//! The checkpoints that HF transformers and compressed-tensors wrote, under `fixtures/`: each opens and
+//! loads.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -43,6 +44,7 @@ fn the_default_checkpoint_opens_at_once() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/default");
     let start = Instant::now();
     Checkpoint::open(&dir).unwrap();
-    // Release builds take a few milliseconds; this one is not optimised and shares its cores with other tests.
+    // Release builds take a few milliseconds; this one is not optimised and shares its cores with other
+    // tests.
     assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
 }

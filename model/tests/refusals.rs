@@ -1,4 +1,5 @@
-//! Checkpoints whose tensors are not what config.json says: each is refused with file, tensor, expected and found.
+//! Checkpoints whose tensors are not what config.json says: each is refused with file, tensor, expected and
+//! found.
 
 mod support;
 
@@ -223,7 +224,8 @@ fn packed_against_the_configs_word() {
     });
 }
 
-/// Any mix that the config describes is taken: here one expert is ignored, and the router is packed though it is no `Linear`.
+/// Any mix that the config describes is taken: here one expert is ignored, and the router is packed though it
+/// is no `Linear`.
 #[test]
 fn mixtures() {
     let checkpoint = accepted(SYMMETRIC, |w| {
@@ -252,7 +254,8 @@ fn a_packed_lm_head() {
     assert_eq!(ends.lm_head.to_f32(), written.weights["lm_head.weight"].1[8 * 16..]);
 }
 
-// --- files ------------------------------------------------------------------------------------------------------
+// --- files
+// ------------------------------------------------------------------------------------------------------
 
 fn refused_folder(dir: &Path, parts: &[&str]) {
     let message = Checkpoint::open(dir).err().expect("a refusal").to_string();

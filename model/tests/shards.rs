@@ -1,4 +1,5 @@
-//! What a rank loads is its part of the weights that the files stand for: every format, group size and degree.
+//! What a rank loads is its part of the weights that the files stand for: every format, group size and
+//! degree.
 
 mod support;
 

@@ -44,7 +44,8 @@ impl Files {
         }
     }
 
-    /// The whole contents of a small file; `None` if there is no such file, or if `name` is not a plain file name.
+    /// The whole contents of a small file; `None` if there is no such file, or if `name` is not a plain file
+    /// name.
     pub(super) fn read(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>, CheckpointError> {
         let Some(path) = self.path(name) else { return Ok(self.embedded(name).map(Cow::Borrowed)) };
         match regular_file(&path).and_then(|_| fs::read(&path)) {
@@ -91,8 +92,8 @@ fn regular_file(path: &Path) -> io::Result<()> {
 
 #[expect(unsafe_code, reason = "memory-mapping a file has no safe form")]
 fn map(file: &File) -> io::Result<Mmap> {
-    // SAFETY: the mapping is private and read-only, and its bytes are only ever copied out as plain integers. That no other process
-    // truncates or rewrites a checkpoint while it is being loaded cannot be enforced and is asked of the operator, as by every
-    // other reader of safetensors.
+    // SAFETY: the mapping is private and read-only, and its bytes are only ever copied out as plain integers.
+    // That no other process truncates or rewrites a checkpoint while it is being loaded cannot be enforced
+    // and is asked of the operator, as by every other reader of safetensors.
     unsafe { Mmap::map(file) }
 }

@@ -29,8 +29,8 @@ pub struct Int4Format {
     pub scale: DType,
 }
 
-/// The form in which `spec` is stored: every tensor of it has the right type and shape, and the config does not contradict.
-/// `claim` is told the name of each tensor.
+/// The form in which `spec` is stored: every tensor of it has the right type and shape, and the config does
+/// not contradict. `claim` is told the name of each tensor.
 pub(super) fn detect(
     tensors: &Tensors,
     config: &ModelConfig,

@@ -1,7 +1,9 @@
-//! The header of a safetensors file: eight bytes of length, a JSON object of tensors, then their bytes without gaps.
+//! The header of a safetensors file: eight bytes of length, a JSON object of tensors, then their bytes
+//! without gaps.
 //!
-//! The `safetensors` crate judges dtypes, shapes and offsets. Before it is asked, each entry is looked at alone, because the
-//! crate's errors mostly do not say which tensor is wrong, and it takes the last of two entries of one name.
+//! The `safetensors` crate judges dtypes, shapes and offsets. Before it is asked, each entry is looked at
+//! alone, because the crate's errors mostly do not say which tensor is wrong, and it takes the last of two
+//! entries of one name.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -81,7 +83,8 @@ fn check_entry(info: &TensorInfo, data_len: usize) -> Result<(), String> {
     }
 }
 
-/// Tensors in the order of their offsets must follow each other without gap or overlap, to the end of the file.
+/// Tensors in the order of their offsets must follow each other without gap or overlap, to the end of the
+/// file.
 fn check_coverage(tensors: &[(String, TensorInfo)], data_len: usize) -> Result<(), String> {
     let mut end = 0;
     let mut previous = "the header";
@@ -151,8 +154,9 @@ mod tests {
 
     #[test]
     fn entries_in_the_order_of_their_offsets() {
-        let header = r#"{"b":{"dtype":"BF16","shape":[2,3],"data_offsets":[4,16]},"__metadata__":{"format":"pt"},
-            "a":{"dtype":"F32","shape":[],"data_offsets":[0,4]},"empty":{"dtype":"U8","shape":[0,9],"data_offsets":[4,4]}}"#;
+        let header = r#"{"b":{"dtype":"BF16","shape":[2,3],"data_offsets":[4,16]},
+            "__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]},
+            "empty":{"dtype":"U8","shape":[0,9],"data_offsets":[4,4]}}"#;
         let file = file(header, 16);
         let entries = parse(&file).unwrap();
         let found: Vec<_> = entries.iter().map(|e| (e.name.as_str(), e.bytes.clone())).collect();

@@ -4,8 +4,8 @@ use dsa80_reference::{HostData, HostInt4, HostTensor};
 
 use super::slices::Int4Slices;
 
-/// compressed-tensors stores the canonical form; only zero points may need to move, when a rank's first row is not the first
-/// of a word.
+/// compressed-tensors stores the canonical form; only zero points may need to move, when a rank's first row
+/// is not the first of a word.
 pub(super) fn from_compressed_tensors(
     slices: &Int4Slices,
     words: Vec<u32>,
@@ -93,7 +93,8 @@ fn transposed<T: Copy>(matrix: &[T], rows: usize, columns: usize) -> Vec<T> {
     (0..columns).flat_map(|c| (0..rows).map(move |r| matrix[r * columns + c])).collect()
 }
 
-/// Zero points `[words, groups]`, eight rows a word, without the first `skip` rows and those after the next `rows`.
+/// Zero points `[words, groups]`, eight rows a word, without the first `skip` rows and those after the next
+/// `rows`.
 fn realign(words: Vec<u32>, groups: usize, skip: usize, rows: usize) -> Vec<u32> {
     if skip == 0 {
         // The unused nibbles of the last word are ignored by contract.

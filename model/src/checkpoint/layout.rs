@@ -1,5 +1,5 @@
-//! The tensors that a config calls for: names, shapes and how ranks share them. Verifying, loading and planning all read
-//! this one description.
+//! The tensors that a config calls for: names, shapes and how ranks share them. Verifying, loading and
+//! planning all read this one description.
 
 use crate::config::{IndexerType, MlpLayerType, ModelConfig};
 

@@ -16,7 +16,8 @@ use super::{Checkpoint, CheckpointError, int4};
 use crate::config::{ModelConfig, QuantizationMethod};
 use crate::weights::{HostAttention, HostEnds, HostIndexer, HostLayer, HostMlp, HostMoe, HostSwiGlu};
 
-/// Reads for one rank. The checkpoint has been verified and the degree checked, so what can fail here is only a lookup.
+/// Reads for one rank. The checkpoint has been verified and the degree checked, so what can fail here is only
+/// a lookup.
 pub(super) struct Reader<'a> {
     checkpoint: &'a Checkpoint,
     shard: Shard,

@@ -1,8 +1,8 @@
 //! Checkpoints: opened, verified against their config, and read one rank and one layer at a time.
 //!
-//! A checkpoint is a folder as published on model hubs (`config.json`, and `model.safetensors` or the shards that
-//! `model.safetensors.index.json` names), or the same files embedded in the binary. Weights are memory-mapped: opening
-//! reads the headers alone, and a rank touches only the bytes of its shard.
+//! A checkpoint is a folder as published on model hubs (`config.json`, and `model.safetensors` or the shards
+//! that `model.safetensors.index.json` names), or the same files embedded in the binary. Weights are
+//! memory-mapped: opening reads the headers alone, and a rank touches only the bytes of its shard.
 
 mod error;
 mod files;
@@ -130,8 +130,8 @@ impl Checkpoint {
         self.files.read(name)
     }
 
-    /// Checks every tensor's name, type and shape against the config: none missing, none left over, packed layers as
-    /// `quantization_config` says. Opening has done this once; it reads no weights.
+    /// Checks every tensor's name, type and shape against the config: none missing, none left over, packed
+    /// layers as `quantization_config` says. Opening has done this once; it reads no weights.
     ///
     /// # Errors
     /// [`CheckpointError`] names file, tensor, what was expected and what was found.
@@ -139,7 +139,8 @@ impl Checkpoint {
         verify::verify(&self.tensors, &self.config).map(drop)
     }
 
-    /// How linear layer `module` (a full name without `.weight`) is stored; `None` if the model has no such layer.
+    /// How linear layer `module` (a full name without `.weight`) is stored; `None` if the model has no such
+    /// layer.
     pub fn linear_format(&self, module: &str) -> Option<LinearFormat> {
         self.formats.get(module).copied()
     }

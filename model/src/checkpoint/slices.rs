@@ -49,8 +49,8 @@ pub(super) struct Int4Slices {
     pub(super) words: Slice,
     pub(super) scales: Slice,
     pub(super) zero_points: Option<Slice>,
-    /// Output features of the rank, and how many rows of the first word of zero points (and, for AutoAWQ, of the weight)
-    /// come before them.
+    /// Output features of the rank, and how many rows of the first word of zero points (and, for AutoAWQ, of
+    /// the weight) come before them.
     pub(super) out_features: usize,
     pub(super) skip: usize,
     pub(super) in_features: usize,

@@ -8,8 +8,8 @@ use super::layout::{self, Spec, TensorSpec};
 use super::tensors::{TensorView, Tensors};
 use crate::config::ModelConfig;
 
-/// Checks that every tensor that the config calls for is there with the right type and shape, and that there is no other.
-/// Returns how each linear layer is stored.
+/// Checks that every tensor that the config calls for is there with the right type and shape, and that there
+/// is no other. Returns how each linear layer is stored.
 pub(super) fn verify(
     tensors: &Tensors,
     config: &ModelConfig,
@@ -60,7 +60,8 @@ fn refusal(name: &str, config: &ModelConfig) -> Option<String> {
     Some(reason.to_owned())
 }
 
-/// Whether `name` is a tensor of a multi-token-prediction layer, which follows the decoder layers and may be absent.
+/// Whether `name` is a tensor of a multi-token-prediction layer, which follows the decoder layers and may be
+/// absent.
 fn is_mtp(name: &str, config: &ModelConfig) -> bool {
     const PARTS: [&str; 9] = [
         "enorm.",

@@ -38,7 +38,8 @@ pub enum ConfigError {
     },
     /// A tensor-parallel degree that does not divide the model.
     #[error(
-        "tensor parallelism over {world_size} ranks is not possible: {reason}; degrees that divide this model: {}",
+        "tensor parallelism over {world_size} ranks is not possible: {reason}; degrees that divide this \
+         model: {}",
         list(.valid)
     )]
     TensorParallel {

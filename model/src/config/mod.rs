@@ -94,8 +94,8 @@ pub struct ModelConfig {
     pub mlp_layer_types: Vec<MlpLayerType>,
     /// `eps` of the layer norms and the final norm.
     pub rms_norm_eps: f64,
-    /// `eps` of `q_a_layernorm` and `kv_a_layernorm`. `rms_norm_eps` unless the config has the field `latent_norm_eps`:
-    /// serving engines use the former, transformers 1e-6 whatever the config says.
+    /// `eps` of `q_a_layernorm` and `kv_a_layernorm`. `rms_norm_eps` unless the config has the field
+    /// `latent_norm_eps`: serving engines use the former, transformers 1e-6 whatever the config says.
     pub latent_norm_eps: f64,
     /// The longest context the model was made for.
     pub max_position_embeddings: usize,

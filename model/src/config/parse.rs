@@ -131,7 +131,8 @@ fn rope_theta(fields: Fields<'_>) -> Result<f64, ConfigError> {
     }
 }
 
-/// `mlp_layer_types`, or `first_k_dense_replace` dense layers and sparse ones after them; both may be given if they agree.
+/// `mlp_layer_types`, or `first_k_dense_replace` dense layers and sparse ones after them; both may be given
+/// if they agree.
 fn mlp_layer_types(fields: Fields<'_>, layers: usize) -> Result<Vec<MlpLayerType>, ConfigError> {
     const LIST: &str = "mlp_layer_types";
     const COUNT: &str = "first_k_dense_replace";

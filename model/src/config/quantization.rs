@@ -1,7 +1,8 @@
 //! `quantization_config`: which linear layers the checkpoint claims to hold packed, and how.
 //!
-//! Two methods are read: compressed-tensors `pack-quantized` (matching rules of its 0.17 `utils/match.py`) and AutoAWQ
-//! `gemm`. The tensors themselves decide how a layer is loaded; this is what they are held against.
+//! Two methods are read: compressed-tensors `pack-quantized` (matching rules of its 0.17 `utils/match.py`)
+//! and AutoAWQ `gemm`. The tensors themselves decide how a layer is loaded; this is what they are held
+//! against.
 
 use std::collections::BTreeSet;
 
@@ -75,8 +76,9 @@ impl QuantizationConfig {
         }
     }
 
-    /// What the config says about `module` (a full name without `.weight`). `linear`: whether transformers implements it
-    /// as a `Linear`, which class targets select; the router of a sparse layer, for one, is not.
+    /// What the config says about `module` (a full name without `.weight`). `linear`: whether transformers
+    /// implements it as a `Linear`, which class targets select; the router of a sparse layer, for one, is
+    /// not.
     pub fn expectation(&self, module: &str, linear: bool) -> Expectation {
         match self.method {
             QuantizationMethod::CompressedTensors => self.expect_compressed_tensors(module, linear),
@@ -99,8 +101,8 @@ impl QuantizationConfig {
         }
     }
 
-    /// Readers match `modules_to_not_convert` as a substring or by whole dotted components; where these differ
-    /// (`mlp.gate` in `mlp.gate_proj`) nothing is asserted.
+    /// Readers match `modules_to_not_convert` as a substring or by whole dotted components; where these
+    /// differ (`mlp.gate` in `mlp.gate_proj`) nothing is asserted.
     fn expect_auto_awq(&self, module: &str, linear: bool) -> Expectation {
         let Some(Group { scheme, .. }) = self.groups.first() else { return Expectation::Dense };
         let dotted = format!(".{module}.");
@@ -230,7 +232,8 @@ fn refuse_filled(fields: Fields<'_>, field: &str) -> Result<(), ConfigError> {
     }
 }
 
-/// A list of module names as compressed-tensors writes it: exact names, `re:` patterns anchored at the start, classes.
+/// A list of module names as compressed-tensors writes it: exact names, `re:` patterns anchored at the start,
+/// classes.
 #[derive(Debug, Clone)]
 struct ModuleNames {
     exact: BTreeSet<String>,

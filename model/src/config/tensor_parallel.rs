@@ -22,14 +22,17 @@ impl Divided {
         let shard = size / world_size;
         // A single rank takes everything, padding included.
         (world_size > 1 && !shard.is_multiple_of(*unit)).then(|| {
-            format!("{what} = {size} gives shards of {shard}, which is not a multiple of {unit} (quantisation groups and packed words must stay whole)")
+            format!(
+                "{what} = {size} gives shards of {shard}, which is not a multiple of {unit} (quantisation \
+                 groups and packed words must stay whole)"
+            )
         })
     }
 }
 
 impl ModelConfig {
-    /// Checks that `world_size` ranks can share this model: heads, vocabulary and intermediate sizes divide, and no
-    /// shard of a packed layer's columns cuts a quantisation group or a packed word.
+    /// Checks that `world_size` ranks can share this model: heads, vocabulary and intermediate sizes divide,
+    /// and no shard of a packed layer's columns cuts a quantisation group or a packed word.
     ///
     /// # Errors
     /// [`ConfigError::TensorParallel`] says what does not divide and lists the degrees that would.

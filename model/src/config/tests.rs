@@ -311,11 +311,13 @@ fn compressed_tensors() -> Value {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "ignore": ["re:.*self_attn.*", "re:.*shared_experts.*", "re:model[.]layers[.][0-2][.]mlp[.].*", "lm_head"],
+        "ignore": ["re:.*self_attn.*", "re:.*shared_experts.*", "re:model[.]layers[.][0-2][.]mlp.*", "lm_head"],
         "config_groups": {"group_0": {
             "targets": ["Linear"],
             "input_activations": null,
-            "weights": {"num_bits": 4, "type": "int", "symmetric": false, "group_size": 32, "strategy": "group", "dynamic": false},
+            "weights": {
+                "num_bits": 4, "type": "int", "symmetric": false, "group_size": 32, "strategy": "group", "dynamic": false
+            },
         }},
     })
 }
@@ -349,7 +351,7 @@ fn a_name_is_more_specific_than_a_class() {
     let mut quantization = compressed_tensors();
     quantization["config_groups"]["group_1"] = json!({
         "targets": ["re:.*down_proj$"],
-        "weights": {"num_bits": 4, "type": "int", "symmetric": true, "group_size": null, "strategy": "channel"},
+        "weights": {"num_bits": 4, "symmetric": true, "group_size": null, "strategy": "channel"},
     });
     let config = quantized(quantization).unwrap();
     let quantization = config.quantization.unwrap();
@@ -368,7 +370,8 @@ fn a_name_is_more_specific_than_a_class() {
 
 #[test]
 fn auto_awq_names() {
-    let awq = json!({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": true,
+    let awq = json!({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm",
+        "zero_point": true,
         "modules_to_not_convert": ["mlp.gate", "model.layers.1", "lm_head"]});
     let quantization = quantized(awq).unwrap().quantization.unwrap();
     assert_eq!(quantization.method, QuantizationMethod::AutoAwq);

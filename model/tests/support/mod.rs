@@ -49,8 +49,8 @@ pub(crate) struct Tiny {
 }
 
 impl Tiny {
-    /// Eight heads, a dense full layer, a sparse shared one; awkward where a format allows: six query rows a head, a latent
-    /// that fills one and a half words.
+    /// Eight heads, a dense full layer, a sparse shared one; awkward where a format allows: six query rows a
+    /// head, a latent that fills one and a half words.
     pub(crate) fn new(format: Format) -> Self {
         Self {
             format,
@@ -135,7 +135,7 @@ impl Tiny {
     }
 
     fn config(&self) -> Value {
-        let word = |yes: bool, a: &'static str, b: &'static str| if yes { a } else { b };
+        let words = |pick: fn(&(bool, bool)) -> &'static str| self.layers.iter().map(pick).collect::<Value>();
         let mut config = json!({
             "model_type": "glm_moe_dsa",
             "hidden_size": self.hidden,
@@ -150,7 +150,7 @@ impl Tiny {
             "index_n_heads": self.index_heads,
             "index_head_dim": self.index_dim,
             "index_topk": 4,
-            "indexer_types": self.layers.iter().map(|(full, _)| word(*full, "full", "shared")).collect::<Vec<_>>(),
+            "indexer_types": words(|(full, _)| if *full { "full" } else { "shared" }),
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
             "n_routed_experts": self.experts,
             "num_experts_per_tok": 1,
@@ -158,7 +158,7 @@ impl Tiny {
             "moe_intermediate_size": self.moe_intermediate,
             "intermediate_size": self.intermediate,
             "routed_scaling_factor": 2.5,
-            "mlp_layer_types": self.layers.iter().map(|(_, dense)| word(*dense, "dense", "sparse")).collect::<Vec<_>>(),
+            "mlp_layer_types": words(|(_, dense)| if *dense { "dense" } else { "sparse" }),
             "rms_norm_eps": 1e-5,
             "max_position_embeddings": 64,
             "eos_token_id": 1,
@@ -185,7 +185,8 @@ impl Tiny {
                     "config_groups": {"group_0": {
                         "targets": ["Linear"],
                         "weights": {
-                            "num_bits": 4, "type": "int", "strategy": strategy, "symmetric": symmetric, "group_size": group_size,
+                            "num_bits": 4, "type": "int", "strategy": strategy, "symmetric": symmetric,
+                            "group_size": group_size,
                         },
                     }},
                 }))
