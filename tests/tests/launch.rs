@@ -1,0 +1,98 @@
+//! Launching: what does not fit is refused with the arithmetic and what would fit.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use dsa80_model::checkpoint::Checkpoint;
+use dsa80_model::engine::{Event, FinishReason, Request};
+use dsa80_model::launch::{Device, LaunchOptions, launch};
+use dsa80_reference::SamplingParams;
+use dsa80_tests::fixture::{self, Fixture};
+
+fn default_checkpoint() -> Arc<Checkpoint> {
+    Arc::new(Checkpoint::open(&fixture::root().join("default")).unwrap())
+}
+
+/// The message with which `options` are refused.
+fn refusal(options: &LaunchOptions) -> String {
+    match launch(&default_checkpoint(), options) {
+        Ok(_) => panic!("{options:?} should be refused"),
+        Err(error) => error.to_string(),
+    }
+}
+
+#[test]
+fn refusals_name_the_option_and_what_would_fit() {
+    let options = LaunchOptions::default;
+    let cases = [
+        (LaunchOptions { device: Device::Cuda, ..options() }, "--device cuda is not in this build"),
+        (LaunchOptions { device: Device::Wgpu, ..options() }, "--device wgpu is not in this build"),
+        (LaunchOptions { tp: 3, ..options() }, "degrees that divide this model: 1, 2, 4, 8"),
+        (LaunchOptions { tp: 0, ..options() }, "0"),
+        (LaunchOptions { page_size: 0, ..options() }, "--page-size is 0"),
+        (LaunchOptions { max_num_seqs: 0, ..options() }, "--max-num-seqs is 0"),
+        (LaunchOptions { num_pages: Some(0), ..options() }, "--num-pages is 0"),
+        (LaunchOptions { max_model_len: Some(0), ..options() }, "--max-model-len is 0"),
+        (LaunchOptions { max_model_len: Some(8193), ..options() }, "max_position_embeddings, 8192"),
+        (
+            LaunchOptions { max_model_len: Some(512), num_pages: Some(4), page_size: 64, ..options() },
+            "longest context that would fit is 256 tokens",
+        ),
+        (LaunchOptions { kv_cache_bytes: 1, ..options() }, "longest context that would fit is 0 tokens"),
+    ];
+    for (options, expected) in cases {
+        let message = refusal(&options);
+        assert!(message.contains(expected), "{options:?}: {message}");
+    }
+}
+
+#[test]
+fn contexts_are_cut_to_what_the_caches_hold() {
+    let options = LaunchOptions { num_pages: Some(3), page_size: 32, ..LaunchOptions::default() };
+    let engine = launch(&default_checkpoint(), &options).unwrap();
+    assert_eq!(engine.max_model_len(), 96);
+    engine.shutdown(Duration::ZERO);
+    assert!(!engine.is_alive());
+}
+
+#[test]
+fn the_engine_continues_as_hf_does() {
+    for fixture in fixture::all().unwrap() {
+        // A margin within rounding ends the comparison: what follows it may differ.
+        let clear = fixture.greedy_margin.iter().take_while(|margin| **margin > 1e-3).count();
+        assert!(clear > 4, "{}: {clear} clear tokens", fixture.name);
+        let checkpoint = Arc::new(Checkpoint::open(&fixture.dir).unwrap());
+        let options = LaunchOptions { max_num_batched_tokens: 50, ..LaunchOptions::default() };
+        let engine = launch(&checkpoint, &options).unwrap();
+        assert_eq!(greedy(&engine, &fixture)[..clear], fixture.greedy[..clear], "{}", fixture.name);
+        // Once more, now that the prefix cache knows the prompt.
+        assert_eq!(greedy(&engine, &fixture)[..clear], fixture.greedy[..clear], "{}, cached", fixture.name);
+        assert!(engine.stats().cached_tokens > 0, "{}: nothing was cached", fixture.name);
+        engine.shutdown(Duration::ZERO);
+    }
+}
+
+/// The engine's greedy continuation of the fixture's prompt.
+fn greedy(engine: &dsa80_model::engine::EngineHandle, fixture: &Fixture) -> Vec<u32> {
+    let request = Request {
+        prompt: fixture.tokens[..fixture.scale.greedy_prompt_len].to_vec(),
+        sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+        max_tokens: fixture.greedy.len(),
+        ..Request::default()
+    };
+    let mut events = engine.submit(request).unwrap();
+    let mut tokens = Vec::new();
+    while let Some(event) = events.next_blocking() {
+        match event {
+            Event::Token { id, .. } => tokens.push(id),
+            Event::Finished { reason, usage } => {
+                assert_eq!(reason, FinishReason::Length);
+                assert_eq!(usage.completion_tokens, tokens.len());
+            }
+            Event::Failed(reason) => panic!("{reason}"),
+            Event::Started { .. } | Event::Prompt(_) => {}
+        }
+    }
+    tokens
+}
