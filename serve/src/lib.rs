@@ -1,5 +1,7 @@
 //! The dsa80 server and command line: text in and out of the engine, over HTTP and on a terminal.
 
+pub mod cli;
+mod embedded;
 pub mod generation;
 pub mod http;
 pub mod metrics;
@@ -8,6 +10,7 @@ pub mod openai;
 pub mod output;
 pub mod record;
 pub mod shutdown;
+mod submit;
 pub mod text;
 
 pub use http::{ServedModel, ServerOptions, ServerState, router};

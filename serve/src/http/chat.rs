@@ -13,7 +13,6 @@ use super::collect::{Collected, collect, finish_reason, stop_reason};
 use super::prompt::chat_prompt;
 use super::sse::{self, ChunkWriter, UsagePlan};
 use super::state::unix_time;
-use super::submit::Plan;
 use super::version::FINGERPRINT;
 use super::{ServedModel, ServerState};
 use crate::openai::{
@@ -22,6 +21,7 @@ use crate::openai::{
 };
 use crate::output::{Delta, GeneratedToken, Piece};
 use crate::record::RequestRecord;
+use crate::submit::Plan;
 use crate::text::RenderOptions;
 
 pub(super) async fn chat_completions(
@@ -37,7 +37,7 @@ pub(super) async fn chat_completions(
     let common = &request.common;
     let logprobs = (request.chat.logprobs == Some(true)).then(|| request.chat.top_logprobs.unwrap_or(0));
     let plan = Plan {
-        state: &state,
+        metrics: state.metrics(),
         model: &model,
         record: &record,
         common,

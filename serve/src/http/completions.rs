@@ -14,7 +14,6 @@ use super::collect::{Collected, collect, finish_reason, stop_reason};
 use super::prompt::text_prompt;
 use super::sse::{self, ChunkWriter, UsagePlan};
 use super::state::unix_time;
-use super::submit::Plan;
 use super::version::FINGERPRINT;
 use super::{ServedModel, ServerState};
 use crate::openai::{
@@ -23,6 +22,7 @@ use crate::openai::{
 };
 use crate::output::{Delta, GeneratedToken, Piece};
 use crate::record::RequestRecord;
+use crate::submit::Plan;
 use crate::text::{Tokenizer, Utf8Stream};
 
 pub(super) async fn completions(
@@ -43,7 +43,7 @@ pub(super) async fn completions(
     let scores =
         [common.prompt_logprobs, logprobs.filter(|_| echo), (common.max_tokens() == Some(0)).then_some(0)];
     let plan = Plan {
-        state: &state,
+        metrics: state.metrics(),
         model: &model,
         record: &record,
         common: &common,

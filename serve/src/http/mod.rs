@@ -12,7 +12,6 @@ mod observe;
 mod prompt;
 mod sse;
 mod state;
-mod submit;
 mod tokenize;
 mod version;
 

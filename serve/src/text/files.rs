@@ -1,7 +1,8 @@
 //! The text files of a checkpoint, wherever they come from.
 
 use std::borrow::Cow;
-use std::path::Path;
+
+use dsa80_model::checkpoint::Checkpoint;
 
 use super::TextError;
 
@@ -21,16 +22,12 @@ pub struct TextFiles {
 }
 
 impl TextFiles {
-    /// Reads them from a folder.
+    /// Reads them from a checkpoint.
     ///
     /// # Errors
-    /// [`TextError::Io`] for a file that is there and cannot be read.
-    pub fn from_dir(dir: &Path) -> Result<Self, TextError> {
-        let read = |name: &str| match std::fs::read(dir.join(name)) {
-            Ok(bytes) => Ok(Some(Cow::Owned(bytes))),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(TextError::Io { path: dir.join(name).display().to_string(), source }),
-        };
+    /// [`TextError::Unreadable`] for a file that is there and cannot be read.
+    pub fn from_checkpoint(checkpoint: &Checkpoint) -> Result<Self, TextError> {
+        let read = |name| checkpoint.file(name).map_err(|error| TextError::Unreadable(Box::new(error)));
         Ok(Self {
             config: read("config.json")?,
             tokenizer: read("tokenizer.json")?,

@@ -9,6 +9,8 @@ mod stop;
 mod tojson;
 mod tokenizer;
 
+use dsa80_model::checkpoint::CheckpointError;
+
 pub use chat_template::{ChatTemplate, RenderError, RenderOptions};
 pub use detokenizer::Utf8Stream;
 pub use files::TextFiles;
@@ -28,14 +30,9 @@ pub enum TextError {
         /// What it is needed for.
         purpose: &'static str,
     },
-    /// A file could not be read.
-    #[error("cannot read {path}: {source}")]
-    Io {
-        /// The file's path.
-        path: String,
-        /// What the system said.
-        source: std::io::Error,
-    },
+    /// A file is there and cannot be read.
+    #[error(transparent)]
+    Unreadable(Box<CheckpointError>),
     /// A file is there but says something that is not understood.
     #[error("{file}: {problem}")]
     Invalid {

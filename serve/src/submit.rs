@@ -5,26 +5,27 @@ use std::sync::Arc;
 use dsa80_model::engine::Request;
 use dsa80_reference::SamplingParams;
 
-use super::{ServedModel, ServerState};
 use crate::generation::Generation;
+use crate::http::ServedModel;
+use crate::metrics::Metrics;
 use crate::openai::{ApiError, Common};
 use crate::output::{Decoder, OutputOptions};
 use crate::record::RequestRecord;
 
 /// Everything about a request that does not depend on the prompt.
-pub(super) struct Plan<'a> {
-    pub(super) state: &'a ServerState,
-    pub(super) model: &'a ServedModel,
-    pub(super) record: &'a Arc<RequestRecord>,
-    pub(super) common: &'a Common,
+pub(crate) struct Plan<'a> {
+    pub(crate) metrics: &'a Arc<Metrics>,
+    pub(crate) model: &'a ServedModel,
+    pub(crate) record: &'a Arc<RequestRecord>,
+    pub(crate) common: &'a Common,
     /// With the seed of the first choice.
-    pub(super) sampling: SamplingParams,
+    pub(crate) sampling: SamplingParams,
     /// Alternatives to report with each generated token.
-    pub(super) logprobs: Option<usize>,
+    pub(crate) logprobs: Option<usize>,
     /// Alternatives to report with each prompt token.
-    pub(super) prompt_logprobs: Option<usize>,
+    pub(crate) prompt_logprobs: Option<usize>,
     /// `messages` or `prompt`.
-    pub(super) field: &'static str,
+    pub(crate) field: &'static str,
 }
 
 impl Plan<'_> {
@@ -32,7 +33,7 @@ impl Plan<'_> {
     ///
     /// # Errors
     /// 400 for a prompt that does not fit, 429 for a full queue; nothing is left running then.
-    pub(super) fn submit(&self, prompt: &[u32]) -> Result<Vec<Generation>, ApiError> {
+    pub(crate) fn submit(&self, prompt: &[u32]) -> Result<Vec<Generation>, ApiError> {
         let max_tokens = self.max_tokens(prompt.len())?;
         self.record.add_prompt_tokens(prompt.len());
         (0..self.common.n())
@@ -77,7 +78,7 @@ impl Plan<'_> {
         };
         let events = self.model.engine.submit(request)?;
         let decoder = Decoder::new(Arc::clone(&text.tokenizer), options);
-        let metrics = Arc::clone(self.state.metrics());
+        let metrics = Arc::clone(self.metrics);
         Ok(Generation::new(events, decoder, metrics, Arc::clone(self.record)))
     }
 

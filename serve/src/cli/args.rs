@@ -1,0 +1,76 @@
+//! Options that `serve` and `generate` share.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use dsa80_model::launch::{Device, LaunchOptions};
+
+use super::size;
+
+/// Which model to run, and how.
+#[derive(Debug, Args)]
+pub(super) struct ModelArgs {
+    /// The checkpoint's folder; without it, the small model inside this binary.
+    #[arg(long, value_name = "DIR", env = "DSA80_MODEL")]
+    pub(super) model: Option<PathBuf>,
+
+    /// Where to run it: auto, cpu, wgpu or cuda.
+    #[arg(long, default_value = "auto")]
+    device: Device,
+
+    /// Tensor-parallel ranks.
+    #[arg(long, value_name = "N", default_value_t = 1, visible_alias = "tensor-parallel-size")]
+    pub(super) tp: usize,
+
+    /// The longest context, prompt and output together; by default what the model was made for, or what the
+    /// caches hold.
+    #[arg(long, value_name = "TOKENS")]
+    max_model_len: Option<usize>,
+
+    /// Sequences in a step at most.
+    #[arg(long, value_name = "N")]
+    max_num_seqs: Option<usize>,
+
+    /// Tokens in a step at most: the chunk that long prompts are cut into.
+    #[arg(long, value_name = "TOKENS")]
+    max_num_batched_tokens: Option<usize>,
+
+    /// Tokens in a page of the caches.
+    #[arg(long, value_name = "TOKENS", visible_alias = "block-size")]
+    page_size: Option<usize>,
+
+    /// Pages of the caches; instead of --kv-cache-memory.
+    #[arg(long, value_name = "N", conflicts_with = "kv_cache_memory")]
+    num_pages: Option<usize>,
+
+    /// Memory for the caches of all ranks, such as 512M or 4G.
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    kv_cache_memory: Option<usize>,
+
+    /// Requests that may wait; more get a 429.
+    #[arg(long, value_name = "N")]
+    max_queued_requests: Option<usize>,
+
+    /// Do not reuse the cache rows of equal prompt beginnings.
+    #[arg(long)]
+    no_prefix_caching: bool,
+}
+
+impl ModelArgs {
+    /// The same for the engine, whose defaults fill what is not given.
+    pub(super) fn launch_options(&self) -> LaunchOptions {
+        let default = LaunchOptions::default();
+        LaunchOptions {
+            device: self.device,
+            tp: self.tp,
+            max_model_len: self.max_model_len,
+            max_num_seqs: self.max_num_seqs.unwrap_or(default.max_num_seqs),
+            max_num_batched_tokens: self.max_num_batched_tokens.unwrap_or(default.max_num_batched_tokens),
+            page_size: self.page_size.unwrap_or(default.page_size),
+            num_pages: self.num_pages,
+            kv_cache_bytes: self.kv_cache_memory.unwrap_or(default.kv_cache_bytes),
+            max_waiting: self.max_queued_requests.unwrap_or(default.max_waiting),
+            enable_prefix_caching: !self.no_prefix_caching,
+        }
+    }
+}

@@ -1,0 +1,44 @@
+//! From the options to a model that answers.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Context;
+use dsa80_model::checkpoint::{Checkpoint, LoadingBar, Shard};
+use dsa80_model::launch::launch;
+
+use super::args::ModelArgs;
+use crate::embedded;
+use crate::http::ServedModel;
+use crate::text::{TextFiles, TextModel};
+
+/// Opens the checkpoint in `dir`, or the one in the binary.
+pub(super) fn open(dir: Option<&Path>) -> anyhow::Result<Checkpoint> {
+    Ok(match dir {
+        Some(dir) => Checkpoint::open(dir)?,
+        None => Checkpoint::from_static(embedded::FILES)?,
+    })
+}
+
+/// Loads the model and starts its engine. It takes as long as reading the weights takes.
+pub(super) fn load(args: &ModelArgs) -> anyhow::Result<ServedModel> {
+    let started = Instant::now();
+    let checkpoint = open(args.model.as_deref())?;
+    let name = checkpoint.name().to_owned();
+    let files = TextFiles::from_checkpoint(&checkpoint)?;
+    let text = TextModel::load(&files).with_context(|| format!("in {name}"))?;
+    let options = args.launch_options();
+    // A degree that does not divide the model is for `launch` to refuse.
+    let bytes = checkpoint.shard_bytes(Shard { rank: 0, world_size: options.tp }).unwrap_or(0);
+    let bar = LoadingBar::new(bytes.saturating_mul(options.tp as u64));
+    let checkpoint = Arc::new(checkpoint.with_progress(Arc::new(bar)));
+    let engine = launch(&checkpoint, &options)?;
+    tracing::info!(
+        model = name,
+        max_model_len = engine.max_model_len(),
+        elapsed_s = started.elapsed().as_secs_f64(),
+        "the model is loaded"
+    );
+    Ok(ServedModel { text: Arc::new(text), engine })
+}

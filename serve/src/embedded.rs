@@ -1,0 +1,20 @@
+//! The checkpoint that is served when no other is named: `fixtures/default`, inside the binary.
+
+macro_rules! files {
+    ($($name:literal),+ $(,)?) => {
+        &[$(($name, include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/default/", $name)))),+]
+    };
+}
+
+/// Its files, by name.
+pub(crate) const FILES: &[(&str, &[u8])] = files![
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+];
+
+/// The name under which it is served.
+pub(crate) const NAME: &str = "dsa80-tiny";

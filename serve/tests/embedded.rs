@@ -1,0 +1,216 @@
+//! The checkpoint in `fixtures/default`: its chat template and tokenizer against transformers' own output, and the real
+//! binary, from start to SIGTERM.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
+use std::path::Path;
+
+use dsa80_model::checkpoint::Checkpoint;
+use dsa80_serve::openai::ChatMessage;
+use dsa80_serve::text::{RenderOptions, TextFiles, TextModel};
+use serde_json::Value as Json;
+
+fn folder() -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/default")
+}
+
+fn model() -> TextModel {
+    TextModel::load(&TextFiles::from_checkpoint(&Checkpoint::open(&folder()).unwrap()).unwrap()).unwrap()
+}
+
+/// Every conversation renders to the text, and the text to the ids, that transformers gives: as JSON, and after having
+/// been read as a request's messages.
+#[test]
+fn chats_render_and_tokenise_as_transformers_does() {
+    let model = model();
+    let golden: Json =
+        serde_json::from_slice(&std::fs::read(folder().join("chat_golden.json")).unwrap()).unwrap();
+    let golden = golden.as_array().unwrap();
+    assert!(golden.len() >= 10);
+    for case in golden {
+        let mut kwargs = case["kwargs"].as_object().unwrap().clone();
+        let options = RenderOptions {
+            add_generation_prompt: kwargs.remove("add_generation_prompt") == Some(Json::Bool(true)),
+            continue_final_message: kwargs.remove("continue_final_message") == Some(Json::Bool(true)),
+            tools: kwargs.remove("tools"),
+            kwargs,
+        };
+        let sent = case["messages"].as_array().unwrap();
+        let parsed: Vec<ChatMessage> = serde_json::from_value(case["messages"].clone()).unwrap();
+        let parsed: Vec<Json> =
+            parsed.iter().map(|message| message.for_template("messages").unwrap()).collect();
+        for messages in [sent, &parsed] {
+            let text = model.template().unwrap().render(messages, &options).unwrap();
+            assert_eq!(text, case["text"].as_str().unwrap(), "{case}");
+            let ids = model.tokenizer.encode(&text, false).unwrap();
+            assert_eq!(serde_json::json!(ids), case["ids"], "{case}");
+            assert_eq!(model.tokenizer.decode(&ids, false), text);
+        }
+    }
+}
+
+#[test]
+fn its_end_of_sequence_ids_and_defaults_are_found() {
+    let model = model();
+    assert_eq!(model.eos_ids.len(), 3, "GLM ends a turn in three ways");
+    assert!(model.eos_ids.iter().all(|&id| model.tokenizer.is_special(id)));
+    assert_eq!(model.vocab_size, 768);
+    assert_eq!(model.defaults.top_p, Some(0.95));
+}
+
+#[cfg(unix)]
+mod binary {
+    use std::io::{BufRead, BufReader, Read, Write};
+    use std::net::TcpStream;
+    use std::process::{Child, Command, Output, Stdio};
+    use std::time::{Duration, Instant};
+
+    use super::{Json, folder};
+
+    fn dsa80(args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dsa80"));
+        command.args(args).env_remove("DSA80_MODEL").env_remove("DSA80_API_KEY").env_remove("RUST_LOG");
+        command
+    }
+
+    fn output(args: &[&str]) -> Output {
+        dsa80(args).stdin(Stdio::null()).output().unwrap()
+    }
+
+    fn stdout(args: &[&str]) -> String {
+        let output = output(args);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Ends the child even if the test fails.
+    struct Server(Child, String);
+
+    impl Drop for Server {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    impl Server {
+        fn start(args: &[&str]) -> Self {
+            let mut child =
+                dsa80(&["serve", "--port", "0"]).args(args).stderr(Stdio::piped()).spawn().unwrap();
+            let mut log = BufReader::new(child.stderr.take().unwrap());
+            let mut line = String::new();
+            while !line.contains("listening on http://") {
+                line.clear();
+                assert!(log.read_line(&mut line).unwrap() > 0, "the server ended before it listened");
+            }
+            let address = line.split("http://").nth(1).unwrap().split([',', ' ']).next().unwrap().to_owned();
+            // The rest of the log is read away, lest the pipe fill up.
+            std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
+            Self(child, address)
+        }
+
+        fn ask(&self, request: &str, body: &str) -> String {
+            let mut stream = TcpStream::connect(&self.1).unwrap();
+            let length = body.len();
+            write!(
+                stream,
+                "{request} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n\
+                 Content-Length: {length}\r\n\r\n{body}"
+            )
+            .unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).unwrap();
+            answer
+        }
+
+        fn wait_ready(&self) {
+            let end = Instant::now() + Duration::from_secs(60);
+            while !self.ask("GET /health", "").starts_with("HTTP/1.1 200") {
+                assert!(Instant::now() < end, "not ready in time");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+
+        fn terminate(mut self) -> Option<i32> {
+            let pid = self.0.id().to_string();
+            assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+            self.0.wait().unwrap().code()
+        }
+    }
+
+    #[test]
+    fn serve_answers_and_ends_with_zero_on_sigterm() {
+        let server = Server::start(&["--served-model-name", "tiny"]);
+        server.wait_ready();
+        let body = r#"{"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "seed": 1}"#;
+        let answer = server.ask("POST /v1/chat/completions", body);
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        let json: Json = serde_json::from_str(answer.split("\r\n\r\n").nth(1).unwrap()).unwrap();
+        assert!(json["usage"]["completion_tokens"].as_u64().unwrap() >= 1);
+        assert_eq!(server.terminate(), Some(0));
+    }
+
+    #[test]
+    fn serve_with_a_folder_that_is_none_fails_with_a_message() {
+        let output = output(&["serve", "--port", "0", "--model", "/nonexistent/model"]);
+        assert_eq!(output.status.code(), Some(1));
+        let log = String::from_utf8(output.stderr).unwrap();
+        assert!(log.contains("error: ") && log.contains("/nonexistent/model"), "{log}");
+    }
+
+    #[test]
+    fn a_device_that_is_not_built_is_refused() {
+        let output = output(&["generate", "x", "--device", "cuda"]);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(String::from_utf8(output.stderr).unwrap().contains("--device cuda"));
+    }
+
+    #[test]
+    fn generate_repeats_itself_under_a_seed_and_takes_the_prompt_three_ways() {
+        let args = ["--seed", "7", "-n", "8", "--quiet", "--ignore-eos"];
+        let with = |prompt: &[&str]| stdout(&[&["generate"], prompt, &args[..]].concat());
+        let text = with(&["Hello"]);
+        assert!(text.ends_with('\n') && text.len() > 1);
+        assert_eq!(with(&["--prompt", "Hello"]), text);
+        let mut child = dsa80(&[&["generate"], &args[..]].concat())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(b"Hello").unwrap();
+        assert_eq!(String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap(), text);
+        assert_ne!(with(&["Hello", "--raw"]), text, "without the chat template");
+        assert_eq!(output(&["generate", "x", "--top-p", "3"]).status.code(), Some(1));
+    }
+
+    #[test]
+    fn inspect_tells_what_is_there_and_what_fits() {
+        let dir = folder();
+        let dir = dir.to_str().unwrap();
+        let embedded = stdout(&["inspect", "--tp", "2", "--memory", "1"]);
+        assert!(embedded.contains("Memory of each of 2 ranks"), "{embedded}");
+        assert!(embedded.contains("With 1 GiB: "), "{embedded}");
+
+        let whole: Json = serde_json::from_str(&stdout(&["inspect", dir, "--json"])).unwrap();
+        let half: Json = serde_json::from_str(&stdout(&["inspect", dir, "--json", "--tp", "2"])).unwrap();
+        let weights = |report: &Json| report["rank"]["weight_bytes"].as_u64().unwrap();
+        assert!(weights(&half) < weights(&whole));
+        let parts = whole["rank"]["weights"].as_object().unwrap();
+        assert_eq!(parts.values().map(|bytes| bytes.as_u64().unwrap()).sum::<u64>(), weights(&whole));
+        assert!(whole["file_bytes"].as_u64().unwrap() >= weights(&whole) / 2);
+
+        let refused = output(&["inspect", dir, "--tp", "3"]);
+        assert_eq!(refused.status.code(), Some(1));
+        assert!(stdout(&["inspect", dir, "--memory", "0.0001"]).contains("do not hold the weights"));
+    }
+
+    #[test]
+    fn inspect_reads_a_config_without_weights() {
+        let dir = std::env::temp_dir().join(format!("dsa80-inspect-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::copy(folder().join("config.json"), dir.join("config.json")).unwrap();
+        let text = stdout(&["inspect", dir.to_str().unwrap()]);
+        std::fs::remove_dir_all(&dir).unwrap();
+        assert!(text.contains("config.json only"), "{text}");
+    }
+}
