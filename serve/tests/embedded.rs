@@ -1,5 +1,5 @@
-//! The checkpoint in `fixtures/default`: its chat template and tokenizer against transformers' own output, and the real
-//! binary, from start to SIGTERM.
+//! The checkpoint in `fixtures/default`: its chat template and tokenizer against transformers' own output,
+//! and the real binary, from start to SIGTERM.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
@@ -18,8 +18,8 @@ fn model() -> TextModel {
     TextModel::load(&TextFiles::from_checkpoint(&Checkpoint::open(&folder()).unwrap()).unwrap()).unwrap()
 }
 
-/// Every conversation renders to the text, and the text to the ids, that transformers gives: as JSON, and after having
-/// been read as a request's messages.
+/// Every conversation renders to the text, and the text to the ids, that transformers gives: as JSON, and
+/// after having been read as a request's messages.
 #[test]
 fn chats_render_and_tokenise_as_transformers_does() {
     let model = model();

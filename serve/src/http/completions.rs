@@ -79,7 +79,7 @@ pub(super) async fn completions(
         return Ok(sse::stream(generations, writer, plan, state.options().sse_keep_alive));
     }
     let choices = try_join_all(generations.into_iter().map(collect)).await?;
-    Ok(head.whole(prompt_tokens, choices).into_response())
+    Ok(head.whole(prompt_tokens, choices))
 }
 
 /// A prompt with what `echo` needs.
@@ -130,13 +130,13 @@ struct Head {
 }
 
 impl Head {
-    fn whole(self, prompt_tokens: usize, collected: Vec<Collected>) -> Json<serde_json::Value> {
+    fn whole(self, prompt_tokens: usize, collected: Vec<Collected>) -> Response {
         let completion_tokens = collected.iter().map(|choice| choice.completion_tokens).sum();
         let cached_tokens = collected.iter().step_by(self.n).map(|choice| choice.cached_tokens).sum();
         let choices =
             collected.into_iter().enumerate().map(|(index, choice)| self.choice(index, choice)).collect();
         let usage = Usage::new(prompt_tokens, completion_tokens, cached_tokens);
-        Json(serde_json::json!(self.answer(choices, Some(Some(usage)))))
+        Json(self.answer(choices, Some(Some(usage)))).into_response()
     }
 
     fn answer(&self, choices: Vec<CompletionChoice>, usage: Option<Option<Usage>>) -> Completion<'_> {

@@ -67,6 +67,10 @@ impl Drop for Guard {
         if !self.complete {
             self.state.metrics().disconnected.increment(1);
         }
+        if self.complete && matches!(self.path.as_str(), "/health" | "/metrics") {
+            // Probes come every few seconds and would drown the rest.
+            return;
+        }
         let (prompt_tokens, completion_tokens, first_token_ms, error) = self.record.summary();
         let status = self.status.map_or(0, |status| status.as_u16());
         let elapsed_ms = self.record.started().elapsed().as_secs_f64() * 1e3;

@@ -117,9 +117,9 @@ impl TokenNames<'_> {
         lists.top_logprobs.push(logprobs.map(|logprobs| {
             let mut top = Map::new();
             for &(id, logprob) in &logprobs.top {
-                top.entry(self.name(id)).or_insert_with(|| json!(finite(logprob)));
+                top.entry(self.name(id)).or_insert_with(|| number(logprob));
             }
-            top.entry(self.name(id)).or_insert_with(|| json!(finite(logprobs.logprob)));
+            top.entry(self.name(id)).or_insert_with(|| number(logprobs.logprob));
             top
         }));
     }
@@ -129,7 +129,7 @@ impl TokenNames<'_> {
 /// rank where it is known (among the best asked for), and its text.
 pub fn prompt_logprobs(tokenizer: &Tokenizer, prompt: &[u32], scored: &[Option<TokenLogprobs>]) -> Json {
     let names = TokenNames { tokenizer, as_ids: false };
-    let entry = |id: u32, logprob: f32, rank: Option<usize>| json!({"logprob": finite(logprob), "rank": rank, "decoded_token": names.name(id)});
+    let entry = |id: u32, logprob: f32, rank: Option<usize>| json!({"logprob": number(logprob), "rank": rank, "decoded_token": names.name(id)});
     let place = |(&id, scored): (&u32, &Option<TokenLogprobs>)| {
         scored.as_ref().map(|scored| {
             let mut place = Map::new();
@@ -141,6 +141,12 @@ pub fn prompt_logprobs(tokenizer: &Tokenizer, prompt: &[u32], scored: &[Option<T
         })
     };
     json!(prompt.iter().zip(scored).map(place).collect::<Vec<_>>())
+}
+
+/// The shortest digits that come back as the same f32, which is how serde writes an f32 too: clients compare
+/// a token's own log-probability with the best one by `==`.
+fn number(logprob: f32) -> Json {
+    json!(finite(logprob).to_string().parse::<f64>().ok())
 }
 
 /// JSON has no infinity; vLLM's stand-in for it.
@@ -170,12 +176,12 @@ mod tests {
         let tokenizer = mock::tokenizer();
         let names = TokenNames { tokenizer: &tokenizer, as_ids: false };
         let mut lists = CompletionLogprobs::default();
-        let logprobs = TokenLogprobs { logprob: -3.0, top: vec![(65, -0.5), (66, f32::NEG_INFINITY)] };
+        let logprobs = TokenLogprobs { logprob: -3.1, top: vec![(65, -0.1), (66, f32::NEG_INFINITY)] };
         names.push(&mut lists, 67, 5, Some(&logprobs));
         names.push(&mut lists, 68, 6, None);
         assert_eq!(
             serde_json::to_string(&lists).unwrap(),
-            r#"{"text_offset":[5,6],"token_logprobs":[-3.0,null],"tokens":["C","D"],"top_logprobs":[{"A":-0.5,"B":-9999.0,"C":-3.0},null]}"#
+            r#"{"text_offset":[5,6],"token_logprobs":[-3.1,null],"tokens":["C","D"],"top_logprobs":[{"A":-0.1,"B":-9999.0,"C":-3.1},null]}"#
         );
     }
 }

@@ -233,6 +233,14 @@ mod tests {
     }
 
     #[test]
+    fn the_documentation_lists_every_one() {
+        let page = include_str!("../../API.md");
+        for name in REFUSED.iter().map(|refusal| refusal.name).chain(NO_OPS.iter().copied()) {
+            assert!(page.contains(&format!("`{name}`")), "{name} is not in API.md");
+        }
+    }
+
+    #[test]
     fn a_value_that_asks_for_nothing_passes() {
         let body = json!({
             "tools": [], "tool_choice": "none", "parallel_tool_calls": true, "response_format": {"type": "text"},
