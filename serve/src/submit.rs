@@ -82,7 +82,7 @@ impl Plan<'_> {
         Ok(Generation::new(events, decoder, metrics, Arc::clone(self.record)))
     }
 
-    /// Tokens to generate: what was asked for, or the rest of the context.
+    /// Tokens to generate: what was asked for, or the endpoint's default, or the rest of the context.
     fn max_tokens(&self, prompt_tokens: usize) -> Result<usize, ApiError> {
         if prompt_tokens == 0 {
             let field = self.field;
@@ -94,7 +94,8 @@ impl Plan<'_> {
         let max_model_len = self.model.engine.max_model_len();
         let asked = self.common.max_tokens();
         let room = max_model_len.saturating_sub(prompt_tokens);
-        let max_tokens = asked.unwrap_or(room);
+        let max_tokens =
+            asked.unwrap_or(self.common.default_max_tokens.map_or(room, |tokens| tokens.min(room)));
         if prompt_tokens > max_model_len || max_tokens > room || (asked.is_none() && room == 0) {
             return Err(ApiError::too_long(self.field, prompt_tokens, asked, max_model_len));
         }

@@ -28,6 +28,9 @@ pub struct Common {
     pub max_tokens: Option<usize>,
     /// The same, in OpenAI's newer word.
     pub max_completion_tokens: Option<usize>,
+    /// Tokens to generate at most when the request says nothing; `None` is the rest of the context. The endpoint sets it.
+    #[serde(skip)]
+    pub default_max_tokens: Option<usize>,
     /// Tokens before which no end-of-sequence id, stop id or stop string counts.
     pub min_tokens: Option<usize>,
     /// 0 is greedy.

@@ -46,14 +46,18 @@ pub enum Prompt {
     IdLists(Vec<Vec<u32>>),
 }
 
+/// Tokens to generate when neither `max_tokens` nor `min_tokens` asks for more: OpenAI's default. Clients count on short
+/// answers here, and a batch of prompts that each ran to the end of the context would block everybody.
+const DEFAULT_MAX_TOKENS: usize = 16;
 /// The most prompts in a batch.
 const MAX_PROMPTS: usize = 2048;
 
 impl Body for CompletionRequest {
     fn parse(bytes: &[u8], unknown: &mut Unknown) -> Result<Self, ApiError> {
         check_refused(&unknown.pass::<RefusedFields>(bytes)?, Endpoints::Completions)?;
-        let common: Common = unknown.pass(bytes)?;
+        let mut common: Common = unknown.pass(bytes)?;
         common.validate()?;
+        common.default_max_tokens = Some(DEFAULT_MAX_TOKENS.max(common.min_tokens.unwrap_or(0)));
         let completion: CompletionFields = unknown.pass(bytes)?;
         completion.validate(&common)?;
         Ok(Self { common, completion })
@@ -155,6 +159,13 @@ mod tests {
             let error = parse(body.clone()).unwrap_err();
             assert!(error.message.contains("prompt"), "{body} {}", error.message);
         }
+    }
+
+    #[test]
+    fn sixteen_tokens_unless_more_are_asked_for() {
+        let default = |body: Json| parse(body).unwrap().common.default_max_tokens;
+        assert_eq!(default(json!({"prompt": "a"})), Some(16));
+        assert_eq!(default(json!({"prompt": "a", "min_tokens": 20})), Some(20));
     }
 
     #[test]

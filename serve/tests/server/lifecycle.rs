@@ -98,8 +98,8 @@ fn endless() -> MockOptions {
     MockOptions { scripts: vec![bytes("x")], token_delay: Duration::from_millis(5), ..MockOptions::default() }
 }
 
-const ENDLESS: &str = r#"{"prompt": "a", "ignore_eos": true}"#;
-const ENDLESS_STREAM: &str = r#"{"prompt": "a", "ignore_eos": true, "stream": true}"#;
+const ENDLESS: &str = r#"{"prompt": "a", "max_tokens": 900, "ignore_eos": true}"#;
+const ENDLESS_STREAM: &str = r#"{"prompt": "a", "max_tokens": 900, "ignore_eos": true, "stream": true}"#;
 
 #[tokio::test]
 async fn a_client_that_leaves_a_stream_cancels_it() {
