@@ -73,7 +73,7 @@ impl Drop for Guard {
         }
         let (prompt_tokens, completion_tokens, first_token_ms, error) = self.record.summary();
         let status = self.status.map_or(0, |status| status.as_u16());
-        let elapsed_ms = self.record.started().elapsed().as_secs_f64() * 1e3;
+        let elapsed_ms = (self.record.started().elapsed().as_secs_f64() * 1e4).round() / 10.0;
         let end = if self.complete { "answered" } else { "client went away" };
         tracing::info!(
             request_id = self.record.id(),
