@@ -4,8 +4,10 @@
 mod support;
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use dsa80_model::checkpoint::{Checkpoint, Shard};
+use dsa80_model::checkpoint::{Checkpoint, Progress, Shard};
 use dsa80_model::weights::{HostMlp, HostSwiGlu};
 use dsa80_reference::{HostExpert, HostLinear, HostTensor};
 use proptest::prelude::*;
@@ -263,6 +265,34 @@ fn a_rank_reads_only_its_shard() {
             assert_eq!(part.replicated, whole.replicated, "{format:?}");
         }
     }
+}
+
+/// Progress reaches exactly what was announced, over all ranks.
+#[test]
+fn progress_is_told_about_every_byte() {
+    struct Sum(AtomicU64);
+    impl Progress for Sum {
+        fn advance(&self, bytes: u64) {
+            self.0.fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+
+    let dir = tempfile::tempdir().unwrap();
+    Tiny::new(Format::AutoAwq { group_size: Some(32) }).write().save(dir.path());
+    let sum = Arc::new(Sum(AtomicU64::new(0)));
+    let checkpoint =
+        Checkpoint::open(dir.path()).unwrap().with_progress(Arc::clone(&sum) as Arc<dyn Progress>);
+    let mut announced = 0;
+    for rank in 0..2 {
+        let shard = Shard { rank, world_size: 2 };
+        announced += checkpoint.shard_bytes(shard).unwrap();
+        checkpoint.load_ends(shard).unwrap();
+        for layer in 0..2 {
+            checkpoint.load_layer(layer, shard).unwrap();
+        }
+    }
+    assert!(announced > 0);
+    assert_eq!(sum.0.load(Ordering::Relaxed), announced);
 }
 
 #[test]

@@ -85,7 +85,8 @@ impl Tensors {
                 });
             }
         }
-        if let Some(view) = all.iter().find(|view| !index.weight_map.contains_key(view.name)) {
+        let unlisted = all.iter().filter(|view| !index.weight_map.contains_key(view.name));
+        if let Some(view) = unlisted.min_by_key(|view| view.name) {
             return Err(view.unexpected(format!("{INDEX} does not list it")));
         }
         Ok(all)

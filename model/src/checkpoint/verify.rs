@@ -29,8 +29,10 @@ pub(super) fn verify(
             }
         }
     }
-    let mut others = tensors.iter().filter(|view| !claimed.contains(view.name));
-    match others.find_map(|view| Some((view, refusal(view.name, config)?))) {
+    let others = tensors.iter().filter(|view| !claimed.contains(view.name));
+    let refused = others.filter_map(|view| Some((view, refusal(view.name, config)?)));
+    // The first by name, so that the message is the same every time.
+    match refused.min_by_key(|(view, _)| view.name) {
         Some((view, reason)) => Err(view.unexpected(reason)),
         None => Ok(formats),
     }
