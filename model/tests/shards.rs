@@ -54,6 +54,7 @@ impl Judge<'_> {
             HostLinear::Dense(tensor) => tensor.clone(),
             HostLinear::Int4(packed) => {
                 let (rows, groups) = (packed.out_features, packed.groups());
+                assert!(packed.group_size <= packed.in_features, "{module}");
                 assert_eq!(packed.weight_packed.len(), rows * packed.words_per_row(), "{module}");
                 assert_eq!(packed.scales.shape, [rows, groups], "{module}");
                 if let Some(zero_points) = &packed.zero_points {
