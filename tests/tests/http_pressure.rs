@@ -126,7 +126,7 @@ async fn a_server_that_stops_says_so_and_finishes_what_it_has() {
         (health.status().as_u16(), health.json::<Value>().await.unwrap()["status"].clone()),
         (200, json!("ready"))
     );
-    let running = tokio::spawn(request(&server, 40, json!({"max_tokens": 60})).send());
+    let running = tokio::spawn(request(&server, 40, json!({"max_tokens": 300})).send());
     until(&server, |stats| stats.running == 1).await;
     let (health, refused) = (server.url("/health"), request(&server, 3, json!({})));
     let stopped = tokio::task::spawn_blocking(move || drop(server));
@@ -147,6 +147,6 @@ async fn a_server_that_stops_says_so_and_finishes_what_it_has() {
     let answer = running.await.unwrap().unwrap();
     assert_eq!(answer.status(), 200);
     let answer: Value = answer.json().await.unwrap();
-    assert_eq!(answer["usage"]["completion_tokens"], 60, "{answer}");
+    assert_eq!(answer["usage"]["completion_tokens"], 300, "{answer}");
     stopped.await.unwrap();
 }
