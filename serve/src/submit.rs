@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use dsa80_model::engine::Request;
+use dsa80_model::engine::{Request, SubmitError};
 use dsa80_reference::SamplingParams;
 
 use crate::generation::Generation;
@@ -26,6 +26,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) prompt_logprobs: Option<usize>,
     /// `messages` or `prompt`.
     pub(crate) field: &'static str,
+    /// Prompts in the whole request.
+    pub(crate) prompts: usize,
 }
 
 impl Plan<'_> {
@@ -76,10 +78,25 @@ impl Plan<'_> {
             stop_token_ids: own_stops,
             eos_ids,
         };
-        let events = self.model.engine.submit(request)?;
+        let events = self.model.engine.submit(request).map_err(|error| self.refusal(error))?;
         let decoder = Decoder::new(Arc::clone(&text.tokenizer), options);
         let metrics = Arc::clone(self.metrics);
         Ok(Generation::new(events, decoder, metrics, Arc::clone(self.record)))
+    }
+
+    /// A request that is itself larger than the queue would be told to try again for ever.
+    fn refusal(&self, error: SubmitError) -> ApiError {
+        let places = self.prompts * self.common.n();
+        match error {
+            SubmitError::QueueFull { limit, .. } if places > limit => ApiError::field(
+                self.field,
+                format!(
+                    "This request needs {places} places in a queue of {limit}. Send at most {limit} prompts times n in \
+                     one request, or start the server with a larger --max-queued-requests."
+                ),
+            ),
+            error => error.into(),
+        }
     }
 
     /// Tokens to generate: what was asked for, or the endpoint's default, or the rest of the context.

@@ -122,6 +122,7 @@ pub(super) fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
         logprobs: None,
         prompt_logprobs: None,
         field: "prompt",
+        prompts: 1,
     };
     let mut generation = plan.submit(&ids)?.pop().context("no generation")?;
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;

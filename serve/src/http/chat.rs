@@ -45,6 +45,7 @@ pub(super) async fn chat_completions(
         logprobs,
         prompt_logprobs: common.prompt_logprobs,
         field: "messages",
+        prompts: 1,
     };
     let generations = plan.submit(&prompt)?;
     let head = Head {

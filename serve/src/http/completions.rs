@@ -51,6 +51,7 @@ pub(super) async fn completions(
         logprobs,
         prompt_logprobs: scores.into_iter().flatten().max(),
         field: "prompt",
+        prompts: prompts.len(),
     };
     let mut generations = Vec::new();
     for prompt in &prompts {

@@ -2,6 +2,7 @@
 
 use axum::body::Body;
 use axum::http::{Request, StatusCode};
+use dsa80_model::engine;
 use dsa80_serve::ServerOptions;
 use dsa80_serve::mock::MockOptions;
 use dsa80_serve::openai::{Endpoints, refusals};
@@ -170,11 +171,30 @@ async fn a_full_queue_is_a_429_with_a_time_to_come_back() {
         start_delay: std::time::Duration::from_secs(60),
         ..MockOptions::default()
     });
-    let reply = server.complete(json!({"n": 3})).await;
+    let request = engine::Request { prompt: vec![1], max_tokens: 1, ..engine::Request::default() };
+    let held = server.engine.handle().submit(request).unwrap();
+    let reply = server.complete(json!({"n": 2})).await;
     let error = reply.error(429);
     assert_eq!((&error["type"], &error["code"]), (&json!("rate_limit_error"), &json!("rate_limit_exceeded")));
     assert_eq!(reply.headers["retry-after"], "1");
-    // The two choices that found room must not stay behind.
+    // The choice that found room must not stay behind.
+    super::lifecycle::eventually(|| server.engine.handle().stats().running == 1).await;
+    drop(held);
+}
+
+#[tokio::test]
+async fn a_request_larger_than_the_queue_is_told_so_and_not_to_come_back() {
+    let server = Server::new(MockOptions {
+        max_waiting: 2,
+        start_delay: std::time::Duration::from_secs(60),
+        ..MockOptions::default()
+    });
+    for body in [json!({"n": 3}), json!({"prompt": ["a", "b", "c"]})] {
+        let error = server.complete(body).await.error(400);
+        assert_eq!(error["param"], "prompt");
+        let message = error["message"].as_str().unwrap();
+        assert!(message.contains("needs 3 places in a queue of 2"), "{message}");
+    }
     super::lifecycle::eventually(|| server.engine.handle().stats().running == 0).await;
 }
 
