@@ -1,5 +1,5 @@
 //! The serving path (absorbed MLA, paged caches, selected rows, chunks) against a naive dense masked model,
-//! on random configurations.
+//! on random configurations: 256 of them, or as many as `PROPTEST_CASES` says.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -47,8 +47,6 @@ fn check(model: &RandomModel, tokens: &[u32], page_size: usize, chunk: usize) ->
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
-
     #[test]
     fn absorbed_paged_sparse_is_naive_dense_masked(
         model in random_model(),
