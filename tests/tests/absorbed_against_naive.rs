@@ -9,14 +9,20 @@ use dsa80_tests::random_model::{RandomModel, random_model};
 use dsa80_tests::{naive, prompt};
 use proptest::prelude::*;
 
-fn check(model: &RandomModel, tokens: &[u32], page_size: usize, chunk: usize) -> Result<(), TestCaseError> {
+fn check(
+    model: &RandomModel,
+    tokens: &[u32],
+    page_size: usize,
+    chunk: usize,
+    index_logits: usize,
+) -> Result<(), TestCaseError> {
     let expected = naive::forward(model, tokens);
     // Two choices within rounding of each other may fall either way. Exact ties (relu's zeros) may not.
     prop_assume!(expected.narrowest > 1e-9);
 
     let limits = prompt::limits(tokens.len(), page_size, model.config.vocab_size);
     let communicator = ThreadCommunicator::group(Cpu::<f64>::new(), 1).remove(0);
-    let mut rank = Rank::load(Cpu::new(), Box::new(communicator), model, &limits).unwrap();
+    let mut rank = Rank::load(Cpu::new(), Box::new(communicator), model, &limits, index_logits).unwrap();
     let pages = prompt::scattered_pages(&limits, 1);
     let pieces = prompt::pieces(tokens.len(), chunk);
     let run = prompt::run(&mut rank, tokens, &pages, page_size, &pieces).unwrap();
@@ -53,7 +59,8 @@ proptest! {
         tokens in proptest::collection::vec(0..19u32, 1..40),
         page_size in 1..9usize,
         chunk in 1..41usize,
+        index_logits in 0..800usize,
     ) {
-        check(&model, &tokens, page_size, chunk)?;
+        check(&model, &tokens, page_size, chunk, index_logits)?;
     }
 }

@@ -9,7 +9,7 @@
 use std::sync::Arc;
 
 use dsa80_model::checkpoint::Checkpoint;
-use dsa80_model::runner::Rank;
+use dsa80_model::runner::{INDEX_LOGITS, Rank};
 use dsa80_reference::SequenceSlice;
 use dsa80_reference::cpu::{Cpu, Real, ThreadCommunicator};
 use dsa80_tests::distance::{LogprobDelta, argmax, largest, mean, percentile, share_within};
@@ -29,7 +29,7 @@ fn load_on<F: Real>(cpu: Cpu<F>, fixture: &Fixture, page_size: usize) -> Rank<Cp
     let checkpoint = Checkpoint::open(&fixture.dir).unwrap();
     let communicator = ThreadCommunicator::group(cpu, 1).remove(0);
     let limits = limits(fixture, page_size);
-    Rank::load(cpu, Box::new(communicator), &checkpoint, &limits).unwrap()
+    Rank::load(cpu, Box::new(communicator), &checkpoint, &limits, INDEX_LOGITS).unwrap()
 }
 
 fn limits(fixture: &Fixture, page_size: usize) -> dsa80_model::engine::StepLimits {
@@ -264,7 +264,8 @@ fn on_ranks(fixture: &Fixture, checkpoint: &Checkpoint, world_size: usize) -> Ve
                 let (pages, pieces) = (&pages, &pieces);
                 scope.spawn(move || {
                     let communicator = Box::new(communicator);
-                    let mut rank = Rank::load(Cpu::new(), communicator, checkpoint, &limits).unwrap();
+                    let mut rank =
+                        Rank::load(Cpu::new(), communicator, checkpoint, &limits, INDEX_LOGITS).unwrap();
                     prompt::run(&mut rank, &fixture.tokens, pages, 16, pieces).unwrap()
                 })
             })

@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 
 use dsa80_reference::{Communicator, Error, Kernels};
 
-use super::rank::Rank;
+use super::rank::{INDEX_LOGITS, Rank};
 use super::source::WeightSource;
 use crate::engine::{Sampled, Step, StepError, StepLimits, StepModel};
 use crate::error::LaunchError;
@@ -52,7 +52,7 @@ where
             return Err(LaunchError::Options("a model needs at least one rank".into()));
         };
         let loading: Vec<_> = ranks.map(|parts| follow(parts, weights, &limits)).collect();
-        let first = Rank::load(kernels, communicator, &**weights, &limits)?;
+        let first = Rank::load(kernels, communicator, &**weights, &limits, INDEX_LOGITS)?;
         let mut others = Vec::with_capacity(loading.len());
         for (index, (loaded, follower)) in loading.into_iter().enumerate() {
             loaded.recv().map_err(|_| LaunchError::RankLost { rank: index + 1, world_size })??;
@@ -74,7 +74,7 @@ fn follow<K: Kernels + 'static>(
     let (loaded_sender, loaded) = channel();
     let (weights, limits) = (Arc::clone(weights), *limits);
     let thread = std::thread::spawn(move || {
-        let mut rank = match Rank::load(kernels, communicator, &*weights, &limits) {
+        let mut rank = match Rank::load(kernels, communicator, &*weights, &limits, INDEX_LOGITS) {
             Ok(rank) => rank,
             Err(error) => {
                 // Nobody listens any more when rank 0 has failed first.

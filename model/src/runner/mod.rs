@@ -14,6 +14,6 @@ mod workspace;
 
 pub use group::{RankGroup, RankParts};
 pub use probe::Probe;
-pub use rank::Rank;
+pub use rank::{INDEX_LOGITS, Rank};
 pub use source::WeightSource;
 pub(crate) use workspace::MAX_LOGPROBS;

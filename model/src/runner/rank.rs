@@ -16,6 +16,9 @@ use crate::config::ModelConfig;
 use crate::engine::{SampleTarget, Sampled, Step, StepLimits, TokenLogprobs};
 use crate::error::LaunchError;
 
+/// Scores in the indexer's workspace, 16 MiB of f32: chunks of rows large enough to keep a GPU's selection busy.
+pub const INDEX_LOGITS: usize = 4 << 20;
+
 /// One rank of a tensor-parallel model on one backend.
 pub struct Rank<K: Kernels> {
     kernels: K,
@@ -39,6 +42,7 @@ impl<K: Kernels> Rank<K> {
         communicator: Box<dyn Communicator<K::Tensor>>,
         weights: &dyn WeightSource,
         limits: &StepLimits,
+        index_logits: usize,
     ) -> Result<Self, LaunchError> {
         let config = Arc::new(weights.config().clone());
         let shard = Shard { rank: communicator.rank(), world_size: communicator.world_size() };
@@ -48,10 +52,8 @@ impl<K: Kernels> Rank<K> {
             .map(|index| Ok(Layer::upload(&kernels, weights.load_layer(index, shard)?)?))
             .collect::<Result<_, LaunchError>>()?;
         let max_blocks = limits.max_model_len.div_ceil(limits.page_size);
-        // A chunk of 4 Mi scores (16 MiB) keeps the selection busy; one row of the longest context is the
-        // least.
         let index_logits =
-            limits.max_model_len.max(4 << 20).min(limits.max_model_len * limits.max_batch_tokens);
+            index_logits.clamp(limits.max_model_len, limits.max_model_len * limits.max_batch_tokens);
         Ok(Self {
             caches: Caches::alloc(&kernels, &config, limits.num_pages, limits.page_size)?,
             workspace: Workspace::alloc(&kernels, &shape, limits.max_batch_tokens, index_logits)?,
