@@ -110,9 +110,12 @@ async fn a_burst_beyond_the_queue_is_told_to_come_back() {
     assert!(served >= 6 && refused >= 1, "{served} served, {refused} refused");
     let stats = until(&server, |stats| stats.running == 0 && stats.waiting == 0).await;
     assert_eq!((stats.finished, stats.cancelled, stats.pages_used), (served, 0, 0), "{stats:?}");
-    // Afterwards there is room again; and one request of several choices that do not all fit leaves nothing behind.
+    // Afterwards there is room again; and one request of more choices than the queue can ever hold is told
+    // so, and leaves nothing behind.
     let refused = request(&server, 40, json!({"n": 30, "max_tokens": 200})).send().await.unwrap();
-    assert_eq!(refused.status(), 429);
+    assert_eq!(refused.status(), 400);
+    let body: Value = refused.json().await.unwrap();
+    assert!(body["error"]["message"].as_str().unwrap().contains("30 places in a queue of 6"), "{body}");
     let stats = until(&server, |stats| stats.running == 0 && stats.waiting == 0).await;
     assert_eq!((stats.finished, stats.pages_used), (served, 0), "{stats:?}");
     assert_eq!(request(&server, 40, json!({})).send().await.unwrap().status(), 200);
