@@ -169,10 +169,12 @@ fn cpu_limits(config: &ModelConfig, options: &LaunchOptions) -> Result<StepLimit
         )));
     }
     let page_size = options.page_size;
-    let page_bytes = page_size * cpu_cache_bytes_per_token(config) * options.tp;
+    // Saturating: whatever the options say, the comparison below answers, not an overflow.
+    let page_bytes = page_size.saturating_mul(cpu_cache_bytes_per_token(config)).saturating_mul(options.tp);
     let affordable = options.num_pages.unwrap_or(options.kv_cache_bytes / page_bytes);
     let wanted = options.max_model_len.unwrap_or(config.max_position_embeddings);
-    let max_model_len = wanted.min(affordable * page_size);
+    let held = affordable.saturating_mul(page_size);
+    let max_model_len = wanted.min(held);
     if max_model_len == 0 || options.max_model_len.is_some_and(|wanted| wanted > max_model_len) {
         return Err(LaunchError::Options(format!(
             "a context of {wanted} tokens needs {} pages of {page_size} tokens ({page_bytes} bytes each over {} ranks), but only \
@@ -180,7 +182,7 @@ fn cpu_limits(config: &ModelConfig, options: &LaunchOptions) -> Result<StepLimit
              or --num-pages",
             wanted.div_ceil(page_size),
             options.tp,
-            affordable * page_size,
+            held,
         )));
     }
     if max_model_len < wanted {
@@ -188,9 +190,9 @@ fn cpu_limits(config: &ModelConfig, options: &LaunchOptions) -> Result<StepLimit
             "the caches hold {max_model_len} tokens, so contexts are cut from {wanted} to that; raise --kv-cache-memory for more"
         );
     }
-    let num_pages = options
-        .num_pages
-        .unwrap_or_else(|| affordable.min(options.max_num_seqs * max_model_len.div_ceil(page_size)));
+    let num_pages = options.num_pages.unwrap_or_else(|| {
+        affordable.min(options.max_num_seqs.saturating_mul(max_model_len.div_ceil(page_size)))
+    });
     Ok(StepLimits {
         page_size,
         num_pages,

@@ -52,8 +52,8 @@ impl<K: Kernels> Rank<K> {
             .map(|index| Ok(Layer::upload(&kernels, weights.load_layer(index, shard)?)?))
             .collect::<Result<_, LaunchError>>()?;
         let max_blocks = limits.max_model_len.div_ceil(limits.page_size);
-        let index_logits =
-            index_logits.clamp(limits.max_model_len, limits.max_model_len * limits.max_batch_tokens);
+        let index_logits = index_logits
+            .clamp(limits.max_model_len, limits.max_model_len.saturating_mul(limits.max_batch_tokens));
         Ok(Self {
             caches: Caches::alloc(&kernels, &config, limits.num_pages, limits.page_size)?,
             workspace: Workspace::alloc(&kernels, &shape, limits.max_batch_tokens, index_logits)?,
