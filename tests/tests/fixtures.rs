@@ -201,9 +201,10 @@ fn the_oracle_in_f64_is_hf_in_f64() {
     }
 }
 
-/// The bounds that a bf16 backend has to meet: no farther from HF float64 than HF bfloat16 is, give or take.
+/// The bounds that a bf16 backend has to meet: 1.25 times HF bfloat16's own mean distance from HF float64,
+/// 1.5 times its p99.
 #[test]
-fn the_oracle_rounding_to_bf16_is_no_farther_than_hf_in_bf16() {
+fn the_oracle_rounding_to_bf16_is_about_as_far_as_hf_in_bf16() {
     for fixture in fixture::all().unwrap() {
         let mut rank = load_on(Cpu::<f32>::rounding_to_bf16(), &fixture, 16);
         let pages = prompt::scattered_pages(&limits(&fixture, 16), 0);
