@@ -1,7 +1,19 @@
-//! CUDA for dsa80.
+//! The CUDA kernels of dsa80: hand-written for sm_80, compiled at run time.
 //!
-//! The hand-written kernels will live here. So far this crate answers one question: what would CUDA find on this machine?
+//! `kernels/NAME.cu` is a kernel, `src/NAME.rs` its launcher: its [`Tile`], the candidates of a sweep, what it costs, and how it is
+//! launched on any [`Device`]. [`Cuda`] puts them behind the kernel contract. [`gpu`] is the device that a GPU is; the tests have another,
+//! which runs the same sources on the CPU.
 
+pub mod batch;
+pub mod device;
 mod probe;
+pub mod sources;
+pub mod tensor;
+pub mod tile;
 
+pub use batch::CudaBatch;
+pub use device::{Arg, Device, Launch, Limits, Program};
 pub use probe::{CudaDevice, ProbeError, devices};
+pub use sources::Sources;
+pub use tensor::CudaTensor;
+pub use tile::{Cost, Tile};

@@ -1,0 +1,129 @@
+//! What a launcher needs of a device: memory, and a way to run one kernel. A GPU is one; the emulator of the tests is another.
+
+use dsa80_reference::Result;
+
+/// What a device offers a block, as far as tiles are validated against it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// The device's name, as results carry it.
+    pub name: String,
+    /// Compute capability, `(8, 0)` for an A100.
+    pub compute_capability: (u32, u32),
+    /// Streaming multiprocessors.
+    pub multiprocessors: u32,
+    /// Shared memory that one block can ask for, in bytes.
+    pub shared_per_block: usize,
+    /// Shared memory of a multiprocessor, in bytes; every resident block takes [`BLOCK_RESERVED_SHARED`] beside its own.
+    pub shared_per_multiprocessor: usize,
+    /// 32-bit registers of a multiprocessor.
+    pub registers_per_multiprocessor: u32,
+    /// Threads that a multiprocessor holds.
+    pub threads_per_multiprocessor: u32,
+}
+
+/// Shared memory that the driver takes of every resident block, in bytes (sm_80 and sm_90).
+pub const BLOCK_RESERVED_SHARED: usize = 1024;
+
+impl Limits {
+    /// An A100: what every pinned tile must fit (CUDA C++ programming guide, table of technical specifications, 8.0).
+    pub fn a100() -> Self {
+        Self {
+            name: "NVIDIA A100".into(),
+            compute_capability: (8, 0),
+            multiprocessors: 108,
+            shared_per_block: 163 * 1024,
+            shared_per_multiprocessor: 164 * 1024,
+            registers_per_multiprocessor: 65536,
+            threads_per_multiprocessor: 2048,
+        }
+    }
+
+    /// Blocks of `threads` threads with `registers` registers a thread and `shared` bytes that a multiprocessor holds.
+    pub fn resident_blocks(&self, threads: u32, registers: u32, shared: usize) -> u32 {
+        // Registers are handed out to warps in units of 256.
+        let warps = threads.div_ceil(32).max(1);
+        let registers_per_block = warps * (registers.max(1) * 32).next_multiple_of(256);
+        let by_shared = self.shared_per_multiprocessor / (shared + BLOCK_RESERVED_SHARED);
+        (self.threads_per_multiprocessor / (32 * warps))
+            .min(self.registers_per_multiprocessor / registers_per_block)
+            .min(u32::try_from(by_shared).unwrap_or(u32::MAX))
+            .min(32)
+    }
+}
+
+/// A kernel source with its constants fixed: what is compiled, and the key under which it is cached.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Program {
+    /// The file in `kernels/`, `"top_k.cu"`.
+    pub source: &'static str,
+    /// `-D` constants: the tile, and what the tile's shapes fix.
+    pub defines: Vec<(&'static str, String)>,
+}
+
+/// One argument of a kernel, in the order of its parameters.
+#[derive(Debug)]
+pub enum Arg<'a, B> {
+    /// A pointer to the start of a buffer.
+    Buffer(&'a B),
+    /// A null pointer, for a parameter that a variant does not use.
+    Null,
+    /// `int32_t`.
+    I32(i32),
+    /// `int64_t`.
+    I64(i64),
+    /// `float`.
+    F32(f32),
+}
+
+/// One kernel launch.
+#[derive(Debug)]
+pub struct Launch<'a, B> {
+    /// What to run.
+    pub program: &'a Program,
+    /// The `KERNEL` function of it.
+    pub entry: &'static str,
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub threads: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared_bytes: usize,
+    /// The shape, in words, for errors.
+    pub shape: String,
+    /// The kernel's parameters.
+    pub args: &'a [Arg<'a, B>],
+}
+
+/// Memory and launches, in the order of one stream.
+pub trait Device: Send {
+    /// Device memory. Kernels write through it: it is shared like a pointer, and only its owner frees it.
+    type Buffer: Send + std::fmt::Debug;
+
+    /// What tiles are validated against.
+    fn limits(&self) -> &Limits;
+
+    /// Allocates `bytes`; the contents are unspecified. `name` is what errors call it.
+    ///
+    /// # Errors
+    /// Memory runs out.
+    fn alloc(&self, name: &str, bytes: usize) -> Result<Self::Buffer>;
+
+    /// Copies `bytes` to `offset` bytes into the buffer.
+    ///
+    /// # Errors
+    /// The range lies outside the buffer; the device failed.
+    fn write(&self, buffer: &Self::Buffer, offset: usize, bytes: &[u8]) -> Result<()>;
+
+    /// Copies from `offset` bytes into the buffer. Waits for everything launched before.
+    ///
+    /// # Errors
+    /// The range lies outside the buffer; the device, or a launch before, failed.
+    fn read(&self, buffer: &Self::Buffer, offset: usize, bytes: &mut [u8]) -> Result<()>;
+
+    /// Compiles (or finds) the program and launches it; does not wait. After a first launch of the same program it neither compiles
+    /// nor allocates, so it can be captured in a graph.
+    ///
+    /// # Errors
+    /// The program does not compile; the launch is refused.
+    fn launch(&self, launch: &Launch<'_, Self::Buffer>) -> Result<()>;
+}

@@ -1,0 +1,63 @@
+//! The kernel sources: embedded in the binary, or read from a folder so that an edit needs no rebuild.
+
+use std::borrow::Cow;
+use std::path::PathBuf;
+
+use dsa80_reference::{Error, Result};
+
+/// Every file of `kernels/`, by name.
+const EMBEDDED: &[(&str, &str)] = &[
+    ("ptx.cuh", include_str!("../kernels/ptx.cuh")),
+];
+
+/// Where kernel sources come from.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Sources {
+    /// The binary itself.
+    #[default]
+    Embedded,
+    /// A folder that looks like `cuda/kernels`.
+    Folder(PathBuf),
+}
+
+impl Sources {
+    /// The text of one file.
+    ///
+    /// # Errors
+    /// The file does not exist or cannot be read.
+    pub fn read(&self, name: &str) -> Result<Cow<'static, str>> {
+        match self {
+            Sources::Embedded => EMBEDDED.iter().find(|(file, _)| *file == name).map_or_else(
+                || Err(refuse(format!("no kernel source is called {name}"))),
+                |(_, text)| Ok(Cow::Borrowed(*text)),
+            ),
+            Sources::Folder(folder) => {
+                let path = folder.join(name);
+                std::fs::read_to_string(&path)
+                    .map(Cow::Owned)
+                    .map_err(|error| refuse(format!("{}: {error}", path.display())))
+            }
+        }
+    }
+
+    /// Every header (`*.cuh`) with its text, in the order of their names: what any source may include.
+    ///
+    /// # Errors
+    /// The folder cannot be read.
+    pub fn headers(&self) -> Result<Vec<(String, Cow<'static, str>)>> {
+        let mut names: Vec<String> = match self {
+            Sources::Embedded => EMBEDDED.iter().map(|(name, _)| (*name).to_owned()).collect(),
+            Sources::Folder(folder) => std::fs::read_dir(folder)
+                .map_err(|error| refuse(format!("{}: {error}", folder.display())))?
+                .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+                .collect(),
+        };
+        names.retain(|name| name.ends_with(".cuh"));
+        names.sort();
+        names.into_iter().map(|name| self.read(&name).map(|text| (name.clone(), text))).collect()
+    }
+}
+
+fn refuse(message: String) -> Error {
+    Error::Backend { backend: "cuda", message }
+}
