@@ -67,6 +67,26 @@ pub enum Error {
         /// Why, as far as this rank knows.
         reason: String,
     },
+    /// A kernel cannot run with the tile that was chosen for it.
+    #[error("{kernel}: {tile} does not work: {reason}")]
+    Tile {
+        /// The kernel.
+        kernel: &'static str,
+        /// The tile.
+        tile: String,
+        /// What it needs and what there is.
+        reason: String,
+    },
+    /// A kernel could not be compiled or launched, or failed while it ran.
+    #[error("{kernel} ({shape}): {message}")]
+    Launch {
+        /// The kernel.
+        kernel: &'static str,
+        /// The shape of the launch, in words.
+        shape: String,
+        /// The message of the compiler or the driver.
+        message: String,
+    },
     /// The backend itself failed (device lost, out of memory, driver message).
     #[error("{backend}: {message}")]
     Backend {

@@ -9,6 +9,10 @@
 //! Between rounding points everything is accumulated in f32 (`Float`). A linear weight is `[out, in]` and is
 //! never rounded on its way: bf16 and f16 are widened, INT4 is `(q - z) * scale`.
 //!
+//! A cache is `Act`, or `Fp8` where the method says so: then its last dimension counts bytes, laid out and
+//! quantised as [`fp8`](crate::fp8) says, from the values that an `Act` cache would hold. Whoever reads it
+//! computes with `code * scale`, never rounded; the codes of NaN are undefined input.
+//!
 //! Every method writes into tensors that the caller allocated: no method allocates device memory that
 //! outlives it, synchronises with the host, or has a shape that depends on device data, so a step can be
 //! captured in a graph. Sizes are taken from the tensors' own shapes ([`DeviceTensor::set_shape`]); a
@@ -132,10 +136,16 @@ pub trait Kernels: Send + Sized {
     /// Another length or element type.
     fn write_index(&self, values: &[i32], tensor: &mut Self::Tensor) -> Result<()>;
 
+    /// Writes the bytes of an `Fp8` tensor; as many as it has elements.
+    ///
+    /// # Errors
+    /// Another length or element type.
+    fn write_bytes(&self, values: &[u8], tensor: &mut Self::Tensor) -> Result<()>;
+
     /// Reads an `Act`, `Float` or weight tensor, widened. Waits for the device.
     ///
     /// # Errors
-    /// An `Index` tensor.
+    /// An `Index` or `Fp8` tensor.
     fn read(&self, tensor: &Self::Tensor) -> Result<Vec<f64>>;
 
     /// Reads an `Index` tensor. Waits for the device.
@@ -143,6 +153,12 @@ pub trait Kernels: Send + Sized {
     /// # Errors
     /// Another element type.
     fn read_index(&self, tensor: &Self::Tensor) -> Result<Vec<i32>>;
+
+    /// Reads the bytes of an `Fp8` tensor. Waits for the device.
+    ///
+    /// # Errors
+    /// Another element type.
+    fn read_bytes(&self, tensor: &Self::Tensor) -> Result<Vec<u8>>;
 
     // Kernels.
 
@@ -208,8 +224,11 @@ pub trait Kernels: Send + Sized {
     ///
     /// `y = weight * (x[t] - mean) / sqrt(var + eps) + bias` with the biased variance, RoPE on columns
     /// `0..dim`, then `cache[slot_mapping[t]] = y`. `x` `[T, D]` `Act`; `weight`, `bias` `[D]`; `cache`
-    /// `[pages, page_size, D]` `Act`. Rounds to `Act` after the LayerNorm (where HF's module returns) and
-    /// after RoPE.
+    /// `[pages, page_size, D]` `Act`, or `Fp8` in [`IndexerPage`](crate::fp8::IndexerPage)s. Rounds to `Act`
+    /// after the LayerNorm (where HF's module returns) and after RoPE.
+    ///
+    /// A slot outside the cache is an error on `Cpu`; a GPU backend, which reads slots on the device, skips
+    /// the row. Of two tokens with one slot the later stays on `Cpu`, and either (or a mixture) on a GPU.
     fn layer_norm_rope(
         &self,
         batch: &Self::Batch,
@@ -226,7 +245,8 @@ pub trait Kernels: Send + Sized {
     ///
     /// `x` `[T, kv_lora_rank + rope]` `Act` is the output of `kv_a_proj_with_mqa`; `weight` `[kv_lora_rank]`;
     /// `cache[slot_mapping[t]] = [rms_norm(x[t, ..kv_lora_rank]), rope(x[t, kv_lora_rank..])]`, `cache`
-    /// `[pages, page_size, kv_lora_rank + rope]` `Act`; RoPE is interleaved. Rounds to `Act` on writing.
+    /// `[pages, page_size, kv_lora_rank + rope]` `Act`, or `Fp8` in [`MlaRow`](crate::fp8::MlaRow)s; RoPE is
+    /// interleaved. Rounds to `Act` on writing. Slots are as for [`layer_norm_rope`](Self::layer_norm_rope).
     fn latent_rope(
         &self,
         batch: &Self::Batch,
@@ -261,10 +281,11 @@ pub trait Kernels: Send + Sized {
     /// `logits[t - rows.start, s] = sum_h weights[t, h] * relu(q[t, h] . k[s]) * scale` for
     /// `s <= position of t`, `k[s]` the indexer cache row of position `s` of `t`'s sequence.
     ///
-    /// `q` `[T, HI, D]` `Act` (RoPE applied); `weights` `[T, HI]` `Float`, may be negative; `cache`
-    /// `[pages, page_size, D]` `Act`; `scale > 0` is `HI^-0.5 * D^-0.5`; `logits` `[rows, C]` `Float`,
-    /// `C >= ` the longest context among the rows. Entries at invisible positions are unspecified. Nothing is
-    /// rounded to `Act`. The row chunk bounds the workspace: `rows.len() * C` floats.
+    /// `q` `[T, HI, D]` `Act` (RoPE applied); `weights` `[T, HI]` `Float`, may be negative; `cache` as
+    /// [`layer_norm_rope`](Self::layer_norm_rope) wrote it, `Act` or `Fp8`; `scale > 0` is
+    /// `HI^-0.5 * D^-0.5`; `logits` `[rows, C]` `Float`, `C >= ` the longest context among the rows. Entries
+    /// at invisible positions are unspecified. Nothing is rounded to `Act`. The row chunk bounds the
+    /// workspace: `rows.len() * C` floats.
     fn indexer_logits(
         &self,
         batch: &Self::Batch,
@@ -296,8 +317,8 @@ pub trait Kernels: Send + Sized {
     /// `p = softmax_s(q[t, h] . c[s] * scale)`, `out[t, h] = sum_s p[s] c[s, ..kv_lora_rank]` over `s` in
     /// `topk_indices[t]`.
     ///
-    /// `q` `[T, H, kv_lora_rank + rope]` `Act`; `cache` `[pages, page_size, kv_lora_rank + rope]` `Act`;
-    /// `topk_indices` `[T, k]` `Index`, -1 anywhere is a hole; `out` `[T, H, kv_lora_rank]` `Act`, rounded
+    /// `q` `[T, H, kv_lora_rank + rope]` `Act`; `cache` as [`latent_rope`](Self::latent_rope) wrote it, `Act`
+    /// or `Fp8`; `topk_indices` `[T, k]` `Index`, -1 anywhere is a hole; `out` `[T, H, kv_lora_rank]` `Act`, rounded
     /// once at the end (tensor-core backends also round `p`, unnormalised, to bf16 before the second
     /// product). A row with nothing selected gives zeros. An index outside the context is undefined.
     fn sparse_mla(

@@ -7,6 +7,7 @@ pub mod batch;
 pub mod communicator;
 pub mod cpu;
 mod error;
+pub mod fp8;
 pub mod kernels;
 pub mod sampling;
 pub mod tensor;

@@ -12,6 +12,8 @@ pub enum DType {
     Float,
     /// Indices: i32 everywhere.
     Index,
+    /// Caches in 8 bits: bytes on every backend, laid out as the kernel that writes them says.
+    Fp8,
     /// Weights in bfloat16, as stored in the checkpoint.
     Bf16,
     /// Weights in IEEE half precision, as stored in the checkpoint.
@@ -33,6 +35,7 @@ impl std::fmt::Display for DType {
             DType::Act => "activations",
             DType::Float => "floats",
             DType::Index => "indices (i32)",
+            DType::Fp8 => "8-bit cache rows",
             DType::Bf16 => "bf16 weights",
             DType::F16 => "f16 weights",
             DType::F32 => "f32 weights",

@@ -116,6 +116,7 @@ pub(super) fn linear_bytes(spec: &LinearSpec, format: LinearFormat, shard: Shard
 pub(crate) fn width(dtype: dsa80_reference::DType) -> usize {
     use dsa80_reference::DType;
     match dtype {
+        DType::Fp8 => 1,
         DType::Bf16 | DType::F16 => 2,
         DType::F32 | DType::Act | DType::Float | DType::Index => 4,
     }

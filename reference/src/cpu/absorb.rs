@@ -28,7 +28,7 @@ macro_rules! with_weights {
                 let $widen = F::of_f32;
                 $body
             }
-            Storage::Real(..) | Storage::Index(_) => {
+            Storage::Real(..) | Storage::Index(_) | Storage::Fp8(_) => {
                 return Err(Error::DType {
                     kernel: $check.0,
                     tensor: "kv_b",

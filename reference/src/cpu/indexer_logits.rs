@@ -5,7 +5,7 @@ use std::ops::Range;
 use multiversion::multiversion;
 
 use super::checks::Check;
-use super::paged::PagedRows;
+use super::paged::{PagedRows, RowKind};
 use super::parallel::for_rows;
 use super::vector::{dot, dot4};
 use super::{Cpu, CpuTensor, Real};
@@ -30,7 +30,7 @@ pub(super) fn indexer_logits<F: Real>(
     let [q_tokens, heads, width] = q.dims(check.0, "q")?;
     check.shape("q", q, q_tokens == tokens, || format!("[{tokens}, HI, D]"))?;
     weights.expect_shape(check.0, "weights", &[tokens, heads])?;
-    let keys = PagedRows::new(check, batch, cache, width)?;
+    let keys = PagedRows::new(check, batch, cache, RowKind::Indexer { width })?;
     check.rows(&rows, batch)?;
     check.value("scale", scale.is_finite() && scale > 0.0, || "a positive number".into(), scale)?;
     let longest = rows.clone().map(|t| batch.visible(t)).max().unwrap_or(0);
@@ -52,19 +52,21 @@ pub(super) fn indexer_logits<F: Real>(
         let weights = &weights[t * heads..][..heads];
         for_rows(&mut logits[..visible], BLOCK, visible * ops_per_key, |block, logits| {
             let start = block * BLOCK;
-            score(q, weights, |i| keys.row(t, start + i), scale, logits);
+            let mut scratch = Vec::new();
+            let keys = keys.rows(t, start..start + logits.len(), &mut scratch);
+            score(q, weights, &keys, scale, logits);
         });
     });
     Ok(())
 }
 
-/// The scores of one token for the keys `key(0)`, `key(1)`, ...; `q` `[HI, D]`, `weights` `[HI]`.
+/// The scores of one token for `keys`; `q` `[HI, D]`, `weights` `[HI]`.
 #[multiversion(targets("x86_64+avx2"))]
-fn score<'k, F: Real>(q: &[F], weights: &[F], key: impl Fn(usize) -> &'k [F], scale: F, logits: &mut [F]) {
+fn score<F: Real>(q: &[F], weights: &[F], keys: &[&[F]], scale: F, logits: &mut [F]) {
     let width = q.len() / weights.len().max(1);
     let (fours, rest) = logits.as_chunks_mut::<4>();
     for (i, four) in fours.iter_mut().enumerate() {
-        let keys = [0, 1, 2, 3].map(|j| key(4 * i + j));
+        let keys = [0, 1, 2, 3].map(|j| keys[4 * i + j]);
         let mut sums = [F::zero(); 4];
         for (h, &weight) in weights.iter().enumerate() {
             let dots = dot4(&q[h * width..][..width], keys);
@@ -75,7 +77,7 @@ fn score<'k, F: Real>(q: &[F], weights: &[F], key: impl Fn(usize) -> &'k [F], sc
         *four = sums.map(|sum| sum * scale);
     }
     for (i, logit) in rest.iter_mut().enumerate() {
-        let key = key(4 * fours.len() + i);
+        let key = keys[4 * fours.len() + i];
         let mut sum = F::zero();
         for (h, &weight) in weights.iter().enumerate() {
             sum += weight * relu(dot(&q[h * width..][..width], key, |x| x));

@@ -1,7 +1,7 @@
 //! `latent_rope`: MLA's cache row.
 
 use super::checks::Check;
-use super::paged::write_rows;
+use super::paged::{RowKind, write_rows};
 use super::rope::{rotary_dim, rotate};
 use super::{Cpu, CpuTensor, Real, vector};
 use crate::batch::Batch;
@@ -28,7 +28,7 @@ pub(super) fn latent_rope<F: Real>(
     let cos_sin = check.float("cos_sin", cos_sin)?;
     let weight: Vec<F> = weight.weights(check.0, "weight")?;
     let (columns, eps) = (F::of(rank as f64), F::of(eps));
-    write_rows(check, batch, cache, width, |t, out| {
+    write_rows(check, batch, cache, RowKind::Mla { rank, rope: dim }, |t, out| {
         let (latent, key) = x[t * width..][..width].split_at(rank);
         let (out_latent, out_key) = out.split_at_mut(rank);
         let root = (vector::sum(latent, |x| x * x) / columns + eps).sqrt();

@@ -1,7 +1,7 @@
 //! `layer_norm_rope`: the indexer's keys.
 
 use super::checks::Check;
-use super::paged::write_rows;
+use super::paged::{RowKind, write_rows};
 use super::rope::{rotary_dim, rotate};
 use super::{Cpu, CpuTensor, Real, vector};
 use crate::batch::Batch;
@@ -31,7 +31,7 @@ pub(super) fn layer_norm_rope<F: Real>(
     let weight: Vec<F> = weight.weights(check.0, "weight")?;
     let bias: Vec<F> = bias.weights(check.0, "bias")?;
     let (columns, eps) = (F::of(width as f64), F::of(eps));
-    write_rows(check, batch, cache, width, |t, out| {
+    write_rows(check, batch, cache, RowKind::Indexer { width }, |t, out| {
         let x = &x[t * width..][..width];
         let mean = vector::sum(x, |x| x) / columns;
         let variance = vector::sum(x, |x| (x - mean) * (x - mean)) / columns;

@@ -121,12 +121,20 @@ impl<F: Real> Kernels for Cpu<F> {
         tensor.write_index(values)
     }
 
+    fn write_bytes(&self, values: &[u8], tensor: &mut CpuTensor<F>) -> Result<()> {
+        tensor.write_bytes(values)
+    }
+
     fn read(&self, tensor: &CpuTensor<F>) -> Result<Vec<f64>> {
         tensor.read()
     }
 
     fn read_index(&self, tensor: &CpuTensor<F>) -> Result<Vec<i32>> {
         Ok(tensor.indices("read_index", "tensor")?.to_vec())
+    }
+
+    fn read_bytes(&self, tensor: &CpuTensor<F>) -> Result<Vec<u8>> {
+        Ok(tensor.bytes("read_bytes", "tensor")?.to_vec())
     }
 
     fn embed(

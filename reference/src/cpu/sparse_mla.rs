@@ -3,7 +3,7 @@
 use multiversion::multiversion;
 
 use super::checks::Check;
-use super::paged::PagedRows;
+use super::paged::{PagedRows, RowKind};
 use super::parallel::for_rows;
 use super::vector::{add_rows, dot, dot4, sum};
 use super::{Cpu, CpuTensor, Real};
@@ -34,7 +34,7 @@ pub(super) fn sparse_mla<F: Real>(
     check.shape("out", out, (out_tokens, out_heads) == (tokens, heads) && rank <= width, || {
         format!("[{tokens}, {heads}, kv_lora_rank] with kv_lora_rank at most {width}")
     })?;
-    let cache = PagedRows::new(check, batch, cache, width)?;
+    let cache = PagedRows::new(check, batch, cache, RowKind::Mla { rank, rope: width - rank })?;
     let [index_tokens, k] = topk_indices.dims(check.0, "topk_indices")?;
     check.shape("topk_indices", topk_indices, index_tokens == tokens, || format!("[{tokens}, k]"))?;
     let indices = topk_indices.indices(check.0, "topk_indices")?;
@@ -57,11 +57,9 @@ pub(super) fn sparse_mla<F: Real>(
 
     let ops_per_head = width + rank;
     for_rows(out, heads * rank, selected * heads * ops_per_head, |t, out| {
-        let rows: Vec<&[F]> = indices[t * k..][..k]
-            .iter()
-            .filter_map(|&index| usize::try_from(index).ok())
-            .map(|position| cache.row(t, position))
-            .collect();
+        let selected = indices[t * k..][..k].iter().filter_map(|&index| usize::try_from(index).ok());
+        let mut scratch = Vec::new();
+        let rows = cache.rows(t, selected, &mut scratch);
         let q = &q[t * heads * width..][..heads * width];
         for_rows(out, HEAD_GROUP * rank, rows.len() * heads * ops_per_head, |group, out| {
             let q = &q[group * HEAD_GROUP * width..][..out.len() / rank * width];

@@ -12,6 +12,7 @@ pub(crate) enum Storage<F> {
     /// Activations (`true`: rounded to bf16 when the oracle rounds) and floats (`false`).
     Real(Vec<F>, bool),
     Index(Vec<i32>),
+    Fp8(Vec<u8>),
     Bf16(Vec<bf16>),
     F16(Vec<f16>),
     F32(Vec<f32>),
@@ -32,6 +33,8 @@ impl<F: Real> CpuTensor<F> {
             DType::Act => Storage::Real(filled(shape, F::nan())?, true),
             DType::Float => Storage::Real(filled(shape, F::nan())?, false),
             DType::Index => Storage::Index(filled(shape, i32::MIN)?),
+            // A NaN code.
+            DType::Fp8 => Storage::Fp8(filled(shape, 0xff)?),
             DType::Bf16 => Storage::Bf16(filled(shape, bf16::NAN)?),
             DType::F16 => Storage::F16(filled(shape, f16::NAN)?),
             DType::F32 => Storage::F32(filled(shape, f32::NAN)?),
@@ -71,6 +74,12 @@ impl<F: Real> CpuTensor<F> {
         Ok(())
     }
 
+    pub(super) fn write_bytes(&mut self, values: &[u8]) -> Result<()> {
+        self.expect_len("write_bytes", values.len())?;
+        self.bytes_mut("write_bytes", "tensor")?.copy_from_slice(values);
+        Ok(())
+    }
+
     pub(super) fn read(&self) -> Result<Vec<f64>> {
         let len = self.len();
         match &self.storage {
@@ -78,7 +87,9 @@ impl<F: Real> CpuTensor<F> {
             Storage::Bf16(v) => Ok(v[..len].iter().map(|x| x.to_f64()).collect()),
             Storage::F16(v) => Ok(v[..len].iter().map(|x| x.to_f64()).collect()),
             Storage::F32(v) => Ok(v[..len].iter().map(|&x| f64::from(x)).collect()),
-            Storage::Index(_) => Err(self.wrong_dtype("read", "tensor", "anything but indices")),
+            Storage::Index(_) | Storage::Fp8(_) => {
+                Err(self.wrong_dtype("read", "tensor", "activations, floats or weights"))
+            }
         }
     }
 
@@ -123,6 +134,24 @@ impl<F: Real> CpuTensor<F> {
         }
     }
 
+    /// The bytes in use of an `Fp8` tensor.
+    pub(crate) fn bytes(&self, kernel: &'static str, tensor: &'static str) -> Result<&[u8]> {
+        match &self.storage {
+            Storage::Fp8(v) => Ok(&v[..self.len()]),
+            _ => Err(self.wrong_dtype(kernel, tensor, "8-bit cache rows")),
+        }
+    }
+
+    /// [`bytes`](Self::bytes), to write.
+    pub(crate) fn bytes_mut(&mut self, kernel: &'static str, tensor: &'static str) -> Result<&mut [u8]> {
+        let len = self.len();
+        let error = self.wrong_dtype(kernel, tensor, "8-bit cache rows");
+        match &mut self.storage {
+            Storage::Fp8(v) => Ok(&mut v[..len]),
+            _ => Err(error),
+        }
+    }
+
     /// A small weight (a norm's, a bias) widened to `F`.
     pub(crate) fn weights(&self, kernel: &'static str, tensor: &'static str) -> Result<Vec<F>> {
         let len = self.len();
@@ -131,7 +160,7 @@ impl<F: Real> CpuTensor<F> {
             Storage::Bf16(v) => Ok(v[..len].iter().map(|&x| F::of_bf16(x)).collect()),
             Storage::F16(v) => Ok(v[..len].iter().map(|&x| F::of_f16(x)).collect()),
             Storage::F32(v) => Ok(v[..len].iter().map(|&x| F::of_f32(x)).collect()),
-            Storage::Index(_) => Err(self.wrong_dtype(kernel, tensor, "weights")),
+            Storage::Index(_) | Storage::Fp8(_) => Err(self.wrong_dtype(kernel, tensor, "weights")),
         }
     }
 
@@ -203,6 +232,7 @@ impl<F: Real> DeviceTensor for CpuTensor<F> {
             Storage::Real(_, true) => DType::Act,
             Storage::Real(_, false) => DType::Float,
             Storage::Index(_) => DType::Index,
+            Storage::Fp8(_) => DType::Fp8,
             Storage::Bf16(_) => DType::Bf16,
             Storage::F16(_) => DType::F16,
             Storage::F32(_) => DType::F32,
@@ -276,6 +306,14 @@ mod tests {
         assert!(matches!(cpu.write(&[0.0; 3], &mut float), Err(Error::Shape { kernel: "write", .. })));
         assert!(matches!(cpu.write_index(&[0; 2], &mut float), Err(Error::DType { .. })));
         assert!(matches!(cpu.write_index(&[0], &mut index), Err(Error::Shape { .. })));
+        let mut bytes = cpu.alloc(DType::Fp8, &[2]).unwrap();
+        assert_eq!(cpu.read_bytes(&bytes).unwrap(), [0xff; 2]);
+        cpu.write_bytes(&[1, 2], &mut bytes).unwrap();
+        assert_eq!(cpu.read_bytes(&bytes).unwrap(), [1, 2]);
+        assert!(matches!(cpu.write_bytes(&[1], &mut bytes), Err(Error::Shape { kernel: "write_bytes", .. })));
+        assert!(matches!(cpu.write_bytes(&[1, 2], &mut float), Err(Error::DType { .. })));
+        assert!(matches!(cpu.read_bytes(&float), Err(Error::DType { kernel: "read_bytes", .. })));
+        assert!(matches!(cpu.read(&bytes), Err(Error::DType { found: DType::Fp8, .. })));
         let short = HostTensor { shape: vec![2, 2], data: HostData::F32(vec![0.0; 3]) };
         assert!(matches!(cpu.upload(short), Err(Error::Shape { kernel: "upload", .. })));
     }
