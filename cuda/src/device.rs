@@ -60,6 +60,34 @@ pub struct Program {
     pub defines: Vec<(&'static str, String)>,
 }
 
+/// One entry of a program, and how it is launched: what a compile check without a GPU needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProgramEntry {
+    /// What is compiled.
+    pub program: Program,
+    /// The `KERNEL` function of it.
+    pub entry: &'static str,
+    /// Threads of a block.
+    pub threads: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared_bytes: usize,
+    /// The variant, in words.
+    pub variant: String,
+}
+
+impl Program {
+    /// The kernel's name: the source's, without its ending.
+    pub fn kernel(&self) -> &'static str {
+        self.source.strip_suffix(".cu").unwrap_or(self.source)
+    }
+
+    /// The constants as `NAME=value`, for errors and tables.
+    pub fn defines_in_words(&self) -> String {
+        let words: Vec<String> = self.defines.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        words.join(" ")
+    }
+}
+
 /// One argument of a kernel, in the order of its parameters.
 #[derive(Debug)]
 pub enum Arg<'a, B> {

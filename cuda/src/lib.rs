@@ -6,14 +6,24 @@
 
 pub mod batch;
 pub mod device;
+pub mod gpu;
+pub mod latent_rope;
+pub mod layer_norm_rope;
 mod probe;
+pub mod registry;
+mod rows;
 pub mod sources;
+pub mod sparse_mla_union;
+pub mod sparse_mla_wide;
 pub mod tensor;
 pub mod tile;
+pub mod tiles;
 
 pub use batch::CudaBatch;
-pub use device::{Arg, Device, Launch, Limits, Program};
+pub use device::{Arg, Device, Launch, Limits, Program, ProgramEntry};
+pub use gpu::{Gpu, GpuBuffer};
 pub use probe::{CudaDevice, ProbeError, devices};
 pub use sources::Sources;
 pub use tensor::CudaTensor;
 pub use tile::{Cost, Tile};
+pub use tiles::Tiles;

@@ -7,7 +7,15 @@ use dsa80_reference::{Error, Result};
 
 /// Every file of `kernels/`, by name.
 const EMBEDDED: &[(&str, &str)] = &[
+    ("bench_fill.cu", include_str!("../kernels/bench_fill.cu")),
+    ("ceilings.cu", include_str!("../kernels/ceilings.cu")),
+    ("fp8.cuh", include_str!("../kernels/fp8.cuh")),
+    ("latent_rope.cu", include_str!("../kernels/latent_rope.cu")),
+    ("layer_norm_rope.cu", include_str!("../kernels/layer_norm_rope.cu")),
     ("ptx.cuh", include_str!("../kernels/ptx.cuh")),
+    ("rows.cuh", include_str!("../kernels/rows.cuh")),
+    ("sparse_mla_union.cu", include_str!("../kernels/sparse_mla_union.cu")),
+    ("sparse_mla_wide.cu", include_str!("../kernels/sparse_mla_wide.cu")),
 ];
 
 /// Where kernel sources come from.

@@ -1,9 +1,11 @@
 //! What the tests of dsa80 share: fixtures, random models, ways of running a prompt, distances.
 
 pub mod distance;
+pub mod emulator;
 pub mod engine;
 pub mod fixture;
 pub mod naive;
+pub mod parity;
 pub mod prompt;
 pub mod random_model;
 pub mod server;

@@ -1,0 +1,674 @@
+// The k best of every row of logits: exact, ties to the lower position, positions ascending.
+//
+// A row that a block can hold in registers is selected from there. A longer one is read once: a sample gives a pivot that some multiple
+// of k elements should pass, those are kept, and the selection runs over them; several blocks may share the row, the last one selects. A
+// row that fools the sample is selected from device memory, by the same code.
+#include "ptx.cuh"
+
+constexpr uint32_t THREADS = TILE_THREADS, WARPS = THREADS / 32, VECTORS = TILE_VECTORS;
+constexpr uint32_t BINS = TILE_BINS, BINS_PER_THREAD = BINS / THREADS;
+// Candidates for the k-th place that are few enough to be compared each with each.
+constexpr uint32_t RANKED = TILE_RANKED;
+constexpr int bits_of(uint32_t power_of_two) { return power_of_two == 1 ? 0 : 1 + bits_of(power_of_two / 2); }
+constexpr int BIN_BITS = bits_of(BINS);
+constexpr uint32_t ALL_LANES = 0xffffffffu;
+
+static_assert(THREADS % 32 == 0 && THREADS <= 1024, "whole warps, and a warp holds one number of each of them");
+static_assert(BINS % THREADS == 0 && (BINS & (BINS - 1)) == 0, "bins are dealt out evenly, and cut off bits");
+
+constexpr float LARGEST = 0x1.fffffep127f;
+// The position of what is no element at all; its score is no number, so it comes after all elements.
+constexpr uint32_t NOWHERE = ~0u;
+
+DEVICE float not_a_number() { return __uint_as_float(0x7fc00000u); }
+
+// A score as an integer that ranks as the contract wants: numbers in their order with -0.0 as +0.0, NaN below them.
+DEVICE uint32_t to_key(float value) {
+    const uint32_t bits = __float_as_uint(value + 0.0f);
+    return value == value ? bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u) : 0;
+}
+
+DEVICE float to_value(uint32_t key) {
+    return __uint_as_float(key ^ (static_cast<uint32_t>(static_cast<int32_t>(~key) >> 31) | 0x80000000u));
+}
+
+struct Item {
+    float value;
+    uint32_t position;
+};
+
+// An interval, both ends included.
+struct Range {
+    uint32_t low, high;
+    DEVICE bool contains(uint32_t value) const { return value - low <= high - low; }
+};
+
+// Everything down to one item of the row.
+struct Threshold {
+    Item last;
+    DEVICE bool selects(float value, uint32_t position) const {
+        const bool number = last.value == last.value;
+        const bool above = number ? value > last.value : value == value, equal = number ? value == last.value : value != value;
+        return above || (equal && position <= last.position);
+    }
+};
+
+// What the selection keeps in shared memory.
+struct Selection {
+    uint32_t histogram[BINS];
+    Item ranked[RANKED];
+    uint32_t num_ranked;
+    uint32_t lows[WARPS], highs[WARPS], sums[WARPS];
+    uint32_t bin, above, count;
+    Item last;
+};
+
+DEVICE uint32_t lane() { return threadIdx.x % 32; }
+DEVICE uint32_t warp() { return threadIdx.x / 32; }
+
+// One row of logits in device memory, read as aligned vectors; `head` elements of the first vector lie before it.
+struct Row {
+    const float* vectors;
+    uint32_t head, length;
+
+    DEVICE Row(const float* logits, int64_t start) : vectors(logits + (start & ~int64_t{3})), head(static_cast<uint32_t>(start & 3)), length(0) {}
+
+    DEVICE uint32_t num_vectors() const { return (head + length + 3) / 4; }
+
+    // Position of a vector's first element; wraps around before the row.
+    DEVICE uint32_t position(uint32_t vector) const { return 4 * vector - head; }
+
+    // Whether all of a vector lies in the first `limit` elements.
+    DEVICE bool covers(uint32_t vector, uint32_t limit) const { return position(vector) < limit && position(vector) + 3 < limit; }
+
+    // Loads what lies in the first `limit` elements of the row; the rest is no number.
+    DEVICE void load(uint32_t vector, uint32_t limit, float (&values)[4]) const {
+        const float* address = vectors + int64_t{4} * vector;
+        const uint32_t first = position(vector);
+        if (covers(vector, limit)) {
+            const uint4 bits = load_once_16(address);
+            values[0] = __uint_as_float(bits.x);
+            values[1] = __uint_as_float(bits.y);
+            values[2] = __uint_as_float(bits.z);
+            values[3] = __uint_as_float(bits.w);
+        } else {
+#pragma unroll
+            for (uint32_t j = 0; j < 4; ++j) values[j] = first + j < limit ? address[j] : not_a_number();
+        }
+    }
+
+    // Calls `f(value, position)` for every element, and for NOWHERE in between.
+    template <typename F>
+    DEVICE void each(F f) const {
+        for (uint32_t vector = threadIdx.x; vector < num_vectors(); vector += THREADS) {
+            float values[4];
+            load(vector, length, values);
+#pragma unroll
+            for (uint32_t j = 0; j < 4; ++j) f(values[j], position(vector) + j < length ? position(vector) + j : NOWHERE);
+        }
+    }
+};
+
+// Items in shared memory.
+struct List {
+    const Item* items;
+    uint32_t length;
+
+    template <typename F>
+    DEVICE void each(F f) const {
+        for (uint32_t slot = threadIdx.x; slot < length; slot += THREADS) f(items[slot].value, items[slot].position);
+    }
+};
+
+// COUNT items a thread in registers.
+template <uint32_t COUNT>
+struct Items {
+    float values[COUNT];
+    uint32_t positions[COUNT];
+
+    template <typename F>
+    DEVICE void each(F f) const {
+#pragma unroll
+        for (uint32_t i = 0; i < COUNT; ++i) f(values[i], positions[i]);
+    }
+};
+
+// Numbers spread evenly over the bins. Monotone whatever the range: what is not a number of it, and every score when it has no width,
+// goes to one of the two ends.
+struct Spread {
+    float low, scale, offset;
+
+    // The spacing of floats at 2^23 is one: there the addition rounds to whole bins.
+    static constexpr float ZERO = 0x1p23f;
+
+    DEVICE Spread(float low, float high) : low(low), scale((BINS - 1.0f) / (high - low)), offset(ZERO - low * scale) {}
+
+    DEVICE uint32_t bin(float value) const {
+        return __float_as_uint(fminf(fmaxf(fmaf(value, scale, offset), ZERO), ZERO + (BINS - 1.0f))) - __float_as_uint(ZERO);
+    }
+
+    // About the lowest number of a bin.
+    DEVICE float edge(uint32_t bin) const { return low + (bin - 0.5f) / scale; }
+};
+
+DEVICE uint32_t warp_inclusive_sum(uint32_t value) {
+#pragma unroll
+    for (uint32_t step = 1; step < 32; step *= 2) {
+        const uint32_t below = __shfl_up_sync(ALL_LANES, value, step);
+        value += lane() >= step ? below : 0;
+    }
+    return value;
+}
+
+// The sum over the block's threads below this one. A barrier; `sums` are free again after the next.
+DEVICE uint32_t block_exclusive_sum(uint32_t value, uint32_t (&sums)[WARPS]) {
+    const uint32_t inclusive = warp_inclusive_sum(value);
+    if (lane() == 31) sums[warp()] = inclusive;
+    __syncthreads();
+    return __reduce_add_sync(ALL_LANES, lane() < warp() ? sums[lane()] : 0) + inclusive - value;
+}
+
+// The range that holds every thread's. A barrier.
+DEVICE Range block_range(Range own, Selection& shared) {
+    const uint32_t low = __reduce_min_sync(ALL_LANES, own.low), high = __reduce_max_sync(ALL_LANES, own.high);
+    if (lane() == 0) {
+        shared.lows[warp()] = low;
+        shared.highs[warp()] = high;
+    }
+    __syncthreads();
+    const bool holds = lane() < WARPS;
+    return {__reduce_min_sync(ALL_LANES, holds ? shared.lows[lane()] : ~0u), __reduce_max_sync(ALL_LANES, holds ? shared.highs[lane()] : 0u)};
+}
+
+DEVICE void clear_histogram(Selection& shared) {
+    for (uint32_t bin = threadIdx.x; bin < BINS; bin += THREADS) shared.histogram[bin] = 0;
+}
+
+// The lowest bin is not counted: it holds what the others do not. So rows that are mostly one low score do not queue for it.
+DEVICE void count(Selection& shared, uint32_t bin) {
+    if (bin != 0) atomicAdd(&shared.histogram[bin], 1u);
+}
+
+// Of `total` items, leaves in `bin` that of the `need`-th from the top, in `above` the number of items in higher bins, in `count` that in
+// it. Two barriers.
+DEVICE void find_bin(Selection& shared, uint32_t need, uint32_t total) {
+    // Thread 0 has the highest bins.
+    const uint32_t first = BINS - (threadIdx.x + 1) * BINS_PER_THREAD;
+    uint32_t counts[BINS_PER_THREAD], sum = 0;
+#pragma unroll
+    for (uint32_t i = 0; i < BINS_PER_THREAD; ++i) {
+        counts[i] = shared.histogram[first + i];
+        sum += counts[i];
+    }
+    uint32_t above = block_exclusive_sum(sum, shared.sums);
+    const bool lowest = threadIdx.x == THREADS - 1;
+    if (above < need && (need <= above + sum || lowest)) {
+#pragma unroll
+        for (uint32_t i = BINS_PER_THREAD; i-- > 0;) {
+            const uint32_t inside = lowest && i == 0 ? total - above : counts[i];
+            if (above < need && need <= above + inside) {
+                shared.bin = first + i;
+                shared.above = above;
+                shared.count = inside;
+            }
+            above += inside;
+        }
+    }
+    __syncthreads();
+}
+
+// Narrows `range` to the bin that holds the `need`-th value inside it from the top, and `need` to the place in there, until few values
+// share the bin or it is one number.
+template <typename Source, typename Value>
+DEVICE void narrow(Selection& shared, const Source& source, Value value, Range& range, uint32_t& need, uint32_t& candidates) {
+    while (candidates > RANKED && range.low < range.high) {
+        const int shift = max(32 - __clz(static_cast<int>(range.high - range.low)) - BIN_BITS, 0);
+        clear_histogram(shared);
+        __syncthreads();
+        source.each([&](float score, uint32_t position) {
+            const uint32_t v = value(score, position);
+            if (range.contains(v)) count(shared, v - range.low >> shift);
+        });
+        __syncthreads();
+        find_bin(shared, need, candidates);
+        need -= shared.above;
+        candidates = shared.count;
+        range.low += shared.bin << shift;
+        range.high = min(range.high, range.low + ((1u << shift) - 1));
+    }
+}
+
+// The `need`-th of the items that are `candidates`: at most RANKED, compared each with each. Two barriers.
+template <typename Source, typename Candidates>
+DEVICE Item nth_of(Selection& shared, const Source& source, uint32_t need, Candidates candidates) {
+    source.each([&](float value, uint32_t position) {
+        if (candidates(value, position)) shared.ranked[atomicAdd(&shared.num_ranked, 1u)] = {value, position};
+    });
+    __syncthreads();
+    const uint32_t num_ranked = shared.num_ranked;
+    for (uint32_t i = threadIdx.x; i < num_ranked; i += THREADS) {
+        const Threshold own{shared.ranked[i]};
+        uint32_t place = 0;
+        for (uint32_t other = 0; other < num_ranked; ++other) place += own.selects(shared.ranked[other].value, shared.ranked[other].position);
+        if (place == need) shared.last = own.last;
+    }
+    __syncthreads();
+    return shared.last;
+}
+
+// Where a place among items was found: the `need`-th of the `candidates` that `spread` sends to `bin`.
+struct Place {
+    Spread spread;
+    uint32_t bin, need, candidates;
+    DEVICE bool holds(float value) const { return spread.bin(value) == bin; }
+};
+
+// Looks for the `need`-th of the source's `total` items by spreading them over the bins, and again those of one bin while they are more
+// than `few`; a far outlier costs one more round, equal scores stay together.
+template <typename Source>
+DEVICE Place find_place(Selection& shared, const Source& source, uint32_t need, uint32_t total, uint32_t few) {
+    constexpr int ROUNDS = 3;
+    float low = LARGEST, high = -LARGEST;
+    source.each([&](float value, uint32_t) {
+        const float finite = fabsf(value) <= LARGEST ? value : not_a_number();
+        low = fminf(low, finite);
+        high = fmaxf(high, finite);
+    });
+    clear_histogram(shared);
+    if (threadIdx.x == 0) shared.num_ranked = 0;
+    const Range keys = block_range({to_key(low), to_key(high)}, shared);
+    Spread spread(to_value(keys.low), to_value(keys.high));
+    for (int round = 1;; ++round) {
+        source.each([&](float value, uint32_t) { count(shared, spread.bin(value)); });
+        __syncthreads();
+        find_bin(shared, need, total);
+        const uint32_t bin = shared.bin;
+        if (shared.count <= few || round == ROUNDS) return {spread, bin, need - shared.above, shared.count};
+        spread = Spread(spread.edge(bin), spread.edge(bin + 1));
+        clear_histogram(shared);
+        __syncthreads();
+    }
+}
+
+// The `need`-th of the items, if the first look at them leaves few candidates.
+template <typename Source>
+DEVICE bool select(Selection& shared, const Source& source, uint32_t need, uint32_t total, uint32_t end, Item& last) {
+    const Place place = find_place(shared, source, need, total, RANKED);
+    if (place.candidates > RANKED) return false;
+    last = nth_of(shared, source, place.need, [&](float value, uint32_t position) { return place.holds(value) && position < end; });
+    return true;
+}
+
+// The `need`-th element of any row.
+DEVICE Item select_from_memory(Selection& shared, const Row& row, uint32_t need) {
+    Place place = find_place(shared, row, need, row.length, RANKED);
+    Range keys{~0u, 0};
+    row.each([&](float value, uint32_t position) {
+        const bool inside = place.holds(value) && position < row.length;
+        keys = {min(keys.low, inside ? to_key(value) : ~0u), max(keys.high, inside ? to_key(value) : 0u)};
+    });
+    keys = block_range(keys, shared);
+    const auto key_of = [&](float value, uint32_t position) { return position < row.length ? to_key(value) : ~0u; };
+    narrow(shared, row, key_of, keys, place.need, place.candidates);
+    // Still many: their keys are equal, and the lowest positions win.
+    Range places{~(row.length - 1), ~0u};
+    const auto place_of = [&](float value, uint32_t position) { return keys.contains(key_of(value, position)) ? ~position : 0; };
+    narrow(shared, row, place_of, places, place.need, place.candidates);
+    return nth_of(shared, row, place.need, [&](float value, uint32_t position) { return places.contains(place_of(value, position)); });
+}
+
+// A row with no more than k elements selects them all.
+DEVICE void write_all(int32_t* out, uint32_t length, uint32_t k) {
+    for (uint32_t i = threadIdx.x; i < k; i += THREADS) out[i] = i < length ? static_cast<int32_t>(i) : -1;
+}
+
+#ifdef TILE_ITEMS
+
+// A row that takes more than registers. Survivors of the pivot: at most SLOTS a row, dealt out evenly to the blocks that share it.
+constexpr uint32_t ITEMS = TILE_ITEMS, SLOTS = THREADS * ITEMS, SAMPLES = TILE_SAMPLES, WINDOW = TILE_WINDOW;
+constexpr uint32_t MAX_PARTS = 32;
+
+struct Shared {
+    Selection selection;
+    Item list[SLOTS];
+    uint32_t marks[WINDOW / 32];
+    uint32_t length;
+    uint32_t last;
+};
+static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
+
+// What a part of a row hands over beside its list.
+struct Part {
+    uint32_t survivors, pivot;
+};
+
+// A score that about `wanted` of the `total` items reach.
+template <typename Source>
+DEVICE float pivot_of(Selection& shared, const Source& source, uint32_t wanted, uint32_t total) {
+    const Place place = find_place(shared, source, wanted, total, wanted / 8 + 1);
+    return place.spread.edge(place.bin);
+}
+
+// A score that some `wanted` elements of the row should reach.
+DEVICE float sample_pivot(Shared& shared, const Row& row, uint32_t wanted) {
+    constexpr uint32_t SAMPLED = THREADS * SAMPLES;
+    Items<4 * SAMPLES> sample;
+#pragma unroll
+    for (uint32_t s = 0; s < SAMPLES; ++s) {
+        const uint32_t i = s * THREADS + threadIdx.x;
+        // From the middle of its share of the row: the first positions are not like the others.
+        const uint64_t vector = (uint64_t{2} * i + 1) * row.num_vectors() / (2 * SAMPLED);
+        float values[4];
+        row.load(static_cast<uint32_t>(vector), row.length, values);
+#pragma unroll
+        for (uint32_t j = 0; j < 4; ++j) {
+            sample.values[4 * s + j] = values[j];
+            sample.positions[4 * s + j] = 4 * i + j;
+        }
+    }
+    const uint32_t share = static_cast<uint32_t>(uint64_t{4 * SAMPLED} * wanted / row.length);
+    return pivot_of(shared.selection, sample, min(max(share, 16u), 4 * SAMPLED - 8), 4 * SAMPLED);
+}
+
+// Writes the selected positions, ascending, by marking them in windows of the row.
+template <typename Source>
+DEVICE void write_ascending(Shared& shared, const Source& source, Threshold threshold, uint32_t length, int32_t* out) {
+    uint32_t written = 0;
+    for (uint32_t first = 0; first < length; first += WINDOW) {
+        const uint32_t words = min((length - first + 31) / 32, WINDOW / 32);
+        const uint32_t words_per_thread = (words + THREADS - 1) / THREADS;
+        for (uint32_t word = threadIdx.x; word < words; word += THREADS) shared.marks[word] = 0;
+        __syncthreads();
+        source.each([&](float value, uint32_t position) {
+            const uint32_t place = position - first;
+            if (threshold.selects(value, position) && place < WINDOW) atomicOr(&shared.marks[place / 32], 1u << place % 32);
+        });
+        __syncthreads();
+        const uint32_t begin = min(threadIdx.x * words_per_thread, words), end = min(begin + words_per_thread, words);
+        uint32_t sum = 0;
+        for (uint32_t word = begin; word < end; ++word) sum += __popc(shared.marks[word]);
+        uint32_t slot = written + block_exclusive_sum(sum, shared.selection.sums);
+        for (uint32_t word = begin; word < end; ++word) {
+            for (uint32_t marks = shared.marks[word]; marks != 0; marks &= marks - 1) {
+                out[slot++] = static_cast<int32_t>(first + 32 * word + __ffs(static_cast<int>(marks)) - 1);
+            }
+        }
+        written += __reduce_add_sync(ALL_LANES, lane() < WARPS ? shared.selection.sums[lane()] : 0);
+        __syncthreads();
+    }
+}
+
+KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
+    top_k(const int32_t* positions, const float* logits, int32_t* topk_indices, uint32_t* arrivals, Part* parts, Item* lists, int32_t first_row,
+          int32_t columns, int32_t places, int32_t blocks_per_row) {
+    Shared& shared = shared_memory<Shared>();
+    const uint32_t k = places, num_parts = TILE_SPLIT ? blocks_per_row : 1;
+    const uint32_t row_index = blockIdx.x / num_parts, part = blockIdx.x % num_parts;
+    Row row(logits, int64_t{columns} * row_index);
+
+    // The parts of a row take turns at stretches of 32 vectors, so that a cluster of good scores is shared too.
+    float values[VECTORS][4];
+    const auto vector_of = [&](uint32_t stretch, uint32_t v) { return ((stretch + v * WARPS + warp()) * num_parts + part) * 32 + lane(); };
+    const auto load = [&](uint32_t stretch, uint32_t limit) {
+#pragma unroll
+        for (uint32_t v = 0; v < VECTORS; ++v) row.load(vector_of(stretch, v), limit, values[v]);
+    };
+    // The first loads do not wait for the row's length.
+    load(0, columns);
+    row.length = positions[first_row + row_index] + 1;
+    int32_t* out = topk_indices + int64_t{k} * (first_row + row_index);
+    if (row.length <= k) {
+        if (part == 0) write_all(out, row.length, k);
+        return;
+    }
+
+    const uint32_t stretches = (row.num_vectors() + 31) / 32, stretches_per_part = (stretches + num_parts - 1) / num_parts;
+    const uint32_t capacity = SLOTS / num_parts, wanted = min(5 * k / 2, 5 * SLOTS / 8);
+    float pivot = not_a_number();
+    if (threadIdx.x == 0) shared.length = 0;
+    if (stretches_per_part * 128 > capacity) {
+        if (TILE_SPLIT && stretches_per_part <= VECTORS * WARPS) {
+            // The part is in registers, and its own best are as good a sample.
+            Items<4 * VECTORS> own;
+#pragma unroll
+            for (uint32_t i = 0; i < 4 * VECTORS; ++i) {
+                own.positions[i] = row.position(vector_of(0, i / 4)) + i % 4;
+                own.values[i] = own.positions[i] < row.length ? values[i / 4][i % 4] : not_a_number();
+            }
+            const uint32_t own_stretches = (stretches - part + num_parts - 1) / num_parts;
+            const uint32_t before = part == 0 ? row.head : 0;
+            const uint32_t after = (stretches - 1) % num_parts == part ? 128 * stretches - row.head - row.length : 0;
+            const uint32_t total = 128 * own_stretches - before - after;
+            if (total > 0) pivot = pivot_of(shared.selection, own, min(wanted / num_parts + 1, total), total);
+        } else {
+            pivot = sample_pivot(shared, row, wanted);
+        }
+    }
+    __syncthreads();
+
+    for (uint32_t stretch = 0; stretch < stretches_per_part; stretch += VECTORS * WARPS) {
+        uint32_t passed = 0;
+#pragma unroll
+        for (uint32_t v = 0; v < VECTORS; ++v) {
+            const uint32_t first = row.position(vector_of(stretch, v));
+#pragma unroll
+            for (uint32_t j = 0; j < 4; ++j) {
+                if (!(values[v][j] < pivot) && first + j < row.length) passed |= 1u << (4 * v + j);
+            }
+        }
+        const uint32_t inclusive = warp_inclusive_sum(__popc(passed));
+        uint32_t slot = 0;
+        if (lane() == 31) slot = atomicAdd(&shared.length, inclusive);
+        slot = __shfl_sync(ALL_LANES, slot, 31) + inclusive - __popc(passed);
+#pragma unroll
+        for (uint32_t v = 0; v < VECTORS; ++v) {
+#pragma unroll
+            for (uint32_t j = 0; j < 4; ++j) {
+                if (passed >> (4 * v + j) & 1) {
+                    if (slot < capacity) shared.list[slot] = {values[v][j], row.position(vector_of(stretch, v)) + j};
+                    ++slot;
+                }
+            }
+        }
+        load(stretch + VECTORS * WARPS, row.length);
+    }
+    __syncthreads();
+
+    uint32_t survivors = shared.length, highest_pivot = to_key(pivot);
+    bool overflow = survivors > capacity;
+    if constexpr (TILE_SPLIT) {
+        Item* row_lists = lists + int64_t{SLOTS} * row_index;
+        Part* row_parts = parts + int64_t{MAX_PARTS} * row_index;
+        for (uint32_t slot = threadIdx.x; slot < min(survivors, capacity); slot += THREADS) {
+            row_lists[part * capacity + slot] = shared.list[slot];
+        }
+        if (threadIdx.x == 0) row_parts[part] = {survivors, highest_pivot};
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            __threadfence();
+            shared.last = atomicAdd(&arrivals[row_index], 1u) == num_parts - 1;
+            __threadfence();
+        }
+        __syncthreads();
+        if (!shared.last) return;
+        if (threadIdx.x == 0) arrivals[row_index] = 0;
+        const bool holds = lane() < num_parts;
+        const uint32_t part_survivors = holds ? load_published(&row_parts[lane()].survivors) : 0;
+        highest_pivot = __reduce_max_sync(ALL_LANES, holds ? load_published(&row_parts[lane()].pivot) : 0);
+        overflow = __any_sync(ALL_LANES, part_survivors > capacity);
+        const uint32_t inclusive = warp_inclusive_sum(part_survivors);
+        survivors = __shfl_sync(ALL_LANES, inclusive, 31);
+        // Every slot is loaded, in use or not, so that the loads do not wait for the counts.
+#pragma unroll
+        for (uint32_t i = 0; i < ITEMS; i += 2) {
+            const uint32_t slot = i * THREADS + 2 * threadIdx.x, owner = slot / capacity, index = slot - owner * capacity;
+            const float4 pair = load_published_16(reinterpret_cast<const float4*>(&row_lists[slot]));
+            const uint32_t used = __shfl_sync(ALL_LANES, part_survivors, owner);
+            const uint32_t place = __shfl_sync(ALL_LANES, inclusive - part_survivors, owner) + index;
+            if (!overflow && index < used) shared.list[place] = {pair.x, __float_as_uint(pair.y)};
+            if (!overflow && index + 1 < used) shared.list[place + 1] = {pair.z, __float_as_uint(pair.w)};
+        }
+        __syncthreads();
+    }
+
+    if (!overflow && survivors >= k) {
+        const List list{shared.list, survivors};
+        Item last;
+        if (select(shared.selection, list, k, survivors, row.length, last) && to_key(last.value) >= highest_pivot) {
+            write_ascending(shared, list, Threshold{last}, row.length, out);
+            return;
+        }
+    }
+    write_ascending(shared, row, Threshold{select_from_memory(shared.selection, row, k)}, row.length, out);
+}
+
+#else
+
+#ifdef TILE_REGISTERS
+// Rows that fit the registers of their block.
+struct Shared {
+    Selection selection;
+    uint32_t counts[VECTORS][WARPS];
+};
+static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
+
+KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
+    top_k(const int32_t* positions, const float* logits, int32_t* topk_indices, int32_t first_row, int32_t columns, int32_t places) {
+    Shared& shared = shared_memory<Shared>();
+    const uint32_t k = places;
+    Row row(logits, int64_t{columns} * blockIdx.x);
+    // The loads do not wait for the row's length.
+    float values[VECTORS][4];
+#pragma unroll
+    for (uint32_t v = 0; v < VECTORS; ++v) row.load(v * THREADS + threadIdx.x, columns, values[v]);
+    row.length = positions[first_row + blockIdx.x] + 1;
+    int32_t* out = topk_indices + int64_t{k} * (first_row + static_cast<int32_t>(blockIdx.x));
+    if (row.length <= k) {
+        write_all(out, row.length, k);
+        return;
+    }
+    Items<4 * VECTORS> items;
+#pragma unroll
+    for (uint32_t i = 0; i < 4 * VECTORS; ++i) {
+        items.positions[i] = row.position(i / 4 * THREADS + threadIdx.x) + i % 4;
+        items.values[i] = items.positions[i] < row.length ? values[i / 4][i % 4] : not_a_number();
+    }
+    Threshold threshold;
+    if (!select(shared.selection, items, k, row.length, row.length, threshold.last)) threshold.last = select_from_memory(shared.selection, row, k);
+
+    uint32_t selected[VECTORS], slots[VECTORS];
+#pragma unroll
+    for (uint32_t v = 0; v < VECTORS; ++v) {
+        selected[v] = 0;
+#pragma unroll
+        for (uint32_t i = 4 * v; i < 4 * v + 4; ++i) {
+            selected[v] |= static_cast<uint32_t>(threshold.selects(items.values[i], items.positions[i])) << i % 4;
+        }
+        const uint32_t inclusive = warp_inclusive_sum(__popc(selected[v]));
+        if (lane() == 31) shared.counts[v][warp()] = inclusive;
+        slots[v] = inclusive - __popc(selected[v]);
+    }
+    __syncthreads();
+    uint32_t written = 0;
+#pragma unroll
+    for (uint32_t v = 0; v < VECTORS; ++v) {
+        const uint32_t count = lane() < WARPS ? shared.counts[v][lane()] : 0;
+        uint32_t slot = written + slots[v] + __reduce_add_sync(ALL_LANES, lane() < warp() ? count : 0);
+        written += __reduce_add_sync(ALL_LANES, count);
+#pragma unroll
+        for (uint32_t i = 4 * v; i < 4 * v + 4; ++i) {
+            if (selected[v] >> i % 4 & 1) out[slot++] = static_cast<int32_t>(items.positions[i]);
+        }
+    }
+}
+
+#else
+
+// Rows that fit the shared memory of their block.
+struct Shared {
+    float4 vectors[VECTORS][THREADS];
+    Selection selection;
+    uint32_t counts[VECTORS][WARPS];
+};
+static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
+
+// A row in shared memory; every thread reads the vectors that it copied.
+struct Copy {
+    const float4 (&vectors)[VECTORS][THREADS];
+    const Row& row;
+
+    template <typename F>
+    DEVICE void each(F f) const {
+        for (uint32_t v = 0; v * THREADS < row.num_vectors(); ++v) {
+            const float4 values = vectors[v][threadIdx.x];
+            const uint32_t position = row.position(v * THREADS + threadIdx.x);
+            f(values.x, position);
+            f(values.y, position + 1);
+            f(values.z, position + 2);
+            f(values.w, position + 3);
+        }
+    }
+};
+
+KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
+    top_k(const int32_t* positions, const float* logits, int32_t* topk_indices, int32_t first_row, int32_t columns, int32_t places) {
+    Shared& shared = shared_memory<Shared>();
+    const uint32_t k = places;
+    Row row(logits, int64_t{columns} * blockIdx.x);
+    // The copies do not wait for the row's length.
+#pragma unroll
+    for (uint32_t v = 0; v < VECTORS; ++v) {
+        const uint32_t vector = v * THREADS + threadIdx.x;
+        if (row.covers(vector, columns)) cp_async_16(&shared.vectors[v][threadIdx.x], row.vectors + int64_t{4} * vector);
+    }
+    cp_async_commit();
+    row.length = positions[first_row + blockIdx.x] + 1;
+    int32_t* out = topk_indices + int64_t{k} * (first_row + static_cast<int32_t>(blockIdx.x));
+    if (row.length <= k) {
+        cp_async_wait<0>();
+        write_all(out, row.length, k);
+        return;
+    }
+    cp_async_wait<0>();
+    for (uint32_t v = 0; v * THREADS < row.num_vectors(); ++v) {
+        const uint32_t vector = v * THREADS + threadIdx.x;
+        if (!row.covers(vector, row.length)) {
+            float values[4];
+            row.load(vector, row.length, values);
+            shared.vectors[v][threadIdx.x] = make_float4(values[0], values[1], values[2], values[3]);
+        }
+    }
+    const Copy copy{shared.vectors, row};
+    Threshold threshold;
+    if (!select(shared.selection, copy, k, row.length, row.length, threshold.last)) threshold.last = select_from_memory(shared.selection, row, k);
+
+    // Of each vector which elements are selected, in the low four bits, and above them how many of the warp's lanes before.
+    uint32_t selected[VECTORS];
+#pragma unroll
+    for (uint32_t v = 0; v < VECTORS; ++v) {
+        if (v * THREADS >= row.num_vectors()) break;
+        const float4 values = shared.vectors[v][threadIdx.x];
+        const uint32_t position = row.position(v * THREADS + threadIdx.x);
+        const uint32_t bits = threshold.selects(values.x, position) | threshold.selects(values.y, position + 1) << 1 |
+                              threshold.selects(values.z, position + 2) << 2 | threshold.selects(values.w, position + 3) << 3;
+        const uint32_t inclusive = warp_inclusive_sum(__popc(bits));
+        if (lane() == 31) shared.counts[v][warp()] = inclusive;
+        selected[v] = inclusive - __popc(bits) << 4 | bits;
+    }
+    __syncthreads();
+    uint32_t written = 0;
+#pragma unroll
+    for (uint32_t v = 0; v < VECTORS; ++v) {
+        if (v * THREADS >= row.num_vectors()) break;
+        const uint32_t count = lane() < WARPS ? shared.counts[v][lane()] : 0;
+        uint32_t slot = written + (selected[v] >> 4) + __reduce_add_sync(ALL_LANES, lane() < warp() ? count : 0);
+        written += __reduce_add_sync(ALL_LANES, count);
+#pragma unroll
+        for (uint32_t j = 0; j < 4; ++j) {
+            if (selected[v] >> j & 1) out[slot++] = static_cast<int32_t>(row.position(v * THREADS + threadIdx.x) + j);
+        }
+    }
+}
+
+#endif
+#endif

@@ -1,0 +1,102 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Checks, times and tunes the CUDA kernels.
+#[derive(Debug, Parser)]
+#[command(name = "kernels", version)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    #[command(flatten)]
+    pub(crate) machine: Machine,
+}
+
+/// Where kernels run and what they are made of.
+#[derive(Debug, Args)]
+pub(crate) struct Machine {
+    /// Kernel sources from a folder like `cuda/kernels`, so that an edit needs no rebuild; else the ones built in
+    #[arg(long, global = true, value_name = "DIR")]
+    pub(crate) kernels: Option<PathBuf>,
+    /// Tile files from a folder like `cuda/tiles`; else the ones built in
+    #[arg(long, global = true, value_name = "DIR")]
+    pub(crate) tiles: Option<PathBuf>,
+    /// The GPU's number
+    #[arg(long, global = true, default_value_t = 0, value_name = "N")]
+    pub(crate) device: usize,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Compiles every pinned tile (no GPU needed): registers, shared memory, spills, occupancy; fails on local memory
+    Resources {
+        /// Only this kernel
+        kernel: Option<String>,
+        /// The architecture, as NVRTC calls it
+        #[arg(long, default_value = "sm_80")]
+        arch: String,
+        /// Every candidate of a sweep, not only the pinned tiles
+        #[arg(long)]
+        all_tiles: bool,
+    },
+    /// Small and middle cases against the f64 oracle
+    Check {
+        #[command(flatten)]
+        select: Select,
+        /// Every candidate tile, not only the pinned ones
+        #[arg(long)]
+        all_tiles: bool,
+    },
+    /// Times the cases of the goals, each checked against the f64 oracle
+    Bench {
+        #[command(flatten)]
+        select: Select,
+        /// Also writes the results, with the environment, to a file
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+        /// Fewer repetitions, and none of the cases that take long to set up
+        #[arg(long)]
+        quick: bool,
+        /// The commit that the results are of
+        #[arg(long, value_name = "HASH", env = "DSA80_GIT")]
+        git: Option<String>,
+    },
+    /// Times the candidate tiles and pins the best in `<gpu>.toml`
+    Sweep {
+        #[command(flatten)]
+        select: Select,
+        /// The folder to write to
+        #[arg(long, value_name = "DIR", default_value = "cuda/tiles")]
+        write: PathBuf,
+        /// Shows the choice without writing it
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Prints the table of a result file in Markdown
+    Table {
+        /// What `bench --json` wrote
+        file: PathBuf,
+        /// Replaces the table between `<!-- kernels:begin -->` and `<!-- kernels:end -->` in this file
+        #[arg(long, value_name = "FILE")]
+        readme: Option<PathBuf>,
+    },
+}
+
+/// Which cases.
+#[derive(Debug, Args)]
+pub(crate) struct Select {
+    /// Only this kernel
+    pub(crate) kernel: Option<String>,
+    /// Only cases whose name contains this
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) filter: Option<String>,
+}
+
+impl Select {
+    pub(crate) fn takes(&self, kernel: &str, case: &str) -> bool {
+        self.kernel.as_ref().is_none_or(|only| only == kernel)
+            && self.filter.as_ref().is_none_or(|text| case.contains(text.as_str()))
+    }
+}

@@ -1,0 +1,176 @@
+//! What is timed: one module a kernel, one case a shape.
+
+mod latent_rope;
+mod layer_norm_rope;
+
+use dsa80_cuda::{Cost, CudaTensor, Gpu, Tiles};
+use dsa80_reference::cpu::{CpuBatch, CpuTensor};
+use dsa80_reference::{Batch, DType, DeviceTensor, Error, Kernels, Result, SequenceSlice};
+
+use crate::inputs::PAGE_SIZE;
+use crate::oracle::{self, Accuracy, half_ulp_bf16, oracle, spread};
+
+/// A shape of a kernel.
+pub(crate) struct Case {
+    pub(crate) kernel: &'static str,
+    /// The shape, in words.
+    pub(crate) name: String,
+    /// The class of shapes whose tile it is launched with.
+    pub(crate) class: &'static str,
+    /// What is aimed at on an H200, in microseconds.
+    pub(crate) goal_us: Option<f64>,
+    /// Part of `check`: small enough to be compared whole or nearly so.
+    pub(crate) check: bool,
+    /// Left out of a quick run.
+    pub(crate) slow: bool,
+    make: Make,
+}
+
+type Make = Box<dyn Fn(&Gpu) -> Result<Box<dyn Run>>>;
+
+/// A case that is set up: inputs for as many calls as it takes to pass the L2, and room for their outputs.
+pub(crate) trait Run {
+    /// Launches with this tile from now on.
+    fn set_tile(&mut self, gpu: &Gpu, tile: &toml::Table) -> Result<()>;
+
+    /// Sets of inputs and outputs.
+    fn copies(&self) -> usize;
+
+    /// What one call moves and computes.
+    fn cost(&self) -> Cost;
+
+    /// One call on the set `copy`.
+    fn launch(&mut self, gpu: &Gpu, copy: usize) -> Result<()>;
+
+    /// Fills the outputs with what no kernel writes.
+    fn poison(&mut self, gpu: &Gpu) -> Result<()>;
+
+    /// The output of the set `copy`, as it lies there, against the oracle.
+    fn check(&self, gpu: &Gpu, copy: usize) -> Result<Accuracy>;
+}
+
+impl Case {
+    pub(crate) fn make(&self, gpu: &Gpu) -> Result<Box<dyn Run>> {
+        (self.make)(gpu)
+    }
+}
+
+/// Every case, in the order of a model's layer.
+pub(crate) fn all() -> Vec<Case> {
+    [layer_norm_rope::cases(), latent_rope::cases()].into_iter().flatten().collect()
+}
+
+/// Rotated inputs reach this many times the L2.
+const PAST_THE_L2: f64 = 3.0;
+
+/// Sets of inputs at most: cases that move next to nothing stay in the L2.
+const MAX_COPIES: usize = 256;
+
+/// Sets of inputs, of which each touches `bytes`.
+fn copies(gpu: &Gpu, bytes: f64) -> usize {
+    ((PAST_THE_L2 * gpu.l2_bytes() as f64 / bytes).ceil() as usize).clamp(1, MAX_COPIES)
+}
+
+/// The tile in the kernel's own type.
+fn typed<T: dsa80_cuda::Tile>(tile: &toml::Table) -> Result<T> {
+    dsa80_cuda::registry::from_table(tile).map_err(|reason| Error::Tile {
+        kernel: T::KERNEL,
+        tile: tile.to_string(),
+        reason,
+    })
+}
+
+/// The tile that `tiles` has for a case, or the safe one.
+pub(crate) fn tile(case: &Case, tiles: &Tiles) -> anyhow::Result<toml::Table> {
+    if let Some(pinned) = tiles.pinned(case.kernel, case.class) {
+        return Ok(pinned.tile.clone());
+    }
+    registered(case)?.safe(case.class).map_err(anyhow::Error::msg)
+}
+
+/// The case's kernel in the registry.
+pub(crate) fn registered(case: &Case) -> anyhow::Result<&'static dsa80_cuda::registry::Registered> {
+    dsa80_cuda::registry::find(case.kernel)
+        .ok_or_else(|| anyhow::anyhow!("{} is not in the registry", case.kernel))
+}
+
+/// Cache rows that a kernel wrote to `slots`, against those that the oracle wrote to `0..slots.len()`; `fp8_row` reads an 8-bit one.
+fn compare_rows(
+    gpu: &Gpu,
+    found: &CudaTensor<Gpu>,
+    slots: &[usize],
+    expected: &CpuTensor<f64>,
+    fp8_row: fn(&[u8], usize) -> Vec<f64>,
+) -> Result<Accuracy> {
+    let pages: Vec<usize> = (0..found.shape()[0]).collect();
+    let width = found.shape()[2];
+    let both = slots.iter().enumerate();
+    let (found, expected, is_fp8): (Vec<f64>, Vec<f64>, bool) = if found.dtype() == DType::Fp8 {
+        let (found, expected) = (oracle::row_bytes(gpu, found, &pages)?, oracle().read_bytes(expected)?);
+        let rows = both.flat_map(|(i, &slot)| fp8_row(&found, slot).into_iter().zip(fp8_row(&expected, i)));
+        let (found, expected) = rows.unzip();
+        (found, expected, true)
+    } else {
+        let (found, expected) = (oracle::row_numbers(gpu, found, &pages)?, oracle().read(expected)?);
+        let row = |cache: &[f64], slot: usize| cache[slot * width..][..width].to_vec();
+        let rows = both.flat_map(|(i, &slot)| row(&found, slot).into_iter().zip(row(&expected, i)));
+        let (found, expected) = rows.unzip();
+        (found, expected, false)
+    };
+    // A rounding that flips is one step: in bf16 of what two of them added up to, in e4m3 a seventh of the value or the smallest step.
+    let largest = expected.iter().fold(0.0_f64, |largest, value| largest.max(value.abs()));
+    let bound = |i: usize| match is_fp8 {
+        false => 6.0 * half_ulp_bf16(expected[i]) + largest / 512.0,
+        true => expected[i].abs() / 7.0 + largest / 224.0,
+    };
+    let limit = if is_fp8 { 4e-2 } else { 2.5e-3 };
+    Ok(Accuracy::of(slots.len(), limit, &found, &expected, bound))
+}
+
+/// The one sequence of `tokens` new tokens in slots `0..tokens`, and an oracle's cache for it like `cache`.
+fn oracle_cache(tokens: usize, cache: &CudaTensor<Gpu>) -> Result<(CpuBatch, CpuTensor<f64>)> {
+    let pages: Vec<u32> = (0..tokens.div_ceil(PAGE_SIZE) as u32).collect();
+    let token_ids = vec![0; tokens];
+    let batch = Batch::new(PAGE_SIZE, &[SequenceSlice { token_ids: &token_ids, computed_len: 0, pages: &pages }])?;
+    let mut shape = cache.shape().to_vec();
+    shape[0] = pages.len();
+    Ok((oracle::upload(&batch)?, oracle().alloc(cache.dtype(), &shape)?))
+}
+
+/// Tokens of a batch to compare, and the slots of their cache rows.
+fn sampled_slots(batch: &Batch) -> (Vec<usize>, Vec<usize>) {
+    let rows = spread(256, batch.num_tokens());
+    let slots = rows.iter().map(|&t| batch.slot_mapping[t] as usize).collect();
+    (rows, slots)
+}
+
+/// `2048`, `8K`.
+fn short(count: usize) -> String {
+    if count >= 4096 && count.is_multiple_of(1024) { format!("{}K", count / 1024) } else { count.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cases_are_registered_and_named_once() {
+        let cases = all();
+        for (i, case) in cases.iter().enumerate() {
+            let classes = registered(case).unwrap().classes;
+            assert!(classes.contains(&case.class), "{}: {} is not in {classes:?}", case.kernel, case.class);
+            let same = |other: &&Case| other.kernel == case.kernel && other.name == case.name;
+            assert!(cases[..i].iter().find(same).is_none(), "{} {} twice", case.kernel, case.name);
+        }
+    }
+
+    #[test]
+    fn every_class_has_a_case_to_be_swept_on() {
+        for kernel in dsa80_cuda::registry::KERNELS {
+            for &class in kernel.classes {
+                let swept = all().iter().any(|case| case.kernel == kernel.kernel && case.class == class);
+                assert!(swept, "{} {class} has no case", kernel.kernel);
+            }
+        }
+    }
+}

@@ -1,0 +1,62 @@
+//! `check`: small and middle cases against the oracle, twice, with the pinned tile or with all.
+
+use anyhow::bail;
+use dsa80_cuda::{Device, Gpu, Tiles};
+
+use crate::args::{Machine, Select};
+use crate::cases::{self, Run};
+use crate::oracle::Accuracy;
+use crate::resources::tile_words;
+use crate::table::Table;
+
+#[expect(clippy::print_stdout, reason = "the table is the command's result")]
+pub(crate) fn run(machine: &Machine, select: &Select, all_tiles: bool) -> anyhow::Result<()> {
+    let mut selected = cases::all();
+    selected.retain(|case| case.check && select.takes(case.kernel, &case.name));
+    if selected.is_empty() {
+        bail!("no case is selected");
+    }
+    let gpu = machine.open()?;
+    let pinned = Tiles::for_gpu(&gpu.limits().name, machine.tiles.as_deref())?;
+    let mut table = Table::new(["kernel", "case", "rel. L2", "limit", "worst", "rows", "", "tile"]);
+    let mut wrong = 0;
+    for case in &selected {
+        let mut tiles = vec![cases::tile(case, &pinned)?];
+        if all_tiles {
+            let candidates = cases::registered(case)?.candidates(case.class, gpu.limits());
+            tiles.extend(candidates.map_err(anyhow::Error::msg)?);
+        }
+        let mut run = case.make(&gpu)?;
+        for tile in &tiles {
+            let words = format!("{} {}, {}", case.kernel, case.name, tile_words(tile));
+            let accuracy = check(&gpu, run.as_mut(), tile).map_err(|error| anyhow::anyhow!("{words}: {error}"))?;
+            wrong += usize::from(!accuracy.ok());
+            table.row([
+                case.kernel.to_owned(),
+                case.name.clone(),
+                format!("{:.1e}", accuracy.relative_l2),
+                format!("{:.1e}", accuracy.relative_l2_limit),
+                format!("{:.2}", accuracy.worst),
+                accuracy.rows.to_string(),
+                if accuracy.ok() { "ok" } else { "WRONG" }.to_owned(),
+                tile_words(tile),
+            ]);
+        }
+    }
+    println!("{}", table.text());
+    if wrong > 0 {
+        bail!("{wrong} results are wrong");
+    }
+    Ok(())
+}
+
+/// The output of a first and of a second call.
+fn check(gpu: &Gpu, run: &mut dyn Run, tile: &toml::Table) -> dsa80_reference::Result<Accuracy> {
+    run.set_tile(gpu, tile)?;
+    let mut call = || {
+        run.poison(gpu)?;
+        run.launch(gpu, 0)?;
+        run.check(gpu, 0)
+    };
+    Ok(call()?.and(call()?))
+}

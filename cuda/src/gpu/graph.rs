@@ -1,0 +1,70 @@
+//! Launches captured once and replayed, and how long they take.
+
+use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{CudaEvent, CudaGraph};
+use dsa80_reference::Result;
+
+use super::{Gpu, driver_message, refuse};
+
+/// Captured launches. They read and write the buffers that they were captured with, which must outlive the graph.
+pub struct Graph(CudaGraph);
+
+impl Graph {
+    /// Launches all of it; does not wait.
+    ///
+    /// # Errors
+    /// The driver refuses, or a launch before failed.
+    pub fn launch(&self) -> Result<()> {
+        self.0.launch().map_err(|error| refuse(driver_message(error)))
+    }
+}
+
+impl std::fmt::Debug for Graph {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Graph").finish_non_exhaustive()
+    }
+}
+
+impl Gpu {
+    /// Captures what `launches` launches, without running it. The programs must have been launched (or [prepared](Gpu::prepare))
+    /// before: loading a module cannot be captured.
+    ///
+    /// # Errors
+    /// `launches` failed, allocated or waited; it launched nothing.
+    pub fn capture(&self, launches: impl FnOnce() -> Result<()>) -> Result<Graph> {
+        let failed = |error| refuse(driver_message(error));
+        self.stream
+            .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+            .map_err(failed)?;
+        let launched = launches();
+        // The capture must end even when it failed, or the stream stays unusable.
+        let graph = self.stream.end_capture(CUgraphInstantiate_flags(0));
+        launched?;
+        let graph =
+            graph.map_err(failed)?.ok_or_else(|| refuse("nothing was launched to be captured".into()))?;
+        graph.upload().map_err(failed)?;
+        Ok(Graph(graph))
+    }
+
+    /// Microseconds of each of `times` runs of `work`, queued one after the other so that the GPU never waits for the host. Waits.
+    ///
+    /// # Errors
+    /// `work` failed.
+    pub fn time(&self, times: usize, mut work: impl FnMut() -> Result<()>) -> Result<Vec<f64>> {
+        let mut marks = vec![self.mark()?];
+        for _ in 0..times {
+            work()?;
+            marks.push(self.mark()?);
+        }
+        self.synchronize()?;
+        let elapsed = |pair: &[CudaEvent]| pair[0].elapsed_ms(&pair[1]).map(|ms| f64::from(ms) * 1e3);
+        let times: std::result::Result<Vec<f64>, _> = marks.windows(2).map(elapsed).collect();
+        times.map_err(|error| refuse(driver_message(error)))
+    }
+
+    fn mark(&self) -> Result<CudaEvent> {
+        self.stream
+            .record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))
+            .map_err(|error| refuse(driver_message(error)))
+    }
+}

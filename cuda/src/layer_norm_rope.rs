@@ -1,0 +1,225 @@
+//! `layer_norm_rope`: the indexer's keys.
+
+use dsa80_reference::fp8::IndexerPage;
+use dsa80_reference::{DType, DeviceTensor, Error, Result, RopeLayout};
+use serde::{Deserialize, Serialize};
+
+use crate::batch::CudaBatch;
+use crate::device::{Arg, Device, Launch, Limits, Program, ProgramEntry};
+use crate::rows::{WEIGHTS, rotary_dim, slots, weight_type};
+use crate::tensor::CudaTensor;
+use crate::tile::{Cost, Tile, require, require_shared};
+
+const KERNEL: &str = "layer_norm_rope";
+
+/// How a block takes rows: one warp each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LayerNormRopeTile {
+    /// Rows of a block.
+    pub warps: usize,
+    /// Neighbouring columns that a lane holds.
+    pub vector: usize,
+}
+
+/// What the model fixes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerNormRopeDims {
+    /// Columns of a key.
+    pub width: usize,
+    /// Columns that rotate.
+    pub rope: usize,
+}
+
+/// What is compiled in beside tile and dims.
+#[derive(Debug, Clone, Copy)]
+struct Variant {
+    weight: DType,
+    bias: DType,
+    layout: RopeLayout,
+    fp8: bool,
+}
+
+impl Tile for LayerNormRopeTile {
+    const KERNEL: &'static str = KERNEL;
+    type Dims = LayerNormRopeDims;
+
+    fn safe(_dims: Self::Dims) -> Self {
+        Self { warps: 4, vector: 4 }
+    }
+
+    fn candidates(dims: Self::Dims, limits: &Limits) -> Vec<Self> {
+        let tiles = [1, 2, 4, 8].into_iter().flat_map(|warps| [4, 8].map(|vector| Self { warps, vector }));
+        tiles.filter(|tile| tile.validate(dims, limits).is_ok()).collect()
+    }
+
+    fn validate(&self, dims: Self::Dims, limits: &Limits) -> Result<()> {
+        let LayerNormRopeDims { width, rope } = dims;
+        require(self, matches!(self.vector, 4 | 8), || "a vector has 4 or 8 columns".into())?;
+        // A lane keeps five floats a column: 160 registers, which eight warps of 255 can have.
+        require(self, (1..=8).contains(&self.warps), || "a block has 1 to 8 warps".into())?;
+        require(self, width > 0 && width % 16 == 0 && width <= 1024, || {
+            format!("a key of {width} columns is not a multiple of 16 up to 1024, which a warp holds")
+        })?;
+        require(self, rope > 0 && rope % 2 == 0 && rope <= width, || {
+            format!("{rope} rotary columns are not pairs inside {width}")
+        })?;
+        require_shared(self, self.shared_bytes(dims, RopeLayout::Half), limits)
+    }
+}
+
+impl LayerNormRopeTile {
+    fn threads(&self) -> u32 {
+        32 * self.warps as u32
+    }
+
+    /// The rotary columns of every row, where a pair's halves are apart.
+    fn shared_bytes(&self, dims: LayerNormRopeDims, layout: RopeLayout) -> usize {
+        match layout {
+            RopeLayout::Interleaved => 0,
+            RopeLayout::Half => self.warps * dims.rope * size_of::<f32>(),
+        }
+    }
+
+    fn program(&self, dims: LayerNormRopeDims, variant: Variant) -> Program {
+        Program {
+            source: "layer_norm_rope.cu",
+            defines: vec![
+                ("WIDTH", dims.width.to_string()),
+                ("ROPE", dims.rope.to_string()),
+                ("WEIGHT_TYPE", weight_type(variant.weight)),
+                ("BIAS_TYPE", weight_type(variant.bias)),
+                ("HALF", u8::from(variant.layout == RopeLayout::Half).to_string()),
+                ("FP8", u8::from(variant.fp8).to_string()),
+                ("TILE_WARPS", self.warps.to_string()),
+                ("TILE_VECTOR", self.vector.to_string()),
+                ("TILE_SHARED_BYTES", self.shared_bytes(dims, variant.layout).to_string()),
+            ],
+        }
+    }
+}
+
+/// Every variant of a tile, with weight and bias of one type.
+pub fn programs(tile: &LayerNormRopeTile, dims: LayerNormRopeDims) -> Vec<ProgramEntry> {
+    let mut entries = Vec::new();
+    for weight in WEIGHTS {
+        for layout in [RopeLayout::Interleaved, RopeLayout::Half] {
+            for fp8 in [false, true] {
+                entries.push(ProgramEntry {
+                    program: tile.program(dims, Variant { weight, bias: weight, layout, fp8 }),
+                    entry: KERNEL,
+                    threads: tile.threads(),
+                    shared_bytes: tile.shared_bytes(dims, layout),
+                    variant: format!("{layout:?}, {weight}, {} cache", if fp8 { "8-bit" } else { "bf16" }),
+                });
+            }
+        }
+    }
+    entries
+}
+
+/// What a launch over `rows` tokens moves; it has no tensor-core work.
+pub fn cost(rows: usize, dims: LayerNormRopeDims, weight: DType, fp8: bool) -> Cost {
+    let LayerNormRopeDims { width, rope } = dims;
+    let out = if fp8 { width + size_of::<f32>() } else { 2 * width };
+    let row = 2 * width + rope * size_of::<f32>() + size_of::<i64>() + out;
+    let weights = 2 * width * if weight == DType::F32 { 4 } else { 2 };
+    Cost { bytes: (rows * row + weights) as f64, flops: 0.0 }
+}
+
+/// The kernel of the contract's [`layer_norm_rope`](dsa80_reference::Kernels::layer_norm_rope).
+///
+/// # Errors
+/// A shape, element type or tile that does not fit; the device.
+pub fn layer_norm_rope<D: Device>(
+    device: &D,
+    tile: &LayerNormRopeTile,
+    batch: &CudaBatch<D>,
+    x: &CudaTensor<D>,
+    weight: &CudaTensor<D>,
+    bias: &CudaTensor<D>,
+    eps: f64,
+    layout: RopeLayout,
+    cos_sin: &CudaTensor<D>,
+    cache: &mut CudaTensor<D>,
+) -> Result<()> {
+    let (rows, page_size) = (batch.host().num_tokens(), batch.host().page_size);
+    let [x_rows, width] = x.dims(KERNEL, "x")?;
+    x.expect(KERNEL, "x", x_rows == rows, || format!("[{rows}, D]"))?;
+    x.expect_dtype(KERNEL, "x", &[DType::Act], "activations")?;
+    for (name, tensor) in [("weight", weight), ("bias", bias)] {
+        tensor.expect(KERNEL, name, tensor.shape() == [width], || format!("[{width}]"))?;
+        tensor.expect_dtype(KERNEL, name, &WEIGHTS, "weights")?;
+    }
+    let rope = rotary_dim(KERNEL, cos_sin, rows)?;
+    let slots = slots(KERNEL, cache, page_size, width, IndexerPage { page_size, width }.row_bytes())?;
+    let fp8 = cache.dtype() == DType::Fp8;
+    if fp8 && page_size % 4 != 0 {
+        let expected = "a multiple of 4 for an 8-bit indexer cache".into();
+        return Err(Error::Value {
+            kernel: KERNEL,
+            name: "page_size",
+            expected,
+            found: page_size.to_string(),
+        });
+    }
+    let dims = LayerNormRopeDims { width, rope };
+    tile.validate(dims, device.limits())?;
+    if rows == 0 {
+        return Ok(());
+    }
+    let variant = Variant { weight: weight.dtype(), bias: bias.dtype(), layout, fp8 };
+    device.launch(&Launch {
+        program: &tile.program(dims, variant),
+        entry: KERNEL,
+        grid: [rows.div_ceil(tile.warps) as u32, 1, 1],
+        threads: tile.threads(),
+        shared_bytes: tile.shared_bytes(dims, layout),
+        shape: format!("{rows} rows of {width}, {rope} rotary, {variant:?}"),
+        args: &[
+            Arg::Buffer(x.buffer()),
+            Arg::Buffer(weight.buffer()),
+            Arg::Buffer(bias.buffer()),
+            Arg::Buffer(cos_sin.buffer()),
+            Arg::Buffer(&batch.slot_mapping),
+            Arg::Buffer(cache.buffer()),
+            Arg::I32(slots),
+            Arg::I32(page_size as i32),
+            Arg::I32(rows as i32),
+            Arg::F32(eps as f32),
+        ],
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{LayerNormRopeDims as Dims, LayerNormRopeTile as RowTile, *};
+
+    const GLM: Dims = Dims { width: 128, rope: 64 };
+
+    #[test]
+    fn candidates_fit_an_a100_and_refusals_say_why() {
+        let limits = Limits::a100();
+        let (safe, candidates) = (RowTile::safe(GLM), RowTile::candidates(GLM, &limits));
+        assert!(candidates.contains(&safe) && candidates.len() == 8, "{candidates:?}");
+        for (tile, dims, reason) in [
+            (RowTile { vector: 2, ..safe }, GLM, "4 or 8 columns"),
+            (RowTile { warps: 9, ..safe }, GLM, "1 to 8 warps"),
+            (safe, Dims { width: 120, ..GLM }, "multiple of 16"),
+            (safe, Dims { width: 2048, ..GLM }, "up to 1024"),
+            (safe, Dims { rope: 63, ..GLM }, "63 rotary columns"),
+            (safe, Dims { rope: 130, ..GLM }, "inside 128"),
+        ] {
+            let error = tile.validate(dims, &limits).unwrap_err().to_string();
+            assert!(error.starts_with("layer_norm_rope: ") && error.contains(reason), "{error}");
+        }
+    }
+
+    #[test]
+    fn every_variant_is_a_program_of_its_own() {
+        let programs = programs(&RowTile::safe(GLM), GLM);
+        for (i, entry) in programs.iter().enumerate() {
+            assert!(programs[..i].iter().all(|other| other.program != entry.program), "{}", entry.variant);
+        }
+    }
+}

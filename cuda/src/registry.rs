@@ -1,0 +1,185 @@
+//! Every kernel that has tiles, for what treats them alike: tile files, the compile check, sweeps.
+
+use dsa80_reference::Result;
+
+use crate::device::{Limits, ProgramEntry};
+use crate::latent_rope::{self, LatentRopeDims, LatentRopeTile};
+use crate::layer_norm_rope::{self, LayerNormRopeDims, LayerNormRopeTile};
+use crate::tile::Tile;
+
+/// A tile that tile files can hold.
+pub trait PinnedTile: Tile {
+    /// The classes of shapes that have a tile of their own.
+    const CLASSES: &'static [&'static str];
+
+    /// GLM-5.2's dims, as a class has them.
+    fn glm_dims(class: &str) -> Self::Dims;
+
+    /// Every program that the launcher may launch with this tile.
+    fn programs(&self, dims: Self::Dims) -> Vec<ProgramEntry>;
+}
+
+impl PinnedTile for LayerNormRopeTile {
+    const CLASSES: &'static [&'static str] = &["any"];
+
+    fn glm_dims(_class: &str) -> LayerNormRopeDims {
+        LayerNormRopeDims { width: 128, rope: 64 }
+    }
+
+    fn programs(&self, dims: LayerNormRopeDims) -> Vec<ProgramEntry> {
+        layer_norm_rope::programs(self, dims)
+    }
+}
+
+impl PinnedTile for LatentRopeTile {
+    const CLASSES: &'static [&'static str] = &["any"];
+
+    fn glm_dims(_class: &str) -> LatentRopeDims {
+        LatentRopeDims { kv_lora_rank: 512, rope: 64 }
+    }
+
+    fn programs(&self, dims: LatentRopeDims) -> Vec<ProgramEntry> {
+        latent_rope::programs(self, dims)
+    }
+}
+
+/// A [`PinnedTile`] without its type: tiles are what a tile file holds.
+#[derive(Debug, Clone, Copy)]
+pub struct Registered {
+    /// The kernel's name.
+    pub kernel: &'static str,
+    /// Its classes of shapes.
+    pub classes: &'static [&'static str],
+    safe: fn(&str) -> Result<toml::Table, String>,
+    candidates: fn(&str, &Limits) -> Result<Vec<toml::Table>, String>,
+    validate: fn(&str, &toml::Table, &Limits) -> Result<(), String>,
+    programs: fn(&str, &toml::Table) -> Result<Vec<ProgramEntry>, String>,
+}
+
+/// The kernels, in the order of a model's layer.
+pub const KERNELS: &[Registered] =
+    &[Registered::of::<LayerNormRopeTile>(), Registered::of::<LatentRopeTile>()];
+
+/// The kernel of that name.
+pub fn find(kernel: &str) -> Option<&'static Registered> {
+    KERNELS.iter().find(|registered| registered.kernel == kernel)
+}
+
+impl Registered {
+    const fn of<T: PinnedTile>() -> Self {
+        Self {
+            kernel: T::KERNEL,
+            classes: T::CLASSES,
+            safe: |class| to_table(&T::safe(T::glm_dims(class))),
+            candidates: |class, limits| {
+                T::candidates(T::glm_dims(class), limits).iter().map(to_table).collect()
+            },
+            validate: |class, tile, limits| {
+                let tile: T = from_table(tile)?;
+                tile.validate(T::glm_dims(class), limits).map_err(|error| error.to_string())
+            },
+            programs: |class, tile| {
+                let tile: T = from_table(tile)?;
+                Ok(tile.programs(T::glm_dims(class)))
+            },
+        }
+    }
+
+    /// The tile that fits any device.
+    ///
+    /// # Errors
+    /// The tile cannot be written as TOML.
+    pub fn safe(&self, class: &str) -> Result<toml::Table, String> {
+        (self.safe)(class)
+    }
+
+    /// The tiles of a sweep.
+    ///
+    /// # Errors
+    /// A tile cannot be written as TOML.
+    pub fn candidates(&self, class: &str, limits: &Limits) -> Result<Vec<toml::Table>, String> {
+        (self.candidates)(class, limits)
+    }
+
+    /// Says why the kernel cannot run with this tile, if it cannot.
+    ///
+    /// # Errors
+    /// The reason.
+    pub fn validate(&self, class: &str, tile: &toml::Table, limits: &Limits) -> Result<(), String> {
+        (self.validate)(class, tile, limits)
+    }
+
+    /// Every program that the launcher may launch with this tile.
+    ///
+    /// # Errors
+    /// It is no tile of this kernel.
+    pub fn programs(&self, class: &str, tile: &toml::Table) -> Result<Vec<ProgramEntry>, String> {
+        (self.programs)(class, tile)
+    }
+}
+
+/// A tile as a tile file holds it.
+pub(crate) fn to_table<T: Tile>(tile: &T) -> Result<toml::Table, String> {
+    toml::Table::try_from(tile).map_err(|error| error.to_string())
+}
+
+/// A tile out of a tile file.
+///
+/// # Errors
+/// A key is missing, unknown or of the wrong type.
+pub fn from_table<T: Tile>(table: &toml::Table) -> Result<T, String> {
+    let tile: T = table.clone().try_into().map_err(|error: toml::de::Error| error.message().to_owned())?;
+    // Not every tile denies unknown keys itself.
+    match to_table(&tile)? {
+        known if known == *table => Ok(tile),
+        known => Err(format!("it has the keys {}, expected {}", keys(table), keys(&known))),
+    }
+}
+
+fn keys(table: &toml::Table) -> String {
+    let mut all = Vec::new();
+    for (key, value) in table {
+        match value {
+            toml::Value::Table(inner) => all.push(format!("{key} {{ {} }}", keys(inner))),
+            _ => all.push(key.clone()),
+        }
+    }
+    all.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_safe_and_every_candidate_tile_fits_and_comes_back_from_toml() {
+        let limits = Limits::a100();
+        for kernel in KERNELS {
+            for class in kernel.classes {
+                let candidates = kernel.candidates(class, &limits).unwrap();
+                assert!(!candidates.is_empty(), "{} {class} has no candidates", kernel.kernel);
+                for tile in candidates.into_iter().chain([kernel.safe(class).unwrap()]) {
+                    let text = toml::to_string(&tile).unwrap();
+                    let tile: toml::Table = toml::from_str(&text).unwrap();
+                    kernel.validate(class, &tile, &limits).unwrap();
+                    for entry in kernel.programs(class, &tile).unwrap() {
+                        assert!(entry.shared_bytes <= limits.shared_per_block, "{entry:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn names_are_the_sources_names_and_appear_once() {
+        for (i, kernel) in KERNELS.iter().enumerate() {
+            assert!(KERNELS[..i].iter().all(|other| other.kernel != kernel.kernel));
+            assert!(std::ptr::eq(find(kernel.kernel).unwrap(), kernel) || find(kernel.kernel).is_some());
+            for class in kernel.classes {
+                for entry in kernel.programs(class, &kernel.safe(class).unwrap()).unwrap() {
+                    crate::Sources::Embedded.read(entry.program.source).unwrap();
+                }
+            }
+        }
+    }
+}

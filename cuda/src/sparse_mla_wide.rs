@@ -1,0 +1,228 @@
+//! `sparse_mla` for 64 query rows that share their keys: many heads of a token, or few heads of neighbouring tokens.
+
+use dsa80_reference::{DType, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::batch::CudaBatch;
+use crate::device::{Arg, Device, Launch, Limits, Program, ProgramEntry};
+use crate::sparse_mla_union::{MAX_CACHE_ROWS, SparseMlaUnionWorkspace};
+use crate::tensor::CudaTensor;
+use crate::tile::{Tile, require, require_shared};
+
+const KERNEL: &str = "sparse_mla_wide";
+
+/// Query rows of a block.
+pub const QUERIES: usize = 64;
+
+const THREADS: u32 = 256;
+
+/// The constants of `sparse_mla_wide`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SparseMlaWideTile {
+    /// Keys of a tile.
+    pub keys: usize,
+    /// Tiles of keys in shared memory.
+    pub stages: usize,
+}
+
+/// What the model fixes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SparseMlaWideDims {
+    /// Columns of the latent part, which are also the values.
+    pub kv_lora_rank: usize,
+    /// Columns of the rotary key part.
+    pub rope: usize,
+}
+
+impl SparseMlaWideTile {
+    fn shared_bytes(&self, dims: SparseMlaWideDims) -> usize {
+        let keys = self.stages * self.keys * 2 * (dims.kv_lora_rank + dims.rope + 8);
+        let exchange = 4 * QUERIES * self.keys;
+        let (maxima, factors, members) = (2 * 4 * QUERIES, 4 * QUERIES, self.stages * self.keys);
+        keys + exchange + maxima + factors + members
+    }
+
+    fn program(&self, dims: SparseMlaWideDims, group: usize, split: bool) -> Program {
+        Program {
+            source: "sparse_mla_wide.cu",
+            defines: vec![
+                ("KV_LORA_RANK", dims.kv_lora_rank.to_string()),
+                ("ROPE_DIM", dims.rope.to_string()),
+                ("TILE_KEYS", self.keys.to_string()),
+                ("TILE_STAGES", self.stages.to_string()),
+                ("TILE_TOKENS", group.to_string()),
+                ("TILE_SHARED_BYTES", self.shared_bytes(dims).to_string()),
+                ("SPLIT", u8::from(split).to_string()),
+            ],
+        }
+    }
+}
+
+impl Tile for SparseMlaWideTile {
+    const KERNEL: &'static str = KERNEL;
+    type Dims = SparseMlaWideDims;
+
+    fn safe(_dims: Self::Dims) -> Self {
+        Self { keys: 64, stages: 2 }
+    }
+
+    fn candidates(dims: Self::Dims, limits: &Limits) -> Vec<Self> {
+        let tiles = [(64, 2), (32, 3), (32, 4)].map(|(keys, stages)| Self { keys, stages });
+        tiles.into_iter().filter(|tile| tile.validate(dims, limits).is_ok()).collect()
+    }
+
+    fn validate(&self, dims: Self::Dims, limits: &Limits) -> Result<()> {
+        let SparseMlaWideDims { kv_lora_rank: rank, rope } = dims;
+        require(self, matches!(self.keys, 32 | 64), || "a tile has 32 or 64 keys".into())?;
+        require(self, (2..=8).contains(&self.stages) && self.keys * (self.stages - 1) >= QUERIES, || {
+            format!("the {QUERIES} queries pass through all stages but the first")
+        })?;
+        // A thread holds an eighth of its warp's output columns and its part of the queries: 200 registers at 512 + 64.
+        require(self, rank > 0 && rank.is_multiple_of(16) && rank <= 512, || {
+            format!("a latent of {rank} columns is not a multiple of 16 up to 512")
+        })?;
+        require(self, rope > 0 && rope.is_multiple_of(16) && rope <= 64, || {
+            format!("{rope} rotary columns are not a multiple of 16 up to 64")
+        })?;
+        require_shared(self, self.shared_bytes(dims), limits)
+    }
+}
+
+/// Every variant of a tile.
+pub fn programs(tile: &SparseMlaWideTile, dims: SparseMlaWideDims) -> Vec<ProgramEntry> {
+    let variants = [1, 2, 4, 8].into_iter().flat_map(|group| [false, true].map(|split| (group, split)));
+    variants
+        .map(|(group, split)| ProgramEntry {
+            program: tile.program(dims, group, split),
+            entry: KERNEL,
+            threads: THREADS,
+            shared_bytes: tile.shared_bytes(dims),
+            variant: format!("{group} tokens{}", if split { ", split" } else { "" }),
+        })
+        .collect()
+}
+
+/// Whose keys a block reads.
+#[derive(Debug, Clone, Copy)]
+pub enum Selection<'a, D: Device> {
+    /// One token's, `[T, k]` positions or -1.
+    Token(&'a CudaTensor<D>),
+    /// The union of `group` tokens' selections of `k` rows each; groups with more than `most` rows in it are left alone.
+    Group {
+        /// What [`sparse_mla_union`](crate::sparse_mla_union::sparse_mla_union) wrote, of the same batch and group.
+        union: &'a SparseMlaUnionWorkspace<D>,
+        /// Token rows that share a block.
+        group: usize,
+        /// Rows that each of them selects.
+        k: usize,
+        /// Rows of a union that is still worth its masked products.
+        most: usize,
+    },
+}
+
+/// Where partial results go: the selected rows are shared out among `splits` blocks.
+#[derive(Debug, Clone, Copy)]
+pub struct Partials<'a, D: Device> {
+    /// Blocks that share a token group's keys.
+    pub splits: usize,
+    /// `[T, H, splits, kv_lora_rank]` f32, unnormalised.
+    pub out: &'a D::Buffer,
+    /// `[T, H, splits]` f32: the maximum (log2) that the sums are relative to.
+    pub max: &'a D::Buffer,
+    /// `[T, H, splits]` f32: the sum of the weights.
+    pub sum: &'a D::Buffer,
+}
+
+/// `sparse_mla` of a bf16 cache, 64 query rows a block. With `partials` it writes those and not `out`.
+///
+/// # Errors
+/// A tensor does not fit the contract; the tile does not fit the device; the launch fails.
+pub fn sparse_mla_wide<D: Device>(
+    device: &D,
+    tile: &SparseMlaWideTile,
+    batch: &CudaBatch<D>,
+    q: &CudaTensor<D>,
+    cache: &CudaTensor<D>,
+    selection: Selection<'_, D>,
+    scale: f64,
+    partials: Option<Partials<'_, D>>,
+    out: &mut CudaTensor<D>,
+) -> Result<()> {
+    let host = batch.host();
+    let tokens = host.num_tokens();
+    let [q_tokens, heads, width] = q.dims(KERNEL, "q")?;
+    q.expect_dtype(KERNEL, "q", &[DType::Act], "activations")?;
+    q.expect(KERNEL, "q", q_tokens == tokens, || format!("[{tokens}, H, kv_lora_rank + rope]"))?;
+    let [out_tokens, out_heads, rank] = out.dims(KERNEL, "out")?;
+    out.expect_dtype(KERNEL, "out", &[DType::Act], "activations")?;
+    out.expect(KERNEL, "out", (out_tokens, out_heads) == (tokens, heads) && rank <= width, || {
+        format!("[{tokens}, {heads}, kv_lora_rank] with kv_lora_rank at most {width}")
+    })?;
+    let [pages, page_size, cache_width] = cache.dims(KERNEL, "cache")?;
+    cache.expect_dtype(KERNEL, "cache", &[DType::Act], "bf16 rows")?;
+    let max_rows = match selection {
+        Selection::Token(_) => i32::MAX as usize,
+        Selection::Group { .. } => MAX_CACHE_ROWS,
+    };
+    cache.expect(
+        KERNEL,
+        "cache",
+        (page_size, cache_width) == (host.page_size, width) && pages * page_size < max_rows,
+        || format!("[pages, {}, {width}] with fewer than {max_rows} rows", host.page_size),
+    )?;
+    let (group, places, most) = match selection {
+        Selection::Token(topk_indices) => {
+            let [index_tokens, k] = topk_indices.dims(KERNEL, "topk_indices")?;
+            topk_indices.expect_dtype(KERNEL, "topk_indices", &[DType::Index], "indices")?;
+            topk_indices
+                .expect(KERNEL, "topk_indices", index_tokens == tokens, || format!("[{tokens}, k]"))?;
+            (1, k, k)
+        }
+        Selection::Group { group, k, most, .. } => (group, group * k, most),
+    };
+    let dims = SparseMlaWideDims { kv_lora_rank: rank, rope: width - rank };
+    tile.validate(dims, device.limits())?;
+    if tokens == 0 || heads == 0 {
+        return Ok(());
+    }
+    let (entries, counts) = match selection {
+        Selection::Token(topk_indices) => (Arg::Buffer(topk_indices.buffer()), Arg::Null),
+        Selection::Group { union, .. } => (Arg::Buffer(&union.entries), Arg::Buffer(&union.counts)),
+    };
+    let (splits, partial_out, partial_max, partial_sum) = match partials {
+        None => (1, Arg::Null, Arg::Null, Arg::Null),
+        Some(Partials { splits, out, max, sum }) => {
+            (splits, Arg::Buffer(out), Arg::Buffer(max), Arg::Buffer(sum))
+        }
+    };
+    device.launch(&Launch {
+        program: &tile.program(dims, group, partials.is_some()),
+        entry: KERNEL,
+        grid: [tokens.div_ceil(group) as u32, heads.div_ceil(QUERIES / group) as u32, splits as u32],
+        threads: THREADS,
+        shared_bytes: tile.shared_bytes(dims),
+        shape: format!(
+            "{tokens} tokens in groups of {group}, {heads} heads, {places} places, {splits} splits"
+        ),
+        args: &[
+            Arg::Buffer(q.buffer()),
+            Arg::Buffer(cache.buffer()),
+            entries,
+            counts,
+            Arg::Buffer(&batch.seq_ids),
+            Arg::Buffer(&batch.block_table),
+            Arg::Buffer(out.buffer()),
+            partial_out,
+            partial_max,
+            partial_sum,
+            Arg::I32(tokens as i32),
+            Arg::I32(heads as i32),
+            Arg::I32(places as i32),
+            Arg::I32(page_size as i32),
+            Arg::I32(host.max_blocks as i32),
+            Arg::I32(most.min(i32::MAX as usize) as i32),
+            Arg::F32((scale * std::f64::consts::LOG2_E) as f32),
+        ],
+    })
+}

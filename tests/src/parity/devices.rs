@@ -1,0 +1,191 @@
+//! The devices that a parity test runs on.
+
+use std::io::Write;
+use std::sync::Once;
+
+use dsa80_cuda::{Arg, Device, Gpu, Launch, Limits, Sources};
+use dsa80_reference::Result;
+
+use super::compare::assert_same;
+use crate::emulator::{Emulator, Fault};
+
+/// A device of a test: so that one body runs on all of them.
+#[derive(Debug)]
+pub enum TestDevice {
+    /// The kernels' sources on the CPU.
+    Emulator(Emulator),
+    /// A GPU.
+    Gpu(Box<Gpu>),
+}
+
+/// Memory of a [`TestDevice`].
+#[derive(Debug)]
+pub enum TestBuffer {
+    /// The emulator's.
+    Emulator(<Emulator as Device>::Buffer),
+    /// A GPU's.
+    Gpu(<Gpu as Device>::Buffer),
+}
+
+impl TestDevice {
+    /// Whether this is a GPU, which takes cases that would be slow in emulation.
+    pub fn is_gpu(&self) -> bool {
+        matches!(self, TestDevice::Gpu(_))
+    }
+}
+
+impl std::fmt::Display for TestDevice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.limits().name)
+    }
+}
+
+impl TestBuffer {
+    fn emulated(&self) -> &<Emulator as Device>::Buffer {
+        match self {
+            TestBuffer::Emulator(buffer) => buffer,
+            TestBuffer::Gpu(_) => panic!("a GPU's buffer on the emulator"),
+        }
+    }
+
+    fn on_gpu(&self) -> &<Gpu as Device>::Buffer {
+        match self {
+            TestBuffer::Gpu(buffer) => buffer,
+            TestBuffer::Emulator(_) => panic!("an emulated buffer on a GPU"),
+        }
+    }
+}
+
+impl Device for TestDevice {
+    type Buffer = TestBuffer;
+
+    fn limits(&self) -> &Limits {
+        match self {
+            TestDevice::Emulator(device) => device.limits(),
+            TestDevice::Gpu(device) => device.limits(),
+        }
+    }
+
+    fn alloc(&self, name: &str, bytes: usize) -> Result<TestBuffer> {
+        match self {
+            TestDevice::Emulator(device) => device.alloc(name, bytes).map(TestBuffer::Emulator),
+            TestDevice::Gpu(device) => device.alloc(name, bytes).map(TestBuffer::Gpu),
+        }
+    }
+
+    fn write(&self, buffer: &TestBuffer, offset: usize, bytes: &[u8]) -> Result<()> {
+        match self {
+            TestDevice::Emulator(device) => device.write(buffer.emulated(), offset, bytes),
+            TestDevice::Gpu(device) => device.write(buffer.on_gpu(), offset, bytes),
+        }
+    }
+
+    fn read(&self, buffer: &TestBuffer, offset: usize, bytes: &mut [u8]) -> Result<()> {
+        match self {
+            TestDevice::Emulator(device) => device.read(buffer.emulated(), offset, bytes),
+            TestDevice::Gpu(device) => device.read(buffer.on_gpu(), offset, bytes),
+        }
+    }
+
+    fn launch(&self, launch: &Launch<'_, TestBuffer>) -> Result<()> {
+        match self {
+            TestDevice::Emulator(device) => launch_on(device, launch, TestBuffer::emulated),
+            TestDevice::Gpu(device) => launch_on(device.as_ref(), launch, TestBuffer::on_gpu),
+        }
+    }
+}
+
+fn launch_on<D: Device>(
+    device: &D,
+    launch: &Launch<'_, TestBuffer>,
+    buffer: impl Fn(&TestBuffer) -> &D::Buffer,
+) -> Result<()> {
+    let args: Vec<Arg<'_, D::Buffer>> = launch
+        .args
+        .iter()
+        .map(|arg| match *arg {
+            Arg::Buffer(argument) => Arg::Buffer(buffer(argument)),
+            Arg::Null => Arg::Null,
+            Arg::I32(value) => Arg::I32(value),
+            Arg::I64(value) => Arg::I64(value),
+            Arg::F32(value) => Arg::F32(value),
+        })
+        .collect();
+    device.launch(&Launch {
+        program: launch.program,
+        entry: launch.entry,
+        grid: launch.grid,
+        threads: launch.threads,
+        shared_bytes: launch.shared_bytes,
+        shape: launch.shape.clone(),
+        args: &args,
+    })
+}
+
+/// Runs `body` twice, in emulation with blocks and warps in another order, and panics unless both runs give the same bytes.
+pub fn twice(device: &TestDevice, body: impl Fn() -> Vec<u8>) -> Vec<u8> {
+    let [first, second] = [1, 2].map(|seed| {
+        if let TestDevice::Emulator(emulator) = device {
+            emulator.set_seed(seed);
+        }
+        body()
+    });
+    assert_same("two runs of the same launch", 1, &second, &first);
+    first
+}
+
+/// The emulator, and a GPU where there is one. `DSA80_PARITY=gpu` or `=emulator` leaves the other out.
+pub(super) fn all() -> Vec<TestDevice> {
+    emulator().into_iter().chain(gpu()).collect()
+}
+
+fn emulator() -> Option<TestDevice> {
+    static TOLD: Once = Once::new();
+    if !wanted("emulator") {
+        return None;
+    }
+    match Emulator::from_sources(sources()) {
+        Ok(emulator) => Some(TestDevice::Emulator(emulator)),
+        Err(reason) => {
+            let message = format!("left out: the kernels in emulation ({reason})");
+            assert!(std::env::var_os("DSA80_REQUIRE_ALL").is_none(), "{message}");
+            TOLD.call_once(|| tell(&message));
+            None
+        }
+    }
+}
+
+/// An emulator with faults planted in the kernels, if the tests may use one.
+pub(super) fn faulty(faults: &[Fault<'_>]) -> Option<TestDevice> {
+    let Some(TestDevice::Emulator(emulator)) = emulator() else { return None };
+    Some(TestDevice::Emulator(emulator.with_faults(faults).expect("the place of a fault is there once")))
+}
+
+/// A GPU, if the tests may use one.
+pub(super) fn gpu() -> Option<TestDevice> {
+    static TOLD: Once = Once::new();
+    if !wanted("gpu") {
+        return None;
+    }
+    match Gpu::open(0, sources()) {
+        Ok(gpu) => Some(TestDevice::Gpu(Box::new(gpu))),
+        Err(reason) => {
+            TOLD.call_once(|| tell(&format!("left out: the kernels on a GPU ({reason})")));
+            None
+        }
+    }
+}
+
+/// The embedded kernels, or those of the folder `DSA80_KERNELS`: an edit then needs no rebuild.
+fn sources() -> Sources {
+    std::env::var_os("DSA80_KERNELS").map_or(Sources::Embedded, |folder| Sources::Folder(folder.into()))
+}
+
+fn wanted(device: &str) -> bool {
+    std::env::var_os("DSA80_PARITY").is_none_or(|only| only == device)
+}
+
+/// Not `println!`, which the test runner keeps to itself when a test passes.
+fn tell(message: &str) {
+    let _ = writeln!(std::io::stderr(), "{message}");
+}

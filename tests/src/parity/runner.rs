@@ -1,0 +1,80 @@
+//! Runs a body over random cases on every device.
+
+use std::hash::{BuildHasher, RandomState};
+
+use proptest::prelude::*;
+use proptest::test_runner::{FileFailurePersistence, RngSeed, TestError, TestRunner};
+
+use super::devices::{self, TestDevice};
+use crate::emulator::Fault;
+
+/// Cases of a test on the emulator unless `PROPTEST_CASES` says otherwise. A GPU runs [`GPU_FACTOR`] times as many.
+const CASES: u32 = 12;
+const GPU_FACTOR: u32 = 4;
+
+/// Runs `body` on random cases in emulation and, where there is one, on a GPU. The case that failed is printed as small as it could be
+/// made, and kept in `tests/regressions/NAME.txt`, which later runs try first.
+#[track_caller]
+pub fn check<S: Strategy>(name: &str, cases: S, body: impl Fn(&TestDevice, S::Value)) {
+    for device in devices::all() {
+        run(name, &device, &cases, &body);
+    }
+}
+
+/// [`check`] for cases that are too large to emulate.
+#[track_caller]
+pub fn check_on_gpu<S: Strategy>(name: &str, cases: S, body: impl Fn(&TestDevice, S::Value)) {
+    if let Some(device) = devices::gpu() {
+        run(name, &device, &cases, &body);
+    }
+}
+
+/// Runs `body` once on every device: for cases that are written out.
+pub fn small_cases(body: impl Fn(&TestDevice)) {
+    devices::all().iter().for_each(body);
+}
+
+/// Whether the tests see `fault`: `body` fails on some of `cases` (in emulation) with it in the kernel.
+#[track_caller]
+pub fn catches<S: Strategy>(fault: Fault<'_>, cases: S, body: impl Fn(&TestDevice, S::Value)) {
+    let Some(device) = devices::faulty(&[fault]) else { return };
+    let mut config = ProptestConfig { failure_persistence: None, max_shrink_iters: 0, ..Default::default() };
+    config.rng_seed = RngSeed::Fixed(1);
+    let outcome = TestRunner::new(config).run(&cases, |case| {
+        body(&device, case);
+        Ok(())
+    });
+    let Err(TestError::Fail(reason, _)) = outcome else { panic!("nothing sees the fault {fault:?}") };
+    assert!(!reason.message().contains("refused the kernel"), "{fault:?} does not compile: {reason}");
+}
+
+#[track_caller]
+fn run<S: Strategy>(name: &str, device: &TestDevice, cases: &S, body: &impl Fn(&TestDevice, S::Value)) {
+    let mut config = ProptestConfig::default();
+    if std::env::var_os("PROPTEST_CASES").is_none() {
+        config.cases = CASES;
+    }
+    if device.is_gpu() {
+        config.cases *= GPU_FACTOR;
+    }
+    let regressions = format!("{}/regressions/{name}.txt", env!("CARGO_MANIFEST_DIR"));
+    config.failure_persistence = Some(Box::new(FileFailurePersistence::Direct(regressions.leak())));
+    config.max_shrink_iters = 64;
+    config.max_shrink_time = 60_000;
+    let seed = match config.rng_seed {
+        RngSeed::Fixed(seed) => seed,
+        RngSeed::Random => RandomState::new().hash_one(name),
+    };
+    config.rng_seed = RngSeed::Fixed(seed);
+    let outcome = TestRunner::new(config).run(cases, |case| {
+        body(device, case);
+        Ok(())
+    });
+    match outcome {
+        Ok(()) => {}
+        Err(TestError::Fail(reason, case)) => panic!(
+            "{name} on {device}, PROPTEST_RNG_SEED={seed}: {reason}\nthe smallest case that fails: {case:#?}"
+        ),
+        Err(TestError::Abort(reason)) => panic!("{name} on {device}: given up: {reason}"),
+    }
+}

@@ -1,0 +1,276 @@
+//! `layer_norm_rope` against the oracle.
+
+use dsa80_cuda::layer_norm_rope::{LayerNormRopeDims, LayerNormRopeTile, layer_norm_rope};
+use dsa80_cuda::{Limits, Tile};
+use dsa80_reference::fp8::IndexerPage;
+use dsa80_reference::{DType, Kernels, RopeLayout};
+use dsa80_tests::emulator::Fault;
+use dsa80_tests::parity::{self, BatchCase, Batches, F32_UNIT, Interval, Pair, TestDevice, Values};
+use proptest::prelude::*;
+use proptest::sample::select;
+
+use crate::cache_rows::{Expected, Layout};
+
+const EPS: f64 = 1e-6;
+
+#[derive(Debug, Clone, Copy)]
+struct Variant {
+    dims: LayerNormRopeDims,
+    layout: RopeLayout,
+    weight: DType,
+    bias: DType,
+    tile: LayerNormRopeTile,
+}
+
+const fn variant(
+    (width, rope): (usize, usize),
+    layout: RopeLayout,
+    weight: DType,
+    bias: DType,
+    (warps, vector): (usize, usize),
+) -> Variant {
+    let (dims, tile) = (LayerNormRopeDims { width, rope }, LayerNormRopeTile { warps, vector });
+    Variant { dims, layout, weight, bias, tile }
+}
+
+/// Every constant of the kernel in few programs: rows of one chunk and of several, full and short ones.
+const VARIANTS: &[Variant] = &[
+    variant((128, 64), RopeLayout::Interleaved, DType::Bf16, DType::Bf16, (4, 4)),
+    variant((128, 64), RopeLayout::Half, DType::F32, DType::F32, (1, 8)),
+    variant((16, 6), RopeLayout::Interleaved, DType::F16, DType::Bf16, (2, 8)),
+    variant((272, 100), RopeLayout::Half, DType::Bf16, DType::F16, (2, 4)),
+];
+
+#[derive(Debug, Clone)]
+struct Case {
+    batch: BatchCase,
+    variant: Variant,
+    fp8: bool,
+    values: Values,
+    seed: u64,
+}
+
+fn cases(variants: impl Strategy<Value = Variant>, size: usize) -> impl Strategy<Value = Case> {
+    let batches = |page_sizes| Batches { page_sizes, max_seqs: 4, max_computed: size, max_chunk: size }.any();
+    let caches = prop_oneof![
+        batches(&[1, 3, 16]).prop_map(|batch| (batch, false)),
+        batches(&[4, 64]).prop_map(|batch| (batch, true)),
+    ];
+    (caches, variants, Values::any_of(&Values::ORDINARY), any::<u64>())
+        .prop_map(|((batch, fp8), variant, values, seed)| Case { batch, variant, fp8, values, seed })
+}
+
+/// The tensors of a case.
+struct Inputs {
+    x: Pair,
+    weight: Pair,
+    bias: Pair,
+    cos_sin: Pair,
+    cache_dtype: DType,
+    cache_shape: [usize; 3],
+}
+
+impl Inputs {
+    fn new(device: &TestDevice, case: &Case) -> Self {
+        let LayerNormRopeDims { width, rope } = case.variant.dims;
+        let (rows, page_size, seed) = (case.batch.batch.num_tokens(), case.batch.batch.page_size, case.seed);
+        let normals = |seed, scale: f64, offset: f64, n| -> Vec<f64> {
+            Values::Normal.take(seed, n).iter().map(|x| offset + scale * x).collect()
+        };
+        let turns = (0..rows * rope / 2).flat_map(|i| {
+            let (sin, cos) = (37.0 * Values::Normal.at(seed ^ 3, i)).sin_cos();
+            [cos, sin]
+        });
+        let x = case.values.take(seed, rows * width);
+        let weight = normals(seed ^ 1, 0.5, 1.0, width);
+        let bias = normals(seed ^ 2, 0.3, 0.0, width);
+        let (cache_dtype, row) = if case.fp8 { (DType::Fp8, width + 4) } else { (DType::Act, width) };
+        Self {
+            x: Pair::new(device, "x", DType::Act, &[rows, width], &x),
+            weight: Pair::weight(device, "weight", case.variant.weight, &[width], &weight),
+            bias: Pair::weight(device, "bias", case.variant.bias, &[width], &bias),
+            cos_sin: Pair::new(
+                device,
+                "cos_sin",
+                DType::Float,
+                &[rows, rope / 2, 2],
+                &turns.collect::<Vec<_>>(),
+            ),
+            cache_dtype,
+            cache_shape: [case.batch.pages, page_size, row],
+        }
+    }
+
+    /// What the cache's rows may be: the error analysis beside the kernel.
+    fn intervals(&self, case: &Case) -> Vec<Interval> {
+        let LayerNormRopeDims { width, rope } = case.variant.dims;
+        let read = |pair: &Pair| parity::oracle().read(&pair.host).unwrap();
+        let (x, weight, bias, turns) =
+            (read(&self.x), read(&self.weight), read(&self.bias), read(&self.cos_sin));
+        let vector = case.variant.tile.vector;
+        let additions = (width.div_ceil(32 * vector) * vector + 5) as f64;
+        let mut out = Vec::new();
+        for (x, turns) in x.chunks(width).zip(turns.chunks(rope)) {
+            let mean = x.iter().sum::<f64>() / width as f64;
+            let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / width as f64;
+            let deviation = (variance + EPS).sqrt();
+            let mean_error =
+                (additions + 2.0) * F32_UNIT * x.iter().map(|x| x.abs()).sum::<f64>() / width as f64;
+            let deviation_error = (additions + 7.0) * F32_UNIT / 2.0
+                + mean_error.powi(2) / (2.0 * (variance + EPS))
+                + 4.0 * F32_UNIT;
+            let mut row: Vec<Interval> = (0..width)
+                .map(|c| {
+                    let centred = x[c] - mean;
+                    let normed = weight[c] * centred / deviation;
+                    let error = weight[c].abs() * (mean_error + F32_UNIT * centred.abs()) / deviation
+                        + normed.abs() * (deviation_error + 3.0 * F32_UNIT)
+                        + F32_UNIT * (normed + bias[c]).abs();
+                    Interval::around(normed + bias[c], 1.01 * error).round_bf16()
+                })
+                .collect();
+            for (j, turn) in turns.chunks(2).enumerate() {
+                let (first, second) = match case.variant.layout {
+                    RopeLayout::Interleaved => (2 * j, 2 * j + 1),
+                    RopeLayout::Half => (j, j + rope / 2),
+                };
+                let (a, b, cos, sin) = (row[first], row[second], turn[0], turn[1]);
+                let turned = |a: Interval, b: Interval, cos: f64, sin: f64| {
+                    let error = 2.0 * F32_UNIT * (a.magnitude() * cos.abs() + b.magnitude() * sin.abs());
+                    (a * cos + b * sin).widened(1.01 * error).round_bf16()
+                };
+                row[first] = turned(a, b, cos, -sin);
+                row[second] = turned(b, a, cos, sin);
+            }
+            out.extend(row);
+        }
+        out
+    }
+
+    fn launch(&self, device: &TestDevice, case: &Case) -> Vec<u8> {
+        let (_, batch) = parity::batch(device, &case.batch.batch);
+        let mut cache = parity::poisoned(device, "cache", self.cache_dtype, &self.cache_shape);
+        let Variant { layout, tile, .. } = case.variant;
+        let Self { x, weight, bias, cos_sin, .. } = self;
+        let (x, weight, bias, cos_sin) = (&x.device, &weight.device, &bias.device, &cos_sin.device);
+        layer_norm_rope(device, &tile, &batch, x, weight, bias, EPS, layout, cos_sin, &mut cache).unwrap();
+        parity::read_bytes(device, &cache)
+    }
+}
+
+fn run(device: &TestDevice, case: Case) {
+    let inputs = Inputs::new(device, &case);
+    let found = parity::twice(device, || inputs.launch(device, &case));
+    let oracle = parity::oracle();
+    let (batch, _) = parity::batch(device, &case.batch.batch);
+    let mut cache = oracle.alloc(inputs.cache_dtype, &inputs.cache_shape).unwrap();
+    let Inputs { x, weight, bias, cos_sin, .. } = &inputs;
+    let (x, weight, bias, cos_sin) = (&x.host, &weight.host, &bias.host, &cos_sin.host);
+    let layout = case.variant.layout;
+    oracle.layer_norm_rope(&batch, x, weight, bias, EPS, layout, cos_sin, &mut cache).unwrap();
+    let width = case.variant.dims.width;
+    let expected = Expected {
+        slot_mapping: &case.batch.batch.slot_mapping,
+        slots: case.batch.slots(),
+        rows: &inputs.intervals(&case),
+        width,
+    };
+    if case.fp8 {
+        let page = IndexerPage { page_size: case.batch.batch.page_size, width };
+        expected.check_fp8(Layout::Indexer(page), &found, &oracle.read_bytes(&cache).unwrap());
+    } else {
+        expected.check_act(&parity::numbers(DType::Act, &found), &oracle.read(&cache).unwrap());
+    }
+}
+
+#[test]
+fn agrees_with_the_oracle() {
+    parity::check("layer_norm_rope", cases(select(VARIANTS), 24), run);
+}
+
+#[test]
+fn agrees_with_the_oracle_at_size_with_every_tile() {
+    let glm = LayerNormRopeDims { width: 128, rope: 64 };
+    let variants = select(LayerNormRopeTile::candidates(glm, &Limits::a100())).prop_flat_map(move |tile| {
+        let layout = select(vec![RopeLayout::Interleaved, RopeLayout::Half]);
+        layout.prop_map(move |layout| {
+            variant((glm.width, glm.rope), layout, DType::Bf16, DType::Bf16, (tile.warps, tile.vector))
+        })
+    });
+    parity::check_on_gpu("layer_norm_rope_at_size", cases(variants, 400), run);
+}
+
+#[test]
+fn planted_faults_are_seen() {
+    for (find, replace) in [
+        // A lane that is beyond the row counts for the variance.
+        ("y[chunk][i] = inside ? y[chunk][i] - mean : 0.0f;", "y[chunk][i] -= mean;"),
+        // The other half of a pair is read before it is there.
+        ("        __syncwarp();\n", ""),
+        // The last row of a block is left out, a row after the last is written.
+        ("if (row >= rows) return;", "if (row >= rows - 1) return;"),
+        ("if (row >= rows) return;", "if (row > rows) return;"),
+        // The scale of the neighbouring row.
+        ("[place] = scale;", "[place ^ 1] = scale;"),
+        // Not rounded between the norm and the rotation.
+        ("+ b[chunk][i];\n        round_to_bf16(y[chunk], words[chunk]);", "+ b[chunk][i];"),
+    ] {
+        let fault = Fault { file: "layer_norm_rope.cu", find, replace };
+        parity::catches(fault, cases(select(VARIANTS), 24), run);
+    }
+}
+
+#[test]
+fn rows_whose_slot_is_outside_the_cache_are_skipped() {
+    parity::small_cases(|device| {
+        for fp8 in [false, true] {
+            let mut batch = BatchCase::of(4, &[(3, 5), (0, 2)]);
+            let slots = batch.slots() as i64;
+            for (t, slot) in [(0, -1), (2, slots), (4, i64::MAX), (6, i64::MIN)] {
+                batch.batch.slot_mapping[t] = slot;
+            }
+            let case = Case { batch, variant: VARIANTS[0], fp8, values: Values::Normal, seed: 5 };
+            let inputs = Inputs::new(device, &case);
+            let found = inputs.launch(device, &case);
+            let untouched = found.iter().filter(|&&byte| byte == 0xff).count();
+            let row = if fp8 { 132 } else { 256 };
+            assert!(
+                untouched >= found.len() - 3 * row,
+                "{} of {} bytes",
+                found.len() - untouched,
+                found.len()
+            );
+            assert!(untouched < found.len() - 2 * row);
+        }
+    });
+}
+
+#[test]
+fn misfits_are_named() {
+    parity::small_cases(|device| {
+        let (_, batch) = parity::batch(device, &BatchCase::of(3, &[(0, 2)]).batch);
+        let tensor = |dtype, shape: &[usize]| parity::poisoned(device, "tensor", dtype, shape);
+        let (x, weight) = (tensor(DType::Act, &[2, 16]), tensor(DType::Bf16, &[16]));
+        let cos_sin = tensor(DType::Float, &[2, 4, 2]);
+        let tile = LayerNormRopeTile { warps: 4, vector: 4 };
+        let run = |x: &_, weight: &_, cos_sin: &_, mut cache| {
+            let layout = RopeLayout::Half;
+            let outcome =
+                layer_norm_rope(device, &tile, &batch, x, weight, weight, EPS, layout, cos_sin, &mut cache);
+            outcome.unwrap_err().to_string()
+        };
+        let cache = || tensor(DType::Act, &[4, 3, 16]);
+        let expect = |error: String, words: &[&str]| {
+            assert!(words.iter().all(|word| error.contains(word)), "{error}");
+        };
+        expect(run(&tensor(DType::Act, &[3, 16]), &weight, &cos_sin, cache()), &["`x`", "[2, D]"]);
+        expect(run(&tensor(DType::Float, &[2, 16]), &weight, &cos_sin, cache()), &["`x` holds floats"]);
+        expect(run(&x, &tensor(DType::Bf16, &[8]), &cos_sin, cache()), &["`weight`", "[16]"]);
+        expect(run(&x, &x, &cos_sin, cache()), &["`weight`"]);
+        expect(run(&x, &weight, &tensor(DType::Float, &[2, 9, 2]), cache()), &["18 rotary columns"]);
+        expect(run(&x, &weight, &tensor(DType::Float, &[1, 4, 2]), cache()), &["`cos_sin`"]);
+        expect(run(&x, &weight, &cos_sin, tensor(DType::Act, &[4, 4, 16])), &["`cache`", "[pages, 3, 16]"]);
+        expect(run(&x, &weight, &cos_sin, tensor(DType::Float, &[4, 3, 16])), &["`cache` holds floats"]);
+        expect(run(&x, &weight, &cos_sin, tensor(DType::Fp8, &[4, 3, 20])), &["`page_size` is 3"]);
+    });
+}
