@@ -14,14 +14,14 @@ DEVICE float about_normal(uint32_t bits) {
     return static_cast<float>(sum) * (1.0f / 147.8f);
 }
 
-KERNEL void fill_bf16(uint16_t* out, int64_t count, int32_t seed, float deviation) {
+KERNEL void __launch_bounds__(256) fill_bf16(uint16_t* out, int64_t count, int32_t seed, float deviation) {
     const int64_t stride = int64_t(gridDim.x) * blockDim.x;
     for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < count; at += stride) {
         out[at] = float_to_bf16(about_normal(scramble(at, seed)) * deviation);
     }
 }
 
-KERNEL void fill_f32(float* out, int64_t count, int32_t seed, float deviation) {
+KERNEL void __launch_bounds__(256) fill_f32(float* out, int64_t count, int32_t seed, float deviation) {
     const int64_t stride = int64_t(gridDim.x) * blockDim.x;
     for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < count; at += stride) {
         const uint32_t bits = scramble(at, seed);
@@ -33,8 +33,9 @@ KERNEL void fill_f32(float* out, int64_t count, int32_t seed, float deviation) {
 
 // e4m3 codes of a deviation of 128; `f32_bytes` from `f32_at` of every `period` bytes are floats in 1/128 to 1/64 instead, the scales
 // between them, and `bf16_bytes` from `bf16_at` are bf16.
-KERNEL void fill_fp8(uint8_t* out, int64_t count, int32_t seed, int32_t period, int32_t f32_at, int32_t f32_bytes, int32_t bf16_at,
-                     int32_t bf16_bytes) {
+KERNEL void __launch_bounds__(256)
+fill_fp8(uint8_t* out, int64_t count, int32_t seed, int32_t period, int32_t f32_at, int32_t f32_bytes, int32_t bf16_at,
+         int32_t bf16_bytes) {
     const int64_t stride = int64_t(gridDim.x) * blockDim.x;
     for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < count; at += stride) {
         const int32_t place = static_cast<int32_t>(at % period);

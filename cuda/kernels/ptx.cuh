@@ -136,6 +136,13 @@ DEVICE float exp2_approx(float x) {
     return out;
 }
 
+// The larger of x and 0; NaN stays.
+DEVICE float relu(float x) {
+    float out;
+    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(out) : "f"(x));
+    return out;
+}
+
 // Any bitwise function of three words: LUT is the function applied to 0xf0, 0xcc, 0xaa.
 template <int LUT>
 DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {

@@ -9,13 +9,15 @@
 #include "sparse_mla.cuh"
 
 constexpr int WARPS = TILE_WARPS, STAGES = TILE_STAGES, THREADS = 32 * WARPS;
-constexpr int KEYS = 16, HEADS = 8, CHAINS = 4;
-constexpr int WIDTH = KV_LORA_RANK + ROPE_DIM, STEPS = WIDTH / 16, VALUE_TILES = KV_LORA_RANK / 16;
+constexpr int KEYS = 16, HEADS = 8;
+constexpr int WIDTH = KV_LORA_RANK + ROPE_DIM, STEPS = WIDTH / 16, VALUE_TILES = KV_LORA_RANK / 16, Q_CHUNKS = WIDTH / 8;
 #if FP8
 constexpr int GROUP = 128, GROUPS = (KV_LORA_RANK + GROUP - 1) / GROUP, ROPE_OFFSET = KV_LORA_RANK + 4 * GROUPS;
 constexpr int CHUNKS = (ROPE_OFFSET + 2 * ROPE_DIM + 15) / 16;
+// Eight bytes of four heads' four lanes meet 32 banks.
+constexpr int Q_STRIDE = (2 * WIDTH + 127) / 128 * 128 + 32;
 #else
-constexpr int CHUNKS = WIDTH / 8;
+constexpr int CHUNKS = WIDTH / 8, Q_STRIDE = (CHUNKS | 1) * 16;
 #endif
 // An odd number of 16-byte chunks from row to row: `ldmatrix` then meets no bank twice.
 constexpr int ROW_BYTES = CHUNKS * 16, STRIDE = (CHUNKS | 1) * 16;
@@ -28,11 +30,15 @@ static_assert(STAGES >= 2, "one block is read while the next arrives");
 
 struct Shared {
     uint8_t rows[WARPS][STAGES][KEYS][STRIDE];
-#if TILE_SHARED_QUERIES
-    uint2 queries[STEPS][32];
+#if FP8
+    uint8_t queries[HEADS][Q_STRIDE];
 #endif
     float maxima[WARPS][HEADS];
     float sums[WARPS][HEADS];
+#if SPLIT == 2
+    // And eight bytes' worth of alignment.
+    int last[2];
+#endif
 };
 static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
 static_assert(HEADS * O_STRIDE * 4 <= STAGES * KEYS * STRIDE, "a warp's output fits its ring");
@@ -90,30 +96,44 @@ struct Blocks {
     }
 };
 
-// A lane's part of one step of the second operand: head lane / 4. Eight-bit columns stand as `ldmatrix` leaves their bytes: 4t and 4t + 2 as
-// columns 2t and 2t + 1 of an mma's first operand, 4t + 1 and 4t + 3 as 2t + 8 and 2t + 9.
-DEVICE uint2 query_step(const uint16_t* q, int step, int lane) {
-    const uint16_t* at = q + lane / 4 * WIDTH + step * 16;
+// The second operand of the first product. An 8-bit cache's rows need more registers: queries then stay in shared memory.
+struct Step {
+    uint32_t words[2];
+};
 #if FP8
-    if (step < VALUE_TILES) {
-        const uint2 four = *reinterpret_cast<const uint2*>(at + lane % 4 * 4);
-        return make_uint2(__byte_perm(four.x, four.y, 0x5410), __byte_perm(four.x, four.y, 0x7632));
-    }
-#endif
-    return make_uint2(*reinterpret_cast<const uint32_t*>(at + lane % 4 * 2), *reinterpret_cast<const uint32_t*>(at + lane % 4 * 2 + 8));
-}
-
-#if TILE_SHARED_QUERIES
 struct Queries {
-    uint2 (&steps)[STEPS][32];
-    struct Step { uint32_t words[2]; };
-    DEVICE Step step(int i, int lane) const { const uint2 two = steps[i][lane]; return {{two.x, two.y}}; }
+    const uint8_t* lane_row;
+
+    // Of the latent part, columns stand as `ldmatrix` leaves a row's bytes: 4t and 4t + 2 as columns 2t and 2t + 1 of an mma's first
+    // operand, 4t + 1 and 4t + 3 as 2t + 8 and 2t + 9.
+    DEVICE Step step(int i, int lane) const {
+        if (i < VALUE_TILES) {
+            const uint2 four = *reinterpret_cast<const uint2*>(lane_row + i * 32 + lane % 4 * 8);
+            return {{__byte_perm(four.x, four.y, 0x5410), __byte_perm(four.x, four.y, 0x7632)}};
+        }
+        const uint32_t* two = reinterpret_cast<const uint32_t*>(lane_row + i * 32 + lane % 4 * 4);
+        return {{two[0], two[4]}};
+    }
 };
 #else
 struct Queries {
-    struct Step { uint32_t words[2]; };
     Step steps[STEPS];
-    DEVICE Step step(int i, int) const { return steps[i]; }
+    DEVICE const Step& step(int i, int) const { return steps[i]; }
+
+    DEVICE void load(const uint8_t* staging, int lane) {
+        const uint8_t* row = staging + lane % 8 * Q_STRIDE + lane / 8 * 16;
+#pragma unroll
+        for (int i = 0; i < STEPS; i += 2) {
+            if (i + 1 < STEPS) {
+                uint32_t two[4];
+                ldmatrix_x4(two, row + i * 32);
+                steps[i] = {{two[0], two[1]}};
+                steps[i + 1] = {{two[2], two[3]}};
+            } else {
+                ldmatrix_x2(steps[i].words, row - lane / 16 * 32 + i * 32);
+            }
+        }
+    }
 };
 #endif
 
@@ -194,6 +214,7 @@ DEVICE void store_tile(float* exchange, const float (&o)[4], const float (&facto
 #else
 
 DEVICE void score(float (&s)[4], const Queries& q, const uint8_t (*keys)[STRIDE], int lane) {
+    constexpr int CHAINS = 4;
     float chains[CHAINS][4] = {};
     const uint8_t* lane_row = keys[lane % 16] + lane / 16 * 16;
 #pragma unroll
@@ -206,8 +227,8 @@ DEVICE void score(float (&s)[4], const Queries& q, const uint8_t (*keys)[STRIDE]
     for (int i = 0; i < 4; ++i) s[i] = (chains[0][i] + chains[1][i]) + (chains[2][i] + chains[3][i]);
 }
 
-DEVICE void add_values(float (&o)[VALUE_TILES][4], const float (&p)[4], const uint8_t (*keys)[STRIDE], int lane) {
-    const uint32_t weights[2] = {movmatrix_trans(pack_bf16(p[0], p[1])), movmatrix_trans(pack_bf16(p[2], p[3]))};
+DEVICE void add_values(float (&o)[VALUE_TILES][4], const uint32_t (&p)[2], const uint8_t (*keys)[STRIDE], int lane) {
+    const uint32_t weights[2] = {movmatrix_trans(p[0]), movmatrix_trans(p[1])};
     const uint8_t* lane_row = keys[lane % 8 + lane / 16 * 8] + lane / 8 % 2 * 16;
 #pragma unroll
     for (int tile = 0; tile < VALUE_TILES; ++tile) {
@@ -227,15 +248,61 @@ DEVICE void store_tile(float* exchange, const float (&o)[4], const float (&facto
 
 #endif
 
+// One block of keys: `reference` is what the weights of this lane's two heads are relative to, `sum` adds up those of the lane's keys.
+DEVICE void attend(float (&o)[VALUE_TILES][4], float (&reference)[2], float (&sum)[2], const Queries& queries, const uint8_t (*keys)[STRIDE],
+                   uint32_t held, float scale_log2, int lane) {
+    float s[4];
+    score(s, queries, keys, lane);
+    const bool low = held >> lane / 4 & 1, high = held >> (lane / 4 + 8) & 1;
+    s[0] = low ? s[0] * scale_log2 : negative_infinity();
+    s[1] = low ? s[1] * scale_log2 : negative_infinity();
+    s[2] = high ? s[2] * scale_log2 : negative_infinity();
+    s[3] = high ? s[3] * scale_log2 : negative_infinity();
+    float most[2] = {fmaxf(s[0], s[2]), fmaxf(s[1], s[3])};
+    if (__any_sync(ALL, most[0] > reference[0] + LAG || most[1] > reference[1] + LAG)) {
+        float factor[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+#pragma unroll
+            for (int distance = 4; distance < 32; distance *= 2) most[h] = fmaxf(most[h], __shfl_xor_sync(ALL, most[h], distance));
+            most[h] = fmaxf(most[h], reference[h]);
+            factor[h] = exp2_approx(reference[h] - finite_base(most[h]));
+            reference[h] = most[h];
+            sum[h] *= factor[h];
+        }
+#pragma unroll
+        for (int tile = 0; tile < VALUE_TILES; ++tile)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) o[tile][j] *= factor[j % 2];
+    }
+    const float base[2] = {finite_base(reference[0]), finite_base(reference[1])};
+    float p[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) p[j] = exp2_approx(s[j] - base[j % 2]);
+#if FP8
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum[j % 2] += p[j];
+    add_values(o, p, keys, lane);
+#else
+    // What is added up is what is multiplied: a row that outweighs all others comes out as it is.
+    const uint32_t weights[2] = {pack_bf16(p[0], p[1]), pack_bf16(p[2], p[3])};
+    sum[0] += bf16_low(weights[0]) + bf16_low(weights[1]);
+    sum[1] += bf16_high(weights[0]) + bf16_high(weights[1]);
+    add_values(o, weights, keys, lane);
+#endif
+}
+
 // `q` [T, H, WIDTH]; `cache` rows of ROW_BYTES; `topk_indices` [T, k]; `out` [T, H, KV_LORA_RANK], or with SPLIT the partial results of
 // a range of blocks, `sparse_mla.cuh` says which. Grid: tokens, groups of heads, splits.
 KERNEL void __launch_bounds__(THREADS, 1)
 sparse_mla(const uint16_t* q, const uint8_t* cache, const int32_t* topk_indices, const int32_t* seq_ids, const int32_t* block_table,
-           uint16_t* out, float* partial_out, float* partial_max, float* partial_sum, int heads, int k, int page_size, int max_blocks,
+           uint16_t* out, float* partial_out, float* partial_max, float* partial_sum, uint32_t* arrivals, const int32_t* union_counts,
+           int union_tokens, int union_most, int heads, int k, int page_size, int max_blocks,
            float scale_log2) {
     Shared& shared = shared_memory<Shared>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int token = blockIdx.x, splits = gridDim.z, split = blockIdx.z;
+    if (union_counts != nullptr && union_counts[token / union_tokens] <= union_most) return;
     const int64_t first_head = static_cast<int64_t>(token) * heads + blockIdx.y * HEADS;
 
     const int all_blocks = (k + KEYS - 1) / KEYS;
@@ -247,23 +314,41 @@ sparse_mla(const uint16_t* q, const uint8_t* cache, const int32_t* topk_indices,
     const int count = max(0, (blocks.end - blocks.first + WARPS - 1) / WARPS);
 
     uint8_t(*ring)[KEYS][STRIDE] = shared.rows[warp];
-    blocks.start();
     // Of each stage, which keys it holds: 16 bits.
     uint32_t held[STAGES];
+    const uint16_t* my_q = q + first_head * WIDTH;
+#if FP8
+    for (int i = threadIdx.x; i < HEADS * Q_CHUNKS; i += THREADS)
+        cp_async_16(shared.queries[i / Q_CHUNKS] + i % Q_CHUNKS * 16, my_q + i * 8);
+    cp_async_commit();
+    blocks.start();
+#pragma unroll
+    for (int i = 0; i < STAGES; ++i) {
+        held[i] = blocks.gather(ring[i], i);
+        cp_async_commit();
+    }
+    cp_async_wait<STAGES>();
+    __syncthreads();
+    const Queries queries{shared.queries[lane / 4]};
+#else
+    // Queries pass through the last stage.
+    uint8_t* staging = ring[STAGES - 1][0];
+    for (int i = lane; i < HEADS * Q_CHUNKS; i += 32)
+        cp_async_16(staging + i / Q_CHUNKS * Q_STRIDE + i % Q_CHUNKS * 16, my_q + i * 8);
+    cp_async_commit();
+    blocks.start();
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {
         held[i] = blocks.gather(ring[i], i);
         cp_async_commit();
     }
-    const uint16_t* my_q = q + first_head * WIDTH;
-#if TILE_SHARED_QUERIES
-    for (int i = threadIdx.x; i < STEPS * 32; i += THREADS) shared.queries[i / 32][i % 32] = query_step(my_q, i / 32, i % 32);
-    __syncthreads();
-    const Queries queries{shared.queries};
-#else
+    cp_async_wait<STAGES - 1>();
+    __syncwarp();
     Queries queries;
-#pragma unroll
-    for (int i = 0; i < STEPS; ++i) { const uint2 two = query_step(my_q, i, lane); queries.steps[i] = {{two.x, two.y}}; }
+    queries.load(staging, lane);
+    __syncwarp();
+    held[STAGES - 1] = blocks.gather(ring[STAGES - 1], STAGES - 1);
+    cp_async_commit();
 #endif
 
     float o[VALUE_TILES][4];
@@ -276,49 +361,16 @@ sparse_mla(const uint16_t* q, const uint8_t* cache, const int32_t* topk_indices,
 
     int stage = 0;
     for (int i = 0; i < count; ++i) {
-        cp_async_wait<STAGES - 2>();
+        cp_async_wait<STAGES - 1>();
         __syncwarp();
-        const uint32_t now = held[0];
-#pragma unroll
-        for (int j = 0; j + 2 < STAGES; ++j) held[j] = held[j + 1];
-        held[STAGES - 2] = blocks.gather(ring[stage == 0 ? STAGES - 1 : stage - 1], i + STAGES - 1);
-        cp_async_commit();
-        const uint8_t(*keys)[STRIDE] = ring[stage];
+        uint8_t(*keys)[STRIDE] = ring[stage];
         stage = stage + 1 == STAGES ? 0 : stage + 1;
-        if (now == 0) continue;
-
-        float s[4];
-        score(s, queries, keys, lane);
-        const bool low = now >> lane / 4 & 1, high = now >> (lane / 4 + 8) & 1;
-        s[0] = low ? s[0] * scale_log2 : negative_infinity();
-        s[1] = low ? s[1] * scale_log2 : negative_infinity();
-        s[2] = high ? s[2] * scale_log2 : negative_infinity();
-        s[3] = high ? s[3] * scale_log2 : negative_infinity();
-        float most[2] = {fmaxf(s[0], s[2]), fmaxf(s[1], s[3])};
-        if (__any_sync(ALL, most[0] > reference[0] + LAG || most[1] > reference[1] + LAG)) {
-            float factor[2];
+        if (held[0] != 0) attend(o, reference, sum, queries, keys, held[0], scale_log2, lane);
+        __syncwarp();
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-#pragma unroll
-                for (int distance = 4; distance < 32; distance *= 2) most[h] = fmaxf(most[h], __shfl_xor_sync(ALL, most[h], distance));
-                most[h] = fmaxf(most[h], reference[h]);
-                factor[h] = exp2_approx(reference[h] - finite_base(most[h]));
-                reference[h] = most[h];
-                sum[h] *= factor[h];
-            }
-#pragma unroll
-            for (int tile = 0; tile < VALUE_TILES; ++tile)
-#pragma unroll
-                for (int j = 0; j < 4; ++j) o[tile][j] *= factor[j % 2];
-        }
-        const float base[2] = {finite_base(reference[0]), finite_base(reference[1])};
-        float p[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            p[j] = exp2_approx(s[j] - base[j % 2]);
-            sum[j % 2] += p[j];
-        }
-        add_values(o, p, keys, lane);
+        for (int j = 0; j + 1 < STAGES; ++j) held[j] = held[j + 1];
+        held[STAGES - 1] = blocks.gather(keys, i + STAGES);
+        cp_async_commit();
     }
 
     cp_async_wait<0>();
@@ -337,39 +389,72 @@ sparse_mla(const uint16_t* q, const uint8_t* cache, const int32_t* topk_indices,
     float factor[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        float most = shared.maxima[0][lane % 4 * 2 + h];
+        const int head = lane % 4 * 2 + h;
+        float most = shared.maxima[0][head];
 #pragma unroll
-        for (int w = 1; w < WARPS; ++w) most = fmaxf(most, shared.maxima[w][lane % 4 * 2 + h]);
-        factor[h] = exp2_approx(reference[h] - finite_base(most));
+        for (int w = 1; w < WARPS; ++w) most = fmaxf(most, shared.maxima[w][head]);
+        const float base = finite_base(most);
+        float total = 0.0f;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) total = fmaf(shared.sums[w][head], exp2_approx(shared.maxima[w][head] - base), total);
+        factor[h] = exp2_approx(reference[h] - base);
+#if SPLIT
+        if (warp == 0 && lane < 4) {
+            partial_max[(first_head + head) * splits + split] = most;
+            partial_sum[(first_head + head) * splits + split] = total;
+        }
+#else
+        factor[h] *= reciprocal_or_zero(total);
+#endif
     }
     float* exchange = reinterpret_cast<float*>(ring);
 #pragma unroll
     for (int tile = 0; tile < VALUE_TILES; ++tile) store_tile(exchange, o[tile], factor, tile, lane);
     __syncthreads();
-    constexpr int FOURS = KV_LORA_RANK / 4, RING_FLOATS = STAGES * KEYS * STRIDE / 4;
-    for (int i = threadIdx.x; i < HEADS * FOURS; i += THREADS) {
-        const int head = i / FOURS, column = i % FOURS * 4;
-        float most = shared.maxima[0][head];
+    constexpr int FOURS = KV_LORA_RANK / 4, RING_FLOATS = STAGES * KEYS * STRIDE / 4, ITEMS = (HEADS * FOURS + THREADS - 1) / THREADS;
+#pragma unroll 8
+    for (int item = 0; item < ITEMS; ++item) {
+        const int i = item * THREADS + threadIdx.x, head = i / FOURS, column = i % FOURS * 4;
+        if (HEADS * FOURS % THREADS != 0 && head >= HEADS) break;
+        const float* part = reinterpret_cast<const float*>(shared.rows) + head * O_STRIDE + column;
+        float4 v = *reinterpret_cast<const float4*>(part);
 #pragma unroll
-        for (int w = 1; w < WARPS; ++w) most = fmaxf(most, shared.maxima[w][head]);
-        float total = 0.0f;
-        float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) {
-            total = fmaf(shared.sums[w][head], exp2_approx(shared.maxima[w][head] - finite_base(most)), total);
-            const float* part = reinterpret_cast<const float*>(shared.rows) + w * RING_FLOATS + head * O_STRIDE + column;
-            const float4 four = *reinterpret_cast<const float4*>(part);
+        for (int w = 1; w < WARPS; ++w) {
+            const float4 four = *reinterpret_cast<const float4*>(part + w * RING_FLOATS);
             v.x += four.x, v.y += four.y, v.z += four.z, v.w += four.w;
         }
 #if SPLIT
-        const int64_t partial = (first_head + head) * splits + split;
-        *reinterpret_cast<float4*>(partial_out + partial * KV_LORA_RANK + column) = v;
-        if (column == 0) {
-            partial_max[partial] = most;
-            partial_sum[partial] = total;
-        }
+        *reinterpret_cast<float4*>(partial_out + ((first_head + head) * splits + split) * KV_LORA_RANK + column) = v;
 #else
-        store_normalised(out + (first_head + head) * KV_LORA_RANK + column, v, total);
+        store_bf16(out + (first_head + head) * KV_LORA_RANK + column, v);
 #endif
     }
+#if SPLIT == 2
+    // The last block of a token's heads adds up what all have left, in their order.
+    __threadfence();
+    __syncthreads();
+    uint32_t* arrival = arrivals + token * gridDim.y + blockIdx.y;
+    if (threadIdx.x == 0) shared.last[0] = atomicAdd(arrival, 1) == splits - 1;
+    __syncthreads();
+    if (!shared.last[0]) return;
+    if (threadIdx.x == 0) *arrival = 0;
+    __threadfence();
+    constexpr int AT_ONCE = 4;
+#pragma unroll 1
+    for (int first = 0; first < ITEMS; first += AT_ONCE) {
+        Merge<AT_ONCE> merge;
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) {
+            const int i = (first + j) * THREADS + threadIdx.x;
+            const int64_t head = first_head + min(i / FOURS, HEADS - 1);
+            merge.start(j, partial_out, partial_max, partial_sum, head, i % FOURS * 4, splits);
+        }
+        merge.add(0, 1, splits);
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) {
+            const int i = (first + j) * THREADS + threadIdx.x;
+            if (i < HEADS * FOURS) store_bf16(out + (first_head + i / FOURS) * KV_LORA_RANK + i % FOURS * 4, merge.sums[j].normalised());
+        }
+    }
+#endif
 }

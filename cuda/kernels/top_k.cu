@@ -17,9 +17,6 @@ static_assert(THREADS % 32 == 0 && THREADS <= 1024, "whole warps, and a warp hol
 static_assert(BINS % THREADS == 0 && (BINS & (BINS - 1)) == 0, "bins are dealt out evenly, and cut off bits");
 
 constexpr float LARGEST = 0x1.fffffep127f;
-// The position of what is no element at all; its score is no number, so it comes after all elements.
-constexpr uint32_t NOWHERE = ~0u;
-
 DEVICE float not_a_number() { return __uint_as_float(0x7fc00000u); }
 
 // A score as an integer that ranks as the contract wants: numbers in their order with -0.0 as +0.0, NaN below them.
@@ -83,31 +80,36 @@ struct Row {
 
     // Loads what lies in the first `limit` elements of the row; the rest is no number.
     DEVICE void load(uint32_t vector, uint32_t limit, float (&values)[4]) const {
-        const float* address = vectors + int64_t{4} * vector;
-        const uint32_t first = position(vector);
-        if (covers(vector, limit)) {
-            const uint4 bits = load_once_16(address);
-            values[0] = __uint_as_float(bits.x);
-            values[1] = __uint_as_float(bits.y);
-            values[2] = __uint_as_float(bits.z);
-            values[3] = __uint_as_float(bits.w);
-        } else {
+        if (covers(vector, limit)) return load_whole(vector, values);
 #pragma unroll
-            for (uint32_t j = 0; j < 4; ++j) values[j] = first + j < limit ? address[j] : not_a_number();
+        for (uint32_t j = 0; j < 4; ++j) {
+            values[j] = position(vector) + j < limit ? vectors[int64_t{4} * vector + j] : not_a_number();
         }
     }
 
-    // Calls `f(value, position)` for every element, and for NOWHERE in between.
+    DEVICE void load_whole(uint32_t vector, float (&values)[4]) const {
+        const uint4 bits = load_once_16(vectors + int64_t{4} * vector);
+        values[0] = __uint_as_float(bits.x);
+        values[1] = __uint_as_float(bits.y);
+        values[2] = __uint_as_float(bits.z);
+        values[3] = __uint_as_float(bits.w);
+    }
+
+    // Calls `f(value, position)` for every element, and for what is none in between.
     template <typename F>
     DEVICE void each(F f) const {
-        for (uint32_t vector = threadIdx.x; vector < num_vectors(); vector += THREADS) {
-            float values[4];
-            load(vector, length, values);
+        constexpr uint32_t UNDER_WAY = TILE_BLOCKS * THREADS > 1024 ? 1 : 4;
+        for (uint32_t first = threadIdx.x; first < num_vectors(); first += UNDER_WAY * THREADS) {
+            float values[UNDER_WAY][4];
 #pragma unroll
-            for (uint32_t j = 0; j < 4; ++j) f(values[j], position(vector) + j < length ? position(vector) + j : NOWHERE);
+            for (uint32_t v = 0; v < UNDER_WAY; ++v) load(first + v * THREADS, length, values[v]);
+#pragma unroll
+            for (uint32_t i = 0; i < 4 * UNDER_WAY; ++i) f(values[i / 4][i % 4], position(first + i / 4 * THREADS) + i % 4);
         }
     }
 };
+
+// What is no element, but stands between them: no number, and a position behind the row, so that it comes after all elements.
 
 // Items in shared memory.
 struct List {
@@ -116,20 +118,20 @@ struct List {
 
     template <typename F>
     DEVICE void each(F f) const {
+#pragma unroll 4
         for (uint32_t slot = threadIdx.x; slot < length; slot += THREADS) f(items[slot].value, items[slot].position);
     }
 };
 
-// COUNT items a thread in registers.
+// COUNT scores a thread in registers, from nowhere in particular.
 template <uint32_t COUNT>
 struct Items {
     float values[COUNT];
-    uint32_t positions[COUNT];
 
     template <typename F>
     DEVICE void each(F f) const {
 #pragma unroll
-        for (uint32_t i = 0; i < COUNT; ++i) f(values[i], positions[i]);
+        for (uint32_t i = 0; i < COUNT; ++i) f(values[i], 0);
     }
 };
 
@@ -143,8 +145,17 @@ struct Spread {
 
     DEVICE Spread(float low, float high) : low(low), scale((BINS - 1.0f) / (high - low)), offset(ZERO - low * scale) {}
 
+    DEVICE float place(float value) const { return fmaf(value, scale, offset); }
+
     DEVICE uint32_t bin(float value) const {
-        return __float_as_uint(fminf(fmaxf(fmaf(value, scale, offset), ZERO), ZERO + (BINS - 1.0f))) - __float_as_uint(ZERO);
+        return __float_as_uint(fminf(fmaxf(place(value), ZERO), ZERO + (BINS - 1.0f))) - __float_as_uint(ZERO);
+    }
+
+    // Whether `bin(value)` is this one, for many values and one bin.
+    DEVICE bool holds(uint32_t bin, float value) const {
+        const float target = ZERO + bin, low_end = bin == 0 ? -LARGEST : target, high_end = bin == BINS - 1 ? LARGEST : target;
+        const float found = place(value);
+        return (found >= low_end && found <= high_end) || (bin == 0 && !(found >= low_end)) || (bin == BINS - 1 && found > high_end);
     }
 
     // About the lowest number of a bin.
@@ -184,14 +195,11 @@ DEVICE void clear_histogram(Selection& shared) {
     for (uint32_t bin = threadIdx.x; bin < BINS; bin += THREADS) shared.histogram[bin] = 0;
 }
 
-// The lowest bin is not counted: it holds what the others do not. So rows that are mostly one low score do not queue for it.
-DEVICE void count(Selection& shared, uint32_t bin) {
-    if (bin != 0) atomicAdd(&shared.histogram[bin], 1u);
-}
+DEVICE void count(Selection& shared, uint32_t bin) { atomicAdd(&shared.histogram[bin], 1u); }
 
-// Of `total` items, leaves in `bin` that of the `need`-th from the top, in `above` the number of items in higher bins, in `count` that in
-// it. Two barriers.
-DEVICE void find_bin(Selection& shared, uint32_t need, uint32_t total) {
+// Leaves in `bin` that of the `need`-th item from the top, in `above` the number of items in higher bins, in `count` that in it.
+// Two barriers.
+DEVICE void find_bin(Selection& shared, uint32_t need) {
     // Thread 0 has the highest bins.
     const uint32_t first = BINS - (threadIdx.x + 1) * BINS_PER_THREAD;
     uint32_t counts[BINS_PER_THREAD], sum = 0;
@@ -201,17 +209,15 @@ DEVICE void find_bin(Selection& shared, uint32_t need, uint32_t total) {
         sum += counts[i];
     }
     uint32_t above = block_exclusive_sum(sum, shared.sums);
-    const bool lowest = threadIdx.x == THREADS - 1;
-    if (above < need && (need <= above + sum || lowest)) {
+    if (above < need && need <= above + sum) {
 #pragma unroll
         for (uint32_t i = BINS_PER_THREAD; i-- > 0;) {
-            const uint32_t inside = lowest && i == 0 ? total - above : counts[i];
-            if (above < need && need <= above + inside) {
+            if (above < need && need <= above + counts[i]) {
                 shared.bin = first + i;
                 shared.above = above;
-                shared.count = inside;
+                shared.count = counts[i];
             }
-            above += inside;
+            above += counts[i];
         }
     }
     __syncthreads();
@@ -230,11 +236,11 @@ DEVICE void narrow(Selection& shared, const Source& source, Value value, Range& 
             if (range.contains(v)) count(shared, v - range.low >> shift);
         });
         __syncthreads();
-        find_bin(shared, need, candidates);
+        find_bin(shared, need);
         need -= shared.above;
         candidates = shared.count;
         range.low += shared.bin << shift;
-        range.high = min(range.high, range.low + ((1u << shift) - 1));
+        range.high = range.low + min(range.high - range.low, (1u << shift) - 1);
     }
 }
 
@@ -260,28 +266,38 @@ DEVICE Item nth_of(Selection& shared, const Source& source, uint32_t need, Candi
 struct Place {
     Spread spread;
     uint32_t bin, need, candidates;
-    DEVICE bool holds(float value) const { return spread.bin(value) == bin; }
+    DEVICE bool holds(float value) const { return spread.holds(bin, value); }
 };
 
-// Looks for the `need`-th of the source's `total` items by spreading them over the bins, and again those of one bin while they are more
+// Looks for the `need`-th of the source's items by spreading them over the bins, and again those of one bin while they are more
 // than `few`; a far outlier costs one more round, equal scores stay together.
 template <typename Source>
-DEVICE Place find_place(Selection& shared, const Source& source, uint32_t need, uint32_t total, uint32_t few) {
+DEVICE Place find_place(Selection& shared, const Source& source, uint32_t need, uint32_t few) {
     constexpr int ROUNDS = 3;
     float low = LARGEST, high = -LARGEST;
     source.each([&](float value, uint32_t) {
-        const float finite = fabsf(value) <= LARGEST ? value : not_a_number();
-        low = fminf(low, finite);
-        high = fmaxf(high, finite);
+        low = fminf(low, value);
+        high = fmaxf(high, value);
     });
     clear_histogram(shared);
     if (threadIdx.x == 0) shared.num_ranked = 0;
-    const Range keys = block_range({to_key(low), to_key(high)}, shared);
+    Range keys = block_range({to_key(low), to_key(high)}, shared);
+    if (keys.low < to_key(-LARGEST) || keys.high > to_key(LARGEST)) {
+        low = LARGEST;
+        high = -LARGEST;
+        source.each([&](float value, uint32_t) {
+            const float finite = fabsf(value) <= LARGEST ? value : not_a_number();
+            low = fminf(low, finite);
+            high = fmaxf(high, finite);
+        });
+        __syncthreads();
+        keys = block_range({to_key(low), to_key(high)}, shared);
+    }
     Spread spread(to_value(keys.low), to_value(keys.high));
     for (int round = 1;; ++round) {
         source.each([&](float value, uint32_t) { count(shared, spread.bin(value)); });
         __syncthreads();
-        find_bin(shared, need, total);
+        find_bin(shared, need);
         const uint32_t bin = shared.bin;
         if (shared.count <= few || round == ROUNDS) return {spread, bin, need - shared.above, shared.count};
         spread = Spread(spread.edge(bin), spread.edge(bin + 1));
@@ -292,8 +308,8 @@ DEVICE Place find_place(Selection& shared, const Source& source, uint32_t need, 
 
 // The `need`-th of the items, if the first look at them leaves few candidates.
 template <typename Source>
-DEVICE bool select(Selection& shared, const Source& source, uint32_t need, uint32_t total, uint32_t end, Item& last) {
-    const Place place = find_place(shared, source, need, total, RANKED);
+DEVICE bool select(Selection& shared, const Source& source, uint32_t need, uint32_t end, Item& last) {
+    const Place place = find_place(shared, source, need, RANKED);
     if (place.candidates > RANKED) return false;
     last = nth_of(shared, source, place.need, [&](float value, uint32_t position) { return place.holds(value) && position < end; });
     return true;
@@ -301,7 +317,7 @@ DEVICE bool select(Selection& shared, const Source& source, uint32_t need, uint3
 
 // The `need`-th element of any row.
 DEVICE Item select_from_memory(Selection& shared, const Row& row, uint32_t need) {
-    Place place = find_place(shared, row, need, row.length, RANKED);
+    Place place = find_place(shared, row, need, RANKED);
     Range keys{~0u, 0};
     row.each([&](float value, uint32_t position) {
         const bool inside = place.holds(value) && position < row.length;
@@ -342,10 +358,10 @@ struct Part {
     uint32_t survivors, pivot;
 };
 
-// A score that about `wanted` of the `total` items reach.
+// A score that about `wanted` of the items reach.
 template <typename Source>
-DEVICE float pivot_of(Selection& shared, const Source& source, uint32_t wanted, uint32_t total) {
-    const Place place = find_place(shared, source, wanted, total, wanted / 8 + 1);
+DEVICE float pivot_of(Selection& shared, const Source& source, uint32_t wanted) {
+    const Place place = find_place(shared, source, wanted, wanted / 8 + 1);
     return place.spread.edge(place.bin);
 }
 
@@ -361,13 +377,10 @@ DEVICE float sample_pivot(Shared& shared, const Row& row, uint32_t wanted) {
         float values[4];
         row.load(static_cast<uint32_t>(vector), row.length, values);
 #pragma unroll
-        for (uint32_t j = 0; j < 4; ++j) {
-            sample.values[4 * s + j] = values[j];
-            sample.positions[4 * s + j] = 4 * i + j;
-        }
+        for (uint32_t j = 0; j < 4; ++j) sample.values[4 * s + j] = values[j];
     }
     const uint32_t share = static_cast<uint32_t>(uint64_t{4 * SAMPLED} * wanted / row.length);
-    return pivot_of(shared.selection, sample, min(max(share, 16u), 4 * SAMPLED - 8), 4 * SAMPLED);
+    return pivot_of(shared.selection, sample, min(max(share, 16u), 4 * SAMPLED));
 }
 
 // Writes the selected positions, ascending, by marking them in windows of the row.
@@ -410,8 +423,13 @@ KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
     float values[VECTORS][4];
     const auto vector_of = [&](uint32_t stretch, uint32_t v) { return ((stretch + v * WARPS + warp()) * num_parts + part) * 32 + lane(); };
     const auto load = [&](uint32_t stretch, uint32_t limit) {
+        if (row.head == 0 && (stretch + VECTORS * WARPS) * num_parts * 128 <= limit) {
 #pragma unroll
-        for (uint32_t v = 0; v < VECTORS; ++v) row.load(vector_of(stretch, v), limit, values[v]);
+            for (uint32_t v = 0; v < VECTORS; ++v) row.load_whole(vector_of(stretch, v), values[v]);
+        } else {
+#pragma unroll
+            for (uint32_t v = 0; v < VECTORS; ++v) row.load(vector_of(stretch, v), limit, values[v]);
+        }
     };
     // The first loads do not wait for the row's length.
     load(0, columns);
@@ -422,24 +440,25 @@ KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
         return;
     }
 
+    // What was loaded behind the row's end is no element.
+    if ((VECTORS * WARPS) * num_parts * 128 > row.length) {
+#pragma unroll
+        for (uint32_t i = 0; i < 4 * VECTORS; ++i) {
+            if (row.position(vector_of(0, i / 4)) + i % 4 >= row.length) values[i / 4][i % 4] = not_a_number();
+        }
+    }
+
     const uint32_t stretches = (row.num_vectors() + 31) / 32, stretches_per_part = (stretches + num_parts - 1) / num_parts;
     const uint32_t capacity = SLOTS / num_parts, wanted = min(5 * k / 2, 5 * SLOTS / 8);
-    float pivot = not_a_number();
+    float pivot = __uint_as_float(0xff800000u);
     if (threadIdx.x == 0) shared.length = 0;
     if (stretches_per_part * 128 > capacity) {
         if (TILE_SPLIT && stretches_per_part <= VECTORS * WARPS) {
             // The part is in registers, and its own best are as good a sample.
             Items<4 * VECTORS> own;
 #pragma unroll
-            for (uint32_t i = 0; i < 4 * VECTORS; ++i) {
-                own.positions[i] = row.position(vector_of(0, i / 4)) + i % 4;
-                own.values[i] = own.positions[i] < row.length ? values[i / 4][i % 4] : not_a_number();
-            }
-            const uint32_t own_stretches = (stretches - part + num_parts - 1) / num_parts;
-            const uint32_t before = part == 0 ? row.head : 0;
-            const uint32_t after = (stretches - 1) % num_parts == part ? 128 * stretches - row.head - row.length : 0;
-            const uint32_t total = 128 * own_stretches - before - after;
-            if (total > 0) pivot = pivot_of(shared.selection, own, min(wanted / num_parts + 1, total), total);
+            for (uint32_t i = 0; i < 4 * VECTORS; ++i) own.values[i] = values[i / 4][i % 4];
+            pivot = pivot_of(shared.selection, own, min(wanted / num_parts + 1, 4 * VECTORS * THREADS));
         } else {
             pivot = sample_pivot(shared, row, wanted);
         }
@@ -449,25 +468,17 @@ KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
     for (uint32_t stretch = 0; stretch < stretches_per_part; stretch += VECTORS * WARPS) {
         uint32_t passed = 0;
 #pragma unroll
-        for (uint32_t v = 0; v < VECTORS; ++v) {
-            const uint32_t first = row.position(vector_of(stretch, v));
-#pragma unroll
-            for (uint32_t j = 0; j < 4; ++j) {
-                if (!(values[v][j] < pivot) && first + j < row.length) passed |= 1u << (4 * v + j);
-            }
-        }
-        const uint32_t inclusive = warp_inclusive_sum(__popc(passed));
+        for (uint32_t i = 0; i < 4 * VECTORS; ++i) passed += values[i / 4][i % 4] >= pivot;
+        const uint32_t inclusive = warp_inclusive_sum(passed);
         uint32_t slot = 0;
         if (lane() == 31) slot = atomicAdd(&shared.length, inclusive);
-        slot = __shfl_sync(ALL_LANES, slot, 31) + inclusive - __popc(passed);
+        slot = __shfl_sync(ALL_LANES, slot, 31) + inclusive - passed;
 #pragma unroll
-        for (uint32_t v = 0; v < VECTORS; ++v) {
-#pragma unroll
-            for (uint32_t j = 0; j < 4; ++j) {
-                if (passed >> (4 * v + j) & 1) {
-                    if (slot < capacity) shared.list[slot] = {values[v][j], row.position(vector_of(stretch, v)) + j};
-                    ++slot;
-                }
+        for (uint32_t i = 0; i < 4 * VECTORS; ++i) {
+            const float value = values[i / 4][i % 4];
+            if (value >= pivot) {
+                if (slot < capacity) shared.list[slot] = {value, row.position(vector_of(stretch, i / 4)) + i % 4};
+                ++slot;
             }
         }
         load(stretch + VECTORS * WARPS, row.length);
@@ -514,7 +525,7 @@ KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
     if (!overflow && survivors >= k) {
         const List list{shared.list, survivors};
         Item last;
-        if (select(shared.selection, list, k, survivors, row.length, last) && to_key(last.value) >= highest_pivot) {
+        if (select(shared.selection, list, k, row.length, last) && to_key(last.value) >= highest_pivot) {
             write_ascending(shared, list, Threshold{last}, row.length, out);
             return;
         }
@@ -524,71 +535,13 @@ KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
 
 #else
 
-#ifdef TILE_REGISTERS
-// Rows that fit the registers of their block.
-struct Shared {
-    Selection selection;
-    uint32_t counts[VECTORS][WARPS];
-};
-static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
-
-KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
-    top_k(const int32_t* positions, const float* logits, int32_t* topk_indices, int32_t first_row, int32_t columns, int32_t places) {
-    Shared& shared = shared_memory<Shared>();
-    const uint32_t k = places;
-    Row row(logits, int64_t{columns} * blockIdx.x);
-    // The loads do not wait for the row's length.
-    float values[VECTORS][4];
-#pragma unroll
-    for (uint32_t v = 0; v < VECTORS; ++v) row.load(v * THREADS + threadIdx.x, columns, values[v]);
-    row.length = positions[first_row + blockIdx.x] + 1;
-    int32_t* out = topk_indices + int64_t{k} * (first_row + static_cast<int32_t>(blockIdx.x));
-    if (row.length <= k) {
-        write_all(out, row.length, k);
-        return;
-    }
-    Items<4 * VECTORS> items;
-#pragma unroll
-    for (uint32_t i = 0; i < 4 * VECTORS; ++i) {
-        items.positions[i] = row.position(i / 4 * THREADS + threadIdx.x) + i % 4;
-        items.values[i] = items.positions[i] < row.length ? values[i / 4][i % 4] : not_a_number();
-    }
-    Threshold threshold;
-    if (!select(shared.selection, items, k, row.length, row.length, threshold.last)) threshold.last = select_from_memory(shared.selection, row, k);
-
-    uint32_t selected[VECTORS], slots[VECTORS];
-#pragma unroll
-    for (uint32_t v = 0; v < VECTORS; ++v) {
-        selected[v] = 0;
-#pragma unroll
-        for (uint32_t i = 4 * v; i < 4 * v + 4; ++i) {
-            selected[v] |= static_cast<uint32_t>(threshold.selects(items.values[i], items.positions[i])) << i % 4;
-        }
-        const uint32_t inclusive = warp_inclusive_sum(__popc(selected[v]));
-        if (lane() == 31) shared.counts[v][warp()] = inclusive;
-        slots[v] = inclusive - __popc(selected[v]);
-    }
-    __syncthreads();
-    uint32_t written = 0;
-#pragma unroll
-    for (uint32_t v = 0; v < VECTORS; ++v) {
-        const uint32_t count = lane() < WARPS ? shared.counts[v][lane()] : 0;
-        uint32_t slot = written + slots[v] + __reduce_add_sync(ALL_LANES, lane() < warp() ? count : 0);
-        written += __reduce_add_sync(ALL_LANES, count);
-#pragma unroll
-        for (uint32_t i = 4 * v; i < 4 * v + 4; ++i) {
-            if (selected[v] >> i % 4 & 1) out[slot++] = static_cast<int32_t>(items.positions[i]);
-        }
-    }
-}
-
-#else
-
 // Rows that fit the shared memory of their block.
+constexpr uint32_t SUMS = (VECTORS + 3) / 4;
+
 struct Shared {
     float4 vectors[VECTORS][THREADS];
     Selection selection;
-    uint32_t counts[VECTORS][WARPS];
+    uint32_t sums[SUMS][WARPS];
 };
 static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
 
@@ -599,6 +552,7 @@ struct Copy {
 
     template <typename F>
     DEVICE void each(F f) const {
+#pragma unroll 2
         for (uint32_t v = 0; v * THREADS < row.num_vectors(); ++v) {
             const float4 values = vectors[v][threadIdx.x];
             const uint32_t position = row.position(v * THREADS + threadIdx.x);
@@ -631,6 +585,7 @@ KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
     }
     cp_async_wait<0>();
     for (uint32_t v = 0; v * THREADS < row.num_vectors(); ++v) {
+        if (row.head == 0 && (v + 1) * THREADS * 4 <= row.length) continue;
         const uint32_t vector = v * THREADS + threadIdx.x;
         if (!row.covers(vector, row.length)) {
             float values[4];
@@ -640,35 +595,41 @@ KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
     }
     const Copy copy{shared.vectors, row};
     Threshold threshold;
-    if (!select(shared.selection, copy, k, row.length, row.length, threshold.last)) threshold.last = select_from_memory(shared.selection, row, k);
+    if (!select(shared.selection, copy, k, row.length, threshold.last)) threshold.last = select_from_memory(shared.selection, row, k);
 
-    // Of each vector which elements are selected, in the low four bits, and above them how many of the warp's lanes before.
-    uint32_t selected[VECTORS];
+    // Which elements of each vector are selected, four bits each, and how many: eight bits each, so that four sums over a warp are one.
+    uint32_t selected[SUMS], sums[SUMS];
 #pragma unroll
-    for (uint32_t v = 0; v < VECTORS; ++v) {
-        if (v * THREADS >= row.num_vectors()) break;
-        const float4 values = shared.vectors[v][threadIdx.x];
-        const uint32_t position = row.position(v * THREADS + threadIdx.x);
-        const uint32_t bits = threshold.selects(values.x, position) | threshold.selects(values.y, position + 1) << 1 |
-                              threshold.selects(values.z, position + 2) << 2 | threshold.selects(values.w, position + 3) << 3;
-        const uint32_t inclusive = warp_inclusive_sum(__popc(bits));
-        if (lane() == 31) shared.counts[v][warp()] = inclusive;
-        selected[v] = inclusive - __popc(bits) << 4 | bits;
+    for (uint32_t s = 0; s < SUMS; ++s) {
+        selected[s] = sums[s] = 0;
+#pragma unroll
+        for (uint32_t i = 0; i < 4; ++i) {
+            const uint32_t v = 4 * s + i;
+            if (v >= VECTORS || v * THREADS >= row.num_vectors()) break;
+            const float4 values = shared.vectors[v][threadIdx.x];
+            const uint32_t position = row.position(v * THREADS + threadIdx.x);
+            const uint32_t bits = threshold.selects(values.x, position) | threshold.selects(values.y, position + 1) << 1 |
+                                  threshold.selects(values.z, position + 2) << 2 | threshold.selects(values.w, position + 3) << 3;
+            selected[s] |= bits << 4 * i;
+            sums[s] |= static_cast<uint32_t>(__popc(bits)) << 8 * i;
+        }
+        const uint32_t inclusive = warp_inclusive_sum(sums[s]);
+        if (lane() == 31) shared.sums[s][warp()] = inclusive;
+        sums[s] = inclusive - sums[s];
     }
     __syncthreads();
     uint32_t written = 0;
 #pragma unroll
     for (uint32_t v = 0; v < VECTORS; ++v) {
         if (v * THREADS >= row.num_vectors()) break;
-        const uint32_t count = lane() < WARPS ? shared.counts[v][lane()] : 0;
-        uint32_t slot = written + (selected[v] >> 4) + __reduce_add_sync(ALL_LANES, lane() < warp() ? count : 0);
-        written += __reduce_add_sync(ALL_LANES, count);
+        const uint32_t sum = lane() < WARPS ? shared.sums[v / 4][lane()] >> 8 * (v % 4) & 0xff : 0;
+        uint32_t slot = written + (sums[v / 4] >> 8 * (v % 4) & 0xff) + __reduce_add_sync(ALL_LANES, lane() < warp() ? sum : 0);
+        written += __reduce_add_sync(ALL_LANES, sum);
 #pragma unroll
         for (uint32_t j = 0; j < 4; ++j) {
-            if (selected[v] >> j & 1) out[slot++] = static_cast<int32_t>(row.position(v * THREADS + threadIdx.x) + j);
+            if (selected[v / 4] >> (4 * (v % 4) + j) & 1) out[slot++] = static_cast<int32_t>(row.position(v * THREADS + threadIdx.x) + j);
         }
     }
 }
 
-#endif
 #endif

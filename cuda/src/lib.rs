@@ -7,17 +7,20 @@
 pub mod batch;
 pub mod device;
 pub mod gpu;
+pub mod indexer_logits;
 pub mod latent_rope;
 pub mod layer_norm_rope;
 mod probe;
 pub mod registry;
 mod rows;
 pub mod sources;
+pub mod sparse_mla;
 pub mod sparse_mla_union;
 pub mod sparse_mla_wide;
 pub mod tensor;
 pub mod tile;
 pub mod tiles;
+pub mod top_k;
 
 pub use batch::CudaBatch;
 pub use device::{Arg, Device, Launch, Limits, Program, ProgramEntry};

@@ -3,9 +3,14 @@
 use dsa80_reference::Result;
 
 use crate::device::{Limits, ProgramEntry};
+use crate::indexer_logits::{self, IndexerLogitsDims, IndexerLogitsTile};
 use crate::latent_rope::{self, LatentRopeDims, LatentRopeTile};
 use crate::layer_norm_rope::{self, LayerNormRopeDims, LayerNormRopeTile};
+use crate::sparse_mla::{self, SparseMlaDims, SparseMlaTile};
+use crate::sparse_mla_union::{self, SparseMlaUnionTile};
+use crate::sparse_mla_wide::{self, SparseMlaWideDims, SparseMlaWideTile};
 use crate::tile::Tile;
+use crate::top_k::{self, TopKRows, TopKTile};
 
 /// A tile that tile files can hold.
 pub trait PinnedTile: Tile {
@@ -43,6 +48,64 @@ impl PinnedTile for LatentRopeTile {
     }
 }
 
+impl PinnedTile for IndexerLogitsTile {
+    const CLASSES: &'static [&'static str] = &["decode_bf16", "decode_fp8", "prefill_bf16", "prefill_fp8"];
+
+    fn glm_dims(_class: &str) -> IndexerLogitsDims {
+        IndexerLogitsDims { heads: 32, dims: 128 }
+    }
+
+    fn programs(&self, dims: IndexerLogitsDims) -> Vec<ProgramEntry> {
+        indexer_logits::programs(self, dims)
+    }
+}
+
+impl PinnedTile for TopKTile {
+    const CLASSES: &'static [&'static str] = &["few", "many"];
+
+    fn glm_dims(class: &str) -> TopKRows {
+        if class == "few" { TopKRows::Few } else { TopKRows::Many }
+    }
+
+    fn programs(&self, _rows: TopKRows) -> Vec<ProgramEntry> {
+        top_k::programs(self)
+    }
+}
+
+impl PinnedTile for SparseMlaTile {
+    const CLASSES: &'static [&'static str] = &["decode", "prefill"];
+
+    fn glm_dims(_class: &str) -> SparseMlaDims {
+        SparseMlaDims { kv_lora_rank: 512, rope: 64 }
+    }
+
+    fn programs(&self, dims: SparseMlaDims) -> Vec<ProgramEntry> {
+        sparse_mla::programs(self, dims)
+    }
+}
+
+impl PinnedTile for SparseMlaWideTile {
+    const CLASSES: &'static [&'static str] = &["decode", "prefill"];
+
+    fn glm_dims(_class: &str) -> SparseMlaWideDims {
+        SparseMlaWideDims { kv_lora_rank: 512, rope: 64 }
+    }
+
+    fn programs(&self, dims: SparseMlaWideDims) -> Vec<ProgramEntry> {
+        sparse_mla_wide::programs(self, dims)
+    }
+}
+
+impl PinnedTile for SparseMlaUnionTile {
+    const CLASSES: &'static [&'static str] = &["any"];
+
+    fn glm_dims(_class: &str) {}
+
+    fn programs(&self, (): ()) -> Vec<ProgramEntry> {
+        sparse_mla_union::programs(self)
+    }
+}
+
 /// A [`PinnedTile`] without its type: tiles are what a tile file holds.
 #[derive(Debug, Clone, Copy)]
 pub struct Registered {
@@ -57,8 +120,15 @@ pub struct Registered {
 }
 
 /// The kernels, in the order of a model's layer.
-pub const KERNELS: &[Registered] =
-    &[Registered::of::<LayerNormRopeTile>(), Registered::of::<LatentRopeTile>()];
+pub const KERNELS: &[Registered] = &[
+    Registered::of::<LayerNormRopeTile>(),
+    Registered::of::<LatentRopeTile>(),
+    Registered::of::<IndexerLogitsTile>(),
+    Registered::of::<TopKTile>(),
+    Registered::of::<SparseMlaTile>(),
+    Registered::of::<SparseMlaWideTile>(),
+    Registered::of::<SparseMlaUnionTile>(),
+];
 
 /// The kernel of that name.
 pub fn find(kernel: &str) -> Option<&'static Registered> {

@@ -10,12 +10,19 @@ const EMBEDDED: &[(&str, &str)] = &[
     ("bench_fill.cu", include_str!("../kernels/bench_fill.cu")),
     ("ceilings.cu", include_str!("../kernels/ceilings.cu")),
     ("fp8.cuh", include_str!("../kernels/fp8.cuh")),
+    ("indexer_logits.cu", include_str!("../kernels/indexer_logits.cu")),
+    ("indexer_logits.cuh", include_str!("../kernels/indexer_logits.cuh")),
+    ("indexer_logits_decode.cu", include_str!("../kernels/indexer_logits_decode.cu")),
     ("latent_rope.cu", include_str!("../kernels/latent_rope.cu")),
     ("layer_norm_rope.cu", include_str!("../kernels/layer_norm_rope.cu")),
     ("ptx.cuh", include_str!("../kernels/ptx.cuh")),
     ("rows.cuh", include_str!("../kernels/rows.cuh")),
+    ("sparse_mla.cu", include_str!("../kernels/sparse_mla.cu")),
+    ("sparse_mla.cuh", include_str!("../kernels/sparse_mla.cuh")),
+    ("sparse_mla_merge.cu", include_str!("../kernels/sparse_mla_merge.cu")),
     ("sparse_mla_union.cu", include_str!("../kernels/sparse_mla_union.cu")),
     ("sparse_mla_wide.cu", include_str!("../kernels/sparse_mla_wide.cu")),
+    ("top_k.cu", include_str!("../kernels/top_k.cu")),
 ];
 
 /// Where kernel sources come from.

@@ -19,6 +19,8 @@ pub const MAX_CACHE_ROWS: usize = 1 << 23;
 pub struct SparseMlaUnionTile {
     /// Threads of a block.
     pub threads: u32,
+    /// Blocks on a multiprocessor that registers are limited for.
+    pub blocks: u32,
     /// Positions whose tokens are collected at a time, a byte of shared memory each.
     pub window: u32,
 }
@@ -34,6 +36,7 @@ impl SparseMlaUnionTile {
             source: "sparse_mla_union.cu",
             defines: vec![
                 ("TILE_THREADS", self.threads.to_string()),
+                ("TILE_BLOCKS", self.blocks.to_string()),
                 ("TILE_WINDOW", self.window.to_string()),
                 ("TILE_TOKENS", group.to_string()),
                 ("TILE_SHARED_BYTES", self.shared_bytes().to_string()),
@@ -47,13 +50,13 @@ impl Tile for SparseMlaUnionTile {
     type Dims = ();
 
     fn safe((): ()) -> Self {
-        Self { threads: 1024, window: 65536 }
+        Self { threads: 512, blocks: 2, window: 32768 }
     }
 
     fn candidates((): (), limits: &Limits) -> Vec<Self> {
-        let tiles = [512, 1024]
-            .into_iter()
-            .flat_map(|threads| [32768, 65536, 131_072].map(|window| Self { threads, window }));
+        let tiles = [(512, 2), (512, 4), (1024, 1), (1024, 2)].into_iter().flat_map(|(threads, blocks)| {
+            [16384, 32768, 65536].map(|window| Self { threads, blocks, window })
+        });
         tiles.filter(|tile| tile.validate((), limits).is_ok()).collect()
     }
 
@@ -61,6 +64,11 @@ impl Tile for SparseMlaUnionTile {
         require(self, (32..=1024).contains(&self.threads) && self.threads.is_multiple_of(32), || {
             "a block has whole warps, 1024 threads at most".into()
         })?;
+        require(
+            self,
+            self.blocks > 0 && self.blocks * self.threads <= limits.threads_per_multiprocessor,
+            || format!("{} has {} threads a multiprocessor", limits.name, limits.threads_per_multiprocessor),
+        )?;
         require(self, self.window > 0 && self.window.is_multiple_of(4 * self.threads), || {
             "a window is not four positions, or a multiple, for each thread".into()
         })?;
@@ -103,6 +111,16 @@ impl<D: Device> SparseMlaUnionWorkspace<D> {
             counts: device.alloc("sparse_mla union counts", 4 * max_tokens.div_ceil(2))?,
             capacity,
         })
+    }
+
+    /// `[groups, group * k]` `i32`: cache row << 8 | a bit for each token, ascending in position.
+    pub fn entries(&self) -> &D::Buffer {
+        &self.entries
+    }
+
+    /// `[groups]` `i32`: how many of them there are.
+    pub fn counts(&self) -> &D::Buffer {
+        &self.counts
     }
 }
 

@@ -16,13 +16,14 @@ pub const QUERIES: usize = 64;
 
 const THREADS: u32 = 256;
 
+/// Keys of a tile.
+const KEYS: usize = 32;
+
 /// The constants of `sparse_mla_wide`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SparseMlaWideTile {
-    /// Keys of a tile.
-    pub keys: usize,
-    /// Tiles of keys in shared memory.
+    /// Tiles of 32 keys in shared memory.
     pub stages: usize,
 }
 
@@ -37,10 +38,10 @@ pub struct SparseMlaWideDims {
 
 impl SparseMlaWideTile {
     fn shared_bytes(&self, dims: SparseMlaWideDims) -> usize {
-        let keys = self.stages * self.keys * 2 * (dims.kv_lora_rank + dims.rope + 8);
-        let exchange = 4 * QUERIES * self.keys;
-        let (maxima, factors, members) = (2 * 4 * QUERIES, 4 * QUERIES, self.stages * self.keys);
-        keys + exchange + maxima + factors + members
+        let keys = self.stages * KEYS * 2 * (dims.kv_lora_rank + dims.rope + 8);
+        let (exchange, weights) = (4 * QUERIES * KEYS, 2 * 2 * QUERIES * KEYS);
+        let (factors, maxima) = (2 * 4 * QUERIES, 2 * 4 * QUERIES);
+        (keys + exchange + weights + factors + maxima).next_multiple_of(16)
     }
 
     fn program(&self, dims: SparseMlaWideDims, group: usize, split: bool) -> Program {
@@ -49,7 +50,6 @@ impl SparseMlaWideTile {
             defines: vec![
                 ("KV_LORA_RANK", dims.kv_lora_rank.to_string()),
                 ("ROPE_DIM", dims.rope.to_string()),
-                ("TILE_KEYS", self.keys.to_string()),
                 ("TILE_STAGES", self.stages.to_string()),
                 ("TILE_TOKENS", group.to_string()),
                 ("TILE_SHARED_BYTES", self.shared_bytes(dims).to_string()),
@@ -64,19 +64,19 @@ impl Tile for SparseMlaWideTile {
     type Dims = SparseMlaWideDims;
 
     fn safe(_dims: Self::Dims) -> Self {
-        Self { keys: 64, stages: 2 }
+        Self { stages: 4 }
     }
 
     fn candidates(dims: Self::Dims, limits: &Limits) -> Vec<Self> {
-        let tiles = [(64, 2), (32, 3), (32, 4)].map(|(keys, stages)| Self { keys, stages });
+        let tiles = [4, 5].map(|stages| Self { stages });
         tiles.into_iter().filter(|tile| tile.validate(dims, limits).is_ok()).collect()
     }
 
     fn validate(&self, dims: Self::Dims, limits: &Limits) -> Result<()> {
         let SparseMlaWideDims { kv_lora_rank: rank, rope } = dims;
-        require(self, matches!(self.keys, 32 | 64), || "a tile has 32 or 64 keys".into())?;
-        require(self, (2..=8).contains(&self.stages) && self.keys * (self.stages - 1) >= QUERIES, || {
-            format!("the {QUERIES} queries pass through all stages but the first")
+        require(self, (4..=8).contains(&self.stages), || {
+            "there are 4 to 8 stages: one for values, one for scores, one arrived, the others under way"
+                .into()
         })?;
         // A thread holds an eighth of its warp's output columns and its part of the queries: 200 registers at 512 + 64.
         require(self, rank > 0 && rank.is_multiple_of(16) && rank <= 512, || {
@@ -188,7 +188,7 @@ pub fn sparse_mla_wide<D: Device>(
     }
     let (entries, counts) = match selection {
         Selection::Token(topk_indices) => (Arg::Buffer(topk_indices.buffer()), Arg::Null),
-        Selection::Group { union, .. } => (Arg::Buffer(&union.entries), Arg::Buffer(&union.counts)),
+        Selection::Group { union, .. } => (Arg::Buffer(union.entries()), Arg::Buffer(union.counts())),
     };
     let (splits, partial_out, partial_max, partial_sum) = match partials {
         None => (1, Arg::Null, Arg::Null, Arg::Null),
@@ -210,6 +210,7 @@ pub fn sparse_mla_wide<D: Device>(
             Arg::Buffer(cache.buffer()),
             entries,
             counts,
+            Arg::Buffer(&batch.positions),
             Arg::Buffer(&batch.seq_ids),
             Arg::Buffer(&batch.block_table),
             Arg::Buffer(out.buffer()),

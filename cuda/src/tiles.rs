@@ -7,7 +7,10 @@ use dsa80_reference::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::device::Limits;
+use crate::indexer_logits::{IndexerLogitsDims, IndexerLogitsTile};
 use crate::registry::{self, PinnedTile, from_table};
+use crate::sparse_mla::{SparseMlaDims, SparseMlaTiles};
+use crate::sparse_mla_wide::SparseMlaWideDims;
 
 /// Every file of `tiles/`, by the GPU's short name.
 const EMBEDDED: &[(&str, &str)] =
@@ -112,9 +115,11 @@ impl Tiles {
     /// An unknown kernel, class or key, or a tile that its kernel refuses: with the file, the kernel and the reason.
     pub fn parse(file: &str, text: &str) -> Result<Self> {
         let failed = |what: &str, reason: &str| refuse(format!("{file}: {what}{reason}"));
-        let mut table: toml::Table = text.parse().map_err(|error: toml::de::Error| failed("", &error.to_string()))?;
+        let mut table: toml::Table =
+            text.parse().map_err(|error: toml::de::Error| failed("", &error.to_string()))?;
         let about = table.remove("about").ok_or_else(|| failed("", "there is no [about] table"))?;
-        let about: About = about.try_into().map_err(|error: toml::de::Error| failed("about: ", error.message()))?;
+        let about: About =
+            about.try_into().map_err(|error: toml::de::Error| failed("about: ", error.message()))?;
         let mut tiles = Self { file: file.to_owned(), about, kernels: BTreeMap::new() };
         for (kernel, classes) in table {
             let registered = registry::find(&kernel)
@@ -182,6 +187,30 @@ impl Tiles {
     }
 }
 
+impl Tiles {
+    /// The tile of both kernels of `indexer_logits`, for keys in bf16 or in 8 bits.
+    pub fn indexer_logits(&self, dims: IndexerLogitsDims, fp8: bool, limits: &Limits) -> IndexerLogitsTile {
+        let (decode, prefill) = if fp8 { ("decode_fp8", "prefill_fp8") } else { ("decode_bf16", "prefill_bf16") };
+        let decode: IndexerLogitsTile = self.tile(decode, dims, limits);
+        let prefill: IndexerLogitsTile = self.tile(prefill, dims, limits);
+        IndexerLogitsTile { general: prefill.general, decode: decode.decode }
+    }
+
+    /// The tiles of all ways through `sparse_mla`.
+    pub fn sparse_mla(&self, dims: SparseMlaDims, limits: &Limits) -> SparseMlaTiles {
+        let SparseMlaDims { kv_lora_rank, rope } = dims;
+        let wide = SparseMlaWideDims { kv_lora_rank, rope };
+        SparseMlaTiles {
+            decode: self.tile("decode", dims, limits),
+            prefill: self.tile("prefill", dims, limits),
+            wide_decode: self.tile("decode", wide, limits),
+            wide_prefill: self.tile("prefill", wide, limits),
+            union: self.tile("any", (), limits),
+            ..SparseMlaTiles::safe(dims)
+        }
+    }
+}
+
 fn refuse(message: String) -> Error {
     Error::Backend { backend: "cuda", message }
 }
@@ -239,7 +268,11 @@ mod tests {
             ("[about]", "[abuot]", "a100.toml: there is no [about] table"),
             ("note", "remark", "a100.toml: about: unknown field `remark`"),
             ("layer_norm_rope", "layer_norm", "a100.toml: layer_norm: there is no kernel of this name"),
-            (".any", ".decode", "a100.toml: layer_norm_rope.decode: unknown class of shapes, expected one of any"),
+            (
+                ".any",
+                ".decode",
+                "a100.toml: layer_norm_rope.decode: unknown class of shapes, expected one of any",
+            ),
             ("median_us", "median", "a100.toml: layer_norm_rope.any: unknown field `median`"),
             ("warps = 2", "warps = 2\nstages = 3", "a100.toml: layer_norm_rope.any: "),
             ("warps = 2\n", "", "a100.toml: layer_norm_rope.any: missing field `warps`"),
@@ -276,7 +309,9 @@ mod tests {
         assert_eq!(tiles, Tiles::all(Some(folder.path())).unwrap()[0]);
         assert_eq!(Tiles::for_gpu("NVIDIA H100", Some(folder.path())).unwrap().iter().count(), 0);
         std::fs::write(folder.path().join("h100.toml"), "x").unwrap();
-        assert!(Tiles::for_gpu("NVIDIA H100", Some(folder.path())).unwrap_err().to_string().contains("h100.toml"));
+        assert!(
+            Tiles::for_gpu("NVIDIA H100", Some(folder.path())).unwrap_err().to_string().contains("h100.toml")
+        );
         assert!(Tiles::all(Some(&folder.path().join("none"))).is_err());
     }
 }

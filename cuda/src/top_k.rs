@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use dsa80_reference::{Batch, DType, DeviceTensor, Error, Result};
+use dsa80_reference::{Batch, DType, Error, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::batch::CudaBatch;
@@ -10,202 +10,317 @@ use crate::device::{Arg, Device, Launch, Limits, Program, ProgramEntry};
 use crate::tensor::CudaTensor;
 use crate::tile::{Cost, Tile, require, require_shared};
 
-const NAME: &str = "top_k";
+const KERNEL: &str = "top_k";
 
-/// Blocks that share a row at most: the last of them holds one number of each in a lane of a warp.
-const MAX_PARTS: u32 = 32;
+/// Blocks that share a row at most: a lane of a warp holds what one of them hands over.
+const MAX_PARTS: usize = 32;
 
 /// The constants of `top_k`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct TopKTile {
-    /// Rows that fit the registers of a block.
-    pub resident: Resident,
-    /// Longer rows, enough of them to give each block its own.
-    pub whole: Filtered,
-    /// Longer rows, each shared by several blocks.
-    pub split: Filtered,
-    /// Blocks for every multiprocessor that rows are split to reach.
-    pub split_blocks: u32,
-    /// Bins of a histogram.
-    pub bins: u32,
+    /// For rows that a block can hold.
+    pub held: Held,
+    /// For longer rows.
+    pub filtered: Filtered,
+    /// Bins of a histogram, a power of two.
+    pub bins: usize,
     /// Candidates for the last place that are compared each with each.
-    pub ranked: u32,
+    pub ranked: usize,
 }
 
-/// A block that holds its row in registers.
+/// A block that holds its row in shared memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Resident {
+#[serde(deny_unknown_fields)]
+pub struct Held {
     /// Threads of a block.
-    pub threads: u32,
-    /// Blocks on a multiprocessor that registers are limited for.
-    pub blocks: u32,
-    /// Vectors of four logits a thread.
-    pub vectors: u32,
+    pub threads: usize,
+    /// Blocks that the registers of a multiprocessor must be enough for.
+    pub blocks: usize,
+    /// Vectors of four logits that a thread holds.
+    pub vectors: usize,
 }
 
-/// A block that reads its row, or its part of one, once, and keeps what may be selected in shared memory.
+/// A block that reads its row, or its part of one, once, and keeps in shared memory what may be selected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Filtered {
     /// Threads of a block.
-    pub threads: u32,
-    /// Blocks on a multiprocessor that registers are limited for.
-    pub blocks: u32,
+    pub threads: usize,
+    /// Blocks that the registers of a multiprocessor must be enough for.
+    pub blocks: usize,
     /// Vectors of four logits that a thread has under way.
-    pub vectors: u32,
+    pub vectors: usize,
     /// Elements of a row that are kept at most, for every thread.
-    pub items: u32,
+    pub items: usize,
     /// Vectors of four logits that a thread samples.
-    pub samples: u32,
+    pub samples: usize,
     /// Positions that are put into order at a time.
-    pub window: u32,
+    pub window: usize,
+    /// Blocks for every multiprocessor that rows are split to reach; 0 splits none.
+    pub split: usize,
+}
+
+/// What tiles depend on: nothing in the model, but how many rows a launch has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TopKRows {
+    /// Not enough to give every multiprocessor one.
+    Few,
+    /// More.
+    Many,
+}
+
+impl TopKRows {
+    /// Of a launch with `rows` rows.
+    pub fn of(rows: usize, limits: &Limits) -> Self {
+        if rows < limits.multiprocessors as usize { Self::Few } else { Self::Many }
+    }
 }
 
 /// How one launch runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Variant {
-    Resident,
-    Whole,
-    Split { parts: u32 },
+    Held,
+    Filtered { parts: usize },
+}
+
+impl Variant {
+    fn parts(self) -> usize {
+        match self {
+            Variant::Held => 1,
+            Variant::Filtered { parts } => parts,
+        }
+    }
+}
+
+impl Tile for TopKTile {
+    const KERNEL: &'static str = KERNEL;
+    type Dims = TopKRows;
+
+    fn safe(rows: TopKRows) -> Self {
+        let (held, filtered) = match rows {
+            TopKRows::Few => (
+                Held { threads: 1024, blocks: 1, vectors: 2 },
+                Filtered {
+                    threads: 1024,
+                    blocks: 1,
+                    vectors: 2,
+                    items: 8,
+                    samples: 1,
+                    window: 1 << 18,
+                    split: 1,
+                },
+            ),
+            TopKRows::Many => (
+                Held { threads: 512, blocks: 3, vectors: 4 },
+                Filtered {
+                    threads: 512,
+                    blocks: 2,
+                    vectors: 2,
+                    items: 10,
+                    samples: 1,
+                    window: 1 << 16,
+                    split: 0,
+                },
+            ),
+        };
+        Self { held, filtered, bins: 2048, ranked: 128 }
+    }
+
+    fn candidates(rows: TopKRows, limits: &Limits) -> Vec<Self> {
+        let safe = Self::safe(rows);
+        let mut tiles = vec![safe];
+        for (threads, blocks, vectors) in
+            [(1024, 1, 2), (1024, 1, 8), (512, 2, 4), (512, 3, 4), (512, 4, 4), (256, 4, 8)]
+        {
+            tiles.push(Self { held: Held { threads, blocks, vectors }, ..safe });
+        }
+        for (threads, blocks, vectors, items) in [
+            (1024, 1, 1, 8),
+            (1024, 1, 2, 8),
+            (1024, 1, 4, 8),
+            (512, 2, 2, 10),
+            (512, 3, 2, 10),
+            (256, 4, 4, 20),
+        ] {
+            tiles.push(Self {
+                filtered: Filtered { threads, blocks, vectors, items, ..safe.filtered },
+                ..safe
+            });
+        }
+        tiles.push(Self { bins: 4096, ranked: 64, ..safe });
+        tiles.retain(|tile| tile.validate(rows, limits).is_ok());
+        tiles.dedup();
+        tiles
+    }
+
+    fn validate(&self, _rows: TopKRows, limits: &Limits) -> Result<()> {
+        let Self { held, filtered, bins, ranked } = *self;
+        for (threads, blocks) in [(held.threads, held.blocks), (filtered.threads, filtered.blocks)] {
+            require(self, threads % 32 == 0 && (32..=1024).contains(&threads), || {
+                format!("{threads} threads are not 1 to 32 warps")
+            })?;
+            require(self, bins.is_power_of_two() && bins % threads == 0 && bins <= 1 << 16, || {
+                format!("{bins} bins are not a power of two up to 65536 that {threads} threads divide")
+            })?;
+            require(
+                self,
+                (1..=limits.threads_per_multiprocessor as usize).contains(&(blocks * threads)),
+                || {
+                    format!(
+                        "a multiprocessor holds {} threads, not {blocks} x {threads}",
+                        limits.threads_per_multiprocessor
+                    )
+                },
+            )?;
+        }
+        require(self, ranked > 0, || "the last place has a candidate".into())?;
+        require(self, (1..=16).contains(&held.vectors), || "a thread holds 1 to 16 vectors".into())?;
+        let Filtered { vectors, items, samples, window, .. } = filtered;
+        require(self, (1..=8).contains(&vectors), || {
+            "a thread marks what it keeps of 1 to 8 vectors in a word".into()
+        })?;
+        require(self, (1..=4).contains(&samples), || "a thread samples 1 to 4 vectors".into())?;
+        require(self, items > 0 && items % 2 == 0, || "kept elements are handed over in pairs".into())?;
+        require(self, window > 0 && window % 32 == 0, || "positions are marked in whole words".into())?;
+        for variant in [Variant::Held, Variant::Filtered { parts: 1 }] {
+            require_shared(self, self.shared_bytes(variant), limits)?;
+        }
+        Ok(())
+    }
 }
 
 impl TopKTile {
-    /// The variant for `rows` rows of at most `columns` scores. Only what a captured graph fixes decides.
+    /// The variant for `rows` rows of at most `columns` scores: it depends on nothing that a captured graph does not fix.
     fn variant(&self, rows: usize, columns: usize, limits: &Limits) -> Variant {
-        // A row that does not start at a vector needs one more of them.
-        let vectors = columns.div_ceil(4) + usize::from(columns % 4 != 0);
-        if vectors <= (self.resident.threads * self.resident.vectors) as usize {
-            return Variant::Resident;
+        // A row that does not start at a vector touches one more of them.
+        let vectors = columns.div_ceil(4) + usize::from(!columns.is_multiple_of(4));
+        if vectors <= self.held.threads * self.held.vectors {
+            return Variant::Held;
         }
-        let by_device = (limits.multiprocessors * self.split_blocks) as usize / rows.max(1);
-        let by_row = vectors.div_ceil(self.split.threads as usize);
-        match u32::try_from(by_device.min(by_row)).unwrap_or(MAX_PARTS).min(MAX_PARTS) {
-            0 | 1 => Variant::Whole,
-            parts => Variant::Split { parts: 1 << parts.ilog2() },
-        }
+        let by_device = limits.multiprocessors as usize * self.filtered.split / rows.max(1);
+        let by_row = vectors.div_ceil(self.filtered.threads);
+        let parts = by_device.min(by_row).clamp(1, MAX_PARTS);
+        Variant::Filtered { parts: 1 << parts.ilog2() }
     }
 
-    /// The most rows that are split at a time.
-    fn max_split_rows(&self, limits: &Limits) -> usize {
-        (limits.multiprocessors * self.split_blocks) as usize / 2
-    }
-
-    /// Bytes of `Selection` in `top_k.cu`.
-    fn selection_bytes(&self, threads: u32) -> u32 {
-        let (histogram, ranked, warps) = (4 * self.bins, 8 * self.ranked, threads / 32);
-        let (num_ranked, ranges_and_sums, found, kth) = (4, 12 * warps, 12, 8);
-        histogram + ranked + num_ranked + ranges_and_sums + found + kth
-    }
-
-    /// Bytes of shared memory of a block.
-    fn shared_bytes(&self, variant: Variant) -> usize {
-        let filtered = |filtered: &Filtered| {
-            let (list, marks, length, last) = (8 * filtered.threads * filtered.items, filtered.window / 8, 4, 4);
-            self.selection_bytes(filtered.threads) + list + marks + length + last
-        };
-        let bytes = match variant {
-            Variant::Resident => {
-                let Resident { threads, vectors, .. } = self.resident;
-                self.selection_bytes(threads) + 4 * vectors * (threads / 32)
-            }
-            Variant::Whole => filtered(&self.whole),
-            Variant::Split { .. } => filtered(&self.split),
-        };
-        bytes as usize
-    }
-
-    fn threads(&self, variant: Variant) -> u32 {
+    fn threads(&self, variant: Variant) -> usize {
         match variant {
-            Variant::Resident => self.resident.threads,
-            Variant::Whole => self.whole.threads,
-            Variant::Split { .. } => self.split.threads,
+            Variant::Held => self.held.threads,
+            Variant::Filtered { .. } => self.filtered.threads,
         }
     }
-}
 
-fn program(tile: &TopKTile, variant: Variant) -> Program {
-    let mut defines = vec![
-        ("TILE_BINS", tile.bins.to_string()),
-        ("TILE_RANKED", tile.ranked.to_string()),
-        ("TILE_SHARED_BYTES", tile.shared_bytes(variant).to_string()),
-    ];
-    let mut define = |constants: &[(&'static str, u32)]| {
-        defines.extend(constants.iter().map(|&(name, value)| (name, value.to_string())));
-    };
-    let filtered = match variant {
-        Variant::Resident => None,
-        Variant::Whole => Some((&tile.whole, 0)),
-        Variant::Split { .. } => Some((&tile.split, 1)),
-    };
-    match filtered {
-        None => define(&[
-            ("TILE_THREADS", tile.resident.threads),
-            ("TILE_BLOCKS", tile.resident.blocks),
-            ("TILE_VECTORS", tile.resident.vectors),
-        ]),
-        Some((filtered, split)) => define(&[
-            ("TILE_THREADS", filtered.threads),
-            ("TILE_BLOCKS", filtered.blocks),
-            ("TILE_VECTORS", filtered.vectors),
-            ("TILE_ITEMS", filtered.items),
-            ("TILE_SAMPLES", filtered.samples),
-            ("TILE_WINDOW", filtered.window),
-            ("TILE_SPLIT", split),
-        ]),
+    /// Bytes of `Shared` in `top_k.cu`.
+    fn shared_bytes(&self, variant: Variant) -> usize {
+        let warps = self.threads(variant) / 32;
+        let (histogram, ranked, ranges_and_sums) = (4 * self.bins, 8 * self.ranked, 12 * warps);
+        let (num_ranked, found, last_item) = (4, 12, 8);
+        let selection = histogram + ranked + num_ranked + ranges_and_sums + found + last_item;
+        match variant {
+            Variant::Held => {
+                let Held { threads, vectors, .. } = self.held;
+                (16 * threads * vectors + selection + 4 * vectors.div_ceil(4) * warps).next_multiple_of(16)
+            }
+            Variant::Filtered { .. } => {
+                let Filtered { threads, items, window, .. } = self.filtered;
+                let (length, last_block) = (4, 4);
+                selection + 8 * threads * items + window / 8 + length + last_block
+            }
+        }
     }
-    Program { source: "top_k.cu", defines }
+
+    fn program(&self, variant: Variant) -> Program {
+        let mut defines = vec![
+            ("TILE_BINS", self.bins),
+            ("TILE_RANKED", self.ranked),
+            ("TILE_THREADS", self.threads(variant)),
+            ("TILE_SHARED_BYTES", self.shared_bytes(variant)),
+        ];
+        match variant {
+            Variant::Held => {
+                defines.extend([("TILE_BLOCKS", self.held.blocks), ("TILE_VECTORS", self.held.vectors)])
+            }
+            Variant::Filtered { parts } => {
+                let Filtered { blocks, vectors, items, samples, window, .. } = self.filtered;
+                defines.extend([
+                    ("TILE_BLOCKS", blocks),
+                    ("TILE_VECTORS", vectors),
+                    ("TILE_ITEMS", items),
+                    ("TILE_SAMPLES", samples),
+                    ("TILE_WINDOW", window),
+                    ("TILE_SPLIT", usize::from(parts > 1)),
+                ]);
+            }
+        }
+        Program {
+            source: "top_k.cu",
+            defines: defines.into_iter().map(|(name, value)| (name, value.to_string())).collect(),
+        }
+    }
+
+    /// Rows that are split at most in a launch.
+    fn max_split_rows(&self, limits: &Limits) -> usize {
+        limits.multiprocessors as usize * self.filtered.split / 2
+    }
 }
 
-/// Every program of a tile.
+/// Every variant of a tile.
 pub fn programs(tile: &TopKTile) -> Vec<ProgramEntry> {
-    [("resident", Variant::Resident), ("whole", Variant::Whole), ("split", Variant::Split { parts: 2 })]
-        .map(|(name, variant)| ProgramEntry {
-            program: program(tile, variant),
-            entry: NAME,
-            threads: tile.threads(variant),
-            shared_bytes: tile.shared_bytes(variant),
-            variant: name.to_owned(),
-        })
-        .into()
+    let mut variants = vec![(Variant::Held, "held"), (Variant::Filtered { parts: 1 }, "filtered")];
+    if tile.filtered.split > 0 {
+        variants.push((Variant::Filtered { parts: 2 }, "filtered, split"));
+    }
+    let entry = |(variant, name): (Variant, &str)| ProgramEntry {
+        program: tile.program(variant),
+        entry: KERNEL,
+        threads: tile.threads(variant) as u32,
+        shared_bytes: tile.shared_bytes(variant),
+        variant: name.to_owned(),
+    };
+    variants.into_iter().map(entry).collect()
 }
 
 /// What the blocks that share a row hand to the last of them.
 #[derive(Debug)]
 pub struct TopKWorkspace<D: Device> {
+    max_rows: usize,
+    slots: usize,
     arrivals: D::Buffer,
-    counts: D::Buffer,
+    parts: D::Buffer,
     lists: D::Buffer,
 }
 
 impl<D: Device> TopKWorkspace<D> {
-    /// For every launch with `tile`: `split_blocks / 2` rows for each multiprocessor, with `8 * split.threads * split.items + 132` bytes each.
+    /// For every launch with one of `tiles`: `split / 2` rows for each multiprocessor, of `8 * threads * items + 260` bytes.
     ///
     /// # Errors
     /// Memory runs out.
-    pub fn alloc(device: &D, tile: &TopKTile) -> Result<Self> {
-        let rows = tile.max_split_rows(device.limits());
-        let arrivals = device.alloc("top_k arrivals", rows * 4)?;
-        device.write(&arrivals, 0, &vec![0; rows * 4])?;
+    pub fn alloc(device: &D, tiles: &[TopKTile]) -> Result<Self> {
+        let max_rows = tiles.iter().map(|tile| tile.max_split_rows(device.limits())).max().unwrap_or(0);
+        let slots = tiles.iter().map(|tile| tile.filtered.threads * tile.filtered.items).max().unwrap_or(0);
+        let arrivals = device.alloc("top_k arrivals", max_rows * 4)?;
+        device.write(&arrivals, 0, &vec![0; max_rows * 4])?;
         Ok(Self {
+            max_rows,
+            slots,
             arrivals,
-            counts: device.alloc("top_k counts", rows * 4 * MAX_PARTS as usize)?,
-            lists: device.alloc("top_k lists", rows * 8 * (tile.split.threads * tile.split.items) as usize)?,
+            parts: device.alloc("top_k parts", max_rows * 8 * MAX_PARTS)?,
+            lists: device.alloc("top_k lists", max_rows * 8 * slots)?,
         })
     }
 }
 
-/// The bytes of the rows: each visible score of those that do not select everything once, and the places.
+/// What a launch over `rows` moves: each score that is looked at once, and the places.
 pub fn cost(batch: &Batch, rows: Range<usize>, k: usize) -> Cost {
-    let bytes = |t| {
-        let visible = batch.visible(t);
-        4 * (1 + k + if visible > k { visible } else { 0 })
-    };
+    let bytes = |t| 4 * (1 + k + Some(batch.visible(t)).filter(|&visible| visible > k).unwrap_or(0));
     Cost { bytes: rows.map(bytes).sum::<usize>() as f64, flops: 0.0 }
 }
 
-/// The `k` best positions of every row, ascending; see the kernel contract.
+/// The kernel of the contract's [`top_k`](dsa80_reference::Kernels::top_k). Positions ascend, as the oracle's do.
 ///
 /// # Errors
-/// A tensor does not fit the contract; the launch fails.
+/// A shape, element type or tile that does not fit; the device.
 pub fn top_k<D: Device>(
     device: &D,
     tile: &TopKTile,
@@ -218,43 +333,55 @@ pub fn top_k<D: Device>(
     let host = batch.host();
     let tokens = host.num_tokens();
     if rows.start > rows.end || rows.end > tokens {
-        let (expected, found) = (format!("a range inside the {tokens} token rows"), format!("{rows:?}"));
-        return Err(Error::Value { kernel: NAME, name: "rows", expected, found });
+        let (expected, found) = (format!("inside the step's {tokens} rows"), format!("{rows:?}"));
+        return Err(Error::Value { kernel: KERNEL, name: "rows", expected, found });
     }
-    let [out_rows, k] = topk_indices.dims(NAME, "topk_indices")?;
-    topk_indices.expect_dtype(NAME, "topk_indices", &[DType::Index], "indices")?;
-    topk_indices.expect(NAME, "topk_indices", out_rows == tokens, || format!("[{tokens}, k]"))?;
-    logits.expect_dtype(NAME, "logits", &[DType::Float], "floats")?;
+    let [out_rows, k] = topk_indices.dims(KERNEL, "topk_indices")?;
+    topk_indices.expect(KERNEL, "topk_indices", out_rows == tokens, || format!("[{tokens}, k]"))?;
+    topk_indices.expect_dtype(KERNEL, "topk_indices", &[DType::Index], "indices")?;
+    // Rows that select everything do not read their logits, so the logits need only fit the others.
     let longest = rows.clone().map(|t| host.visible(t)).filter(|&visible| visible > k).max().unwrap_or(0);
-    let [logits_rows, columns] = logits.dims(NAME, "logits")?;
-    logits.expect(NAME, "logits", longest == 0 || (logits_rows == rows.len() && columns >= longest), || {
-        format!("[{}, at least {longest}]", rows.len())
-    })?;
+    let [logits_rows, columns] = logits.dims(KERNEL, "logits")?;
+    let fits = logits_rows == rows.len() && columns >= longest;
+    logits
+        .expect(KERNEL, "logits", longest == 0 || fits, || format!("[{}, at least {longest}]", rows.len()))?;
+    logits.expect_dtype(KERNEL, "logits", &[DType::Float], "floats")?;
+    let limits = device.limits();
+    tile.validate(TopKRows::of(rows.len(), limits), limits)?;
     if rows.is_empty() || k == 0 {
         return Ok(());
     }
+    // The kernel starts to read before it knows that a row is short.
+    let columns = if fits { columns } else { 0 };
 
-    let variant = tile.variant(rows.len(), columns, device.limits());
-    let parts = if let Variant::Split { parts } = variant { parts } else { 1 };
-    let mut args = vec![Arg::Buffer(&batch.positions), Arg::Buffer(logits.buffer()), Arg::Buffer(topk_indices.buffer())];
+    let variant = tile.variant(rows.len(), columns, limits);
+    let mut args =
+        vec![Arg::Buffer(&batch.positions), Arg::Buffer(logits.buffer()), Arg::Buffer(topk_indices.buffer())];
     match variant {
-        Variant::Resident => {}
-        Variant::Whole => args.extend([Arg::Null, Arg::Null, Arg::Null]),
-        Variant::Split { .. } => args.extend([
-            Arg::Buffer(&workspace.arrivals),
-            Arg::Buffer(&workspace.counts),
-            Arg::Buffer(&workspace.lists),
-        ]),
+        Variant::Held => {}
+        Variant::Filtered { parts: 1 } => args.extend([Arg::Null, Arg::Null, Arg::Null]),
+        Variant::Filtered { .. } => {
+            let slots = tile.filtered.threads * tile.filtered.items;
+            if rows.len() > workspace.max_rows || slots > workspace.slots {
+                let (shape, elements) = (vec![rows.len(), slots], rows.len() * slots);
+                return Err(Error::Capacity {
+                    shape,
+                    elements,
+                    capacity: workspace.max_rows * workspace.slots,
+                });
+            }
+            args.extend([&workspace.arrivals, &workspace.parts, &workspace.lists].map(Arg::Buffer));
+        }
     }
     args.extend([rows.start, columns, k].map(|number| Arg::I32(number as i32)));
-    if variant != Variant::Resident {
+    if let Variant::Filtered { parts } = variant {
         args.push(Arg::I32(parts as i32));
     }
     device.launch(&Launch {
-        program: &program(tile, variant),
-        entry: NAME,
-        grid: [rows.len() as u32 * parts, 1, 1],
-        threads: tile.threads(variant),
+        program: &tile.program(variant),
+        entry: KERNEL,
+        grid: [(rows.len() * variant.parts()) as u32, 1, 1],
+        threads: tile.threads(variant) as u32,
         shared_bytes: tile.shared_bytes(variant),
         shape: format!("{} rows of {columns}, k {k}", rows.len()),
         args: &args,

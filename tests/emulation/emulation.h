@@ -5,6 +5,8 @@
 
 #include <stdint.h>
 
+#include "codes.h"
+
 #define DEVICE inline __attribute__((always_inline))
 #define KERNEL static
 #define __device__
@@ -74,11 +76,6 @@ uint32_t emulation_fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) noexcept __att
 float emulation_exp2(float x) noexcept __attribute__((const));
 void emulation_fence();
 }
-
-enum EmulationBarrier { SYNCTHREADS, SYNCTHREADS_OR, SYNCTHREADS_AND, SYNCTHREADS_COUNT, NAMED_BARRIER };
-enum EmulationShuffle { SHFL, SHFL_UP, SHFL_DOWN, SHFL_XOR };
-enum EmulationVote { BALLOT, ANY_LANE, ALL_LANE, REDUCE_ADD, REDUCE_MIN_U, REDUCE_MAX_U, REDUCE_MIN_I, REDUCE_MAX_I, REDUCE_OR, REDUCE_AND, REDUCE_XOR };
-enum EmulationAtomic { ATOMIC_ADD, ATOMIC_OR, ATOMIC_AND, ATOMIC_XOR, ATOMIC_MIN_U, ATOMIC_MAX_U, ATOMIC_MIN_I, ATOMIC_MAX_I, ATOMIC_EXCH, ATOMIC_CAS };
 
 #define threadIdx (dim3{emulation_thread(), 0, 0})
 #define blockIdx (dim3{emulation_block(0), emulation_block(1), emulation_block(2)})
@@ -182,11 +179,11 @@ DEVICE T __ldg(const T* global) {
     return *global;
 }
 
-DEVICE void __syncthreads() { emulation_barrier(SYNCTHREADS, 0, 0, 0); }
-DEVICE int __syncthreads_or(int predicate) { return emulation_barrier(SYNCTHREADS_OR, 0, 0, predicate); }
-DEVICE int __syncthreads_and(int predicate) { return emulation_barrier(SYNCTHREADS_AND, 0, 0, predicate); }
-DEVICE int __syncthreads_count(int predicate) { return emulation_barrier(SYNCTHREADS_COUNT, 0, 0, predicate); }
-DEVICE void named_barrier(int id, int threads) { emulation_barrier(NAMED_BARRIER, id, threads, 0); }
+DEVICE void __syncthreads() { emulation_barrier(emulation::SYNCTHREADS, 0, 0, 0); }
+DEVICE int __syncthreads_or(int predicate) { return emulation_barrier(emulation::SYNCTHREADS_OR, 0, 0, predicate); }
+DEVICE int __syncthreads_and(int predicate) { return emulation_barrier(emulation::SYNCTHREADS_AND, 0, 0, predicate); }
+DEVICE int __syncthreads_count(int predicate) { return emulation_barrier(emulation::SYNCTHREADS_COUNT, 0, 0, predicate); }
+DEVICE void named_barrier(int id, int threads) { emulation_barrier(emulation::NAMED_BARRIER, id, threads, 0); }
 DEVICE void __syncwarp(uint32_t mask = 0xffffffffu) { emulation_syncwarp(mask); }
 
 template <int KIND, typename T>
@@ -199,39 +196,39 @@ DEVICE T emulation_shuffled(uint32_t mask, T value, int lane, int width) {
 }
 template <typename T>
 DEVICE T __shfl_sync(uint32_t mask, T value, int lane, int width = 32) {
-    return emulation_shuffled<SHFL>(mask, value, lane, width);
+    return emulation_shuffled<emulation::SHFL>(mask, value, lane, width);
 }
 template <typename T>
 DEVICE T __shfl_up_sync(uint32_t mask, T value, uint32_t delta, int width = 32) {
-    return emulation_shuffled<SHFL_UP>(mask, value, static_cast<int>(delta), width);
+    return emulation_shuffled<emulation::SHFL_UP>(mask, value, static_cast<int>(delta), width);
 }
 template <typename T>
 DEVICE T __shfl_down_sync(uint32_t mask, T value, uint32_t delta, int width = 32) {
-    return emulation_shuffled<SHFL_DOWN>(mask, value, static_cast<int>(delta), width);
+    return emulation_shuffled<emulation::SHFL_DOWN>(mask, value, static_cast<int>(delta), width);
 }
 template <typename T>
 DEVICE T __shfl_xor_sync(uint32_t mask, T value, int lane_mask, int width = 32) {
-    return emulation_shuffled<SHFL_XOR>(mask, value, lane_mask, width);
+    return emulation_shuffled<emulation::SHFL_XOR>(mask, value, lane_mask, width);
 }
 
-DEVICE uint32_t __ballot_sync(uint32_t mask, int predicate) { return emulation_vote(BALLOT, mask, predicate != 0); }
-DEVICE int __any_sync(uint32_t mask, int predicate) { return static_cast<int>(emulation_vote(ANY_LANE, mask, predicate != 0)); }
-DEVICE int __all_sync(uint32_t mask, int predicate) { return static_cast<int>(emulation_vote(ALL_LANE, mask, predicate != 0)); }
+DEVICE uint32_t __ballot_sync(uint32_t mask, int predicate) { return emulation_vote(emulation::BALLOT, mask, predicate != 0); }
+DEVICE int __any_sync(uint32_t mask, int predicate) { return static_cast<int>(emulation_vote(emulation::ANY_LANE, mask, predicate != 0)); }
+DEVICE int __all_sync(uint32_t mask, int predicate) { return static_cast<int>(emulation_vote(emulation::ALL_LANE, mask, predicate != 0)); }
 DEVICE uint32_t __activemask() = delete;
-DEVICE uint32_t __reduce_add_sync(uint32_t mask, uint32_t value) { return emulation_vote(REDUCE_ADD, mask, value); }
-DEVICE uint32_t __reduce_min_sync(uint32_t mask, uint32_t value) { return emulation_vote(REDUCE_MIN_U, mask, value); }
-DEVICE uint32_t __reduce_max_sync(uint32_t mask, uint32_t value) { return emulation_vote(REDUCE_MAX_U, mask, value); }
-DEVICE uint32_t __reduce_or_sync(uint32_t mask, uint32_t value) { return emulation_vote(REDUCE_OR, mask, value); }
-DEVICE uint32_t __reduce_and_sync(uint32_t mask, uint32_t value) { return emulation_vote(REDUCE_AND, mask, value); }
-DEVICE uint32_t __reduce_xor_sync(uint32_t mask, uint32_t value) { return emulation_vote(REDUCE_XOR, mask, value); }
+DEVICE uint32_t __reduce_add_sync(uint32_t mask, uint32_t value) { return emulation_vote(emulation::REDUCE_ADD, mask, value); }
+DEVICE uint32_t __reduce_min_sync(uint32_t mask, uint32_t value) { return emulation_vote(emulation::REDUCE_MIN_U, mask, value); }
+DEVICE uint32_t __reduce_max_sync(uint32_t mask, uint32_t value) { return emulation_vote(emulation::REDUCE_MAX_U, mask, value); }
+DEVICE uint32_t __reduce_or_sync(uint32_t mask, uint32_t value) { return emulation_vote(emulation::REDUCE_OR, mask, value); }
+DEVICE uint32_t __reduce_and_sync(uint32_t mask, uint32_t value) { return emulation_vote(emulation::REDUCE_AND, mask, value); }
+DEVICE uint32_t __reduce_xor_sync(uint32_t mask, uint32_t value) { return emulation_vote(emulation::REDUCE_XOR, mask, value); }
 DEVICE int32_t __reduce_add_sync(uint32_t mask, int32_t value) {
-    return static_cast<int32_t>(emulation_vote(REDUCE_ADD, mask, static_cast<uint32_t>(value)));
+    return static_cast<int32_t>(emulation_vote(emulation::REDUCE_ADD, mask, static_cast<uint32_t>(value)));
 }
 DEVICE int32_t __reduce_min_sync(uint32_t mask, int32_t value) {
-    return static_cast<int32_t>(emulation_vote(REDUCE_MIN_I, mask, static_cast<uint32_t>(value)));
+    return static_cast<int32_t>(emulation_vote(emulation::REDUCE_MIN_I, mask, static_cast<uint32_t>(value)));
 }
 DEVICE int32_t __reduce_max_sync(uint32_t mask, int32_t value) {
-    return static_cast<int32_t>(emulation_vote(REDUCE_MAX_I, mask, static_cast<uint32_t>(value)));
+    return static_cast<int32_t>(emulation_vote(emulation::REDUCE_MAX_I, mask, static_cast<uint32_t>(value)));
 }
 template <typename T>
 DEVICE uint32_t __match_any_sync(uint32_t mask, T value) {
@@ -242,6 +239,7 @@ DEVICE uint32_t __match_any_sync(uint32_t mask, T value) {
     }
 }
 
+// Keeps a parameter out of deduction.
 template <typename T>
 struct EmulationSame {
     using type = T;
@@ -259,17 +257,17 @@ DEVICE T emulation_atomically(int operation, T* address, T value, T expected = 0
         static_assert(static_cast<T>(0.5f) == 0, "atomics here are of integers"); \
         return emulation_atomically(operation, address, value);                 \
     }
-EMULATION_ATOMIC(atomicAdd, ATOMIC_ADD)
-EMULATION_ATOMIC(atomicOr, ATOMIC_OR)
-EMULATION_ATOMIC(atomicAnd, ATOMIC_AND)
-EMULATION_ATOMIC(atomicXor, ATOMIC_XOR)
-EMULATION_ATOMIC(atomicExch, ATOMIC_EXCH)
-EMULATION_ATOMIC(atomicMin, emulation_signed<T> ? ATOMIC_MIN_I : ATOMIC_MIN_U)
-EMULATION_ATOMIC(atomicMax, emulation_signed<T> ? ATOMIC_MAX_I : ATOMIC_MAX_U)
+EMULATION_ATOMIC(atomicAdd, emulation::ATOMIC_ADD)
+EMULATION_ATOMIC(atomicOr, emulation::ATOMIC_OR)
+EMULATION_ATOMIC(atomicAnd, emulation::ATOMIC_AND)
+EMULATION_ATOMIC(atomicXor, emulation::ATOMIC_XOR)
+EMULATION_ATOMIC(atomicExch, emulation::ATOMIC_EXCH)
+EMULATION_ATOMIC(atomicMin, emulation_signed<T> ? emulation::ATOMIC_MIN_I : emulation::ATOMIC_MIN_U)
+EMULATION_ATOMIC(atomicMax, emulation_signed<T> ? emulation::ATOMIC_MAX_I : emulation::ATOMIC_MAX_U)
 #undef EMULATION_ATOMIC
 template <typename T>
 DEVICE T atomicCAS(T* address, typename EmulationSame<T>::type expected, typename EmulationSame<T>::type value) {
-    return emulation_atomically(ATOMIC_CAS, address, value, expected);
+    return emulation_atomically(emulation::ATOMIC_CAS, address, value, expected);
 }
 
 DEVICE void __threadfence() { emulation_fence(); }
@@ -314,6 +312,7 @@ DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 DEVICE uint32_t pack_bf16(float low, float high) { return emulation_pack_bf16(low, high); }
 DEVICE uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) { return emulation_fma_bf16x2(a, b, c); }
 DEVICE float exp2_approx(float x) { return emulation_exp2(x); }
+DEVICE float relu(float x) { return x < 0.0f ? 0.0f : x; }
 
 template <int LUT>
 DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {

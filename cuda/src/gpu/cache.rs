@@ -71,7 +71,11 @@ impl Cache {
     }
 
     /// The entry of `key`, or what `build` gives, which is then kept.
-    pub(crate) fn get_or_build(&self, key: &Key, build: impl FnOnce() -> Result<Compiled>) -> Result<Compiled> {
+    pub(crate) fn get_or_build(
+        &self,
+        key: &Key,
+        build: impl FnOnce() -> Result<Compiled>,
+    ) -> Result<Compiled> {
         let path = self.folder.join(format!("{}.cubin", key.0));
         if let Some(compiled) = std::fs::read(&path).ok().and_then(|bytes| decode(key, &bytes)) {
             return Ok(compiled);
@@ -195,7 +199,8 @@ mod tests {
 
     #[test]
     fn keys_see_the_borders_of_their_parts() {
-        let keys = [vec!["ab", "c"], vec!["a", "bc"], vec!["abc"], vec!["abc", ""], vec!["c", "ab"]].map(Key::of);
+        let keys =
+            [vec!["ab", "c"], vec!["a", "bc"], vec!["abc"], vec!["abc", ""], vec!["c", "ab"]].map(Key::of);
         for (i, key) in keys.iter().enumerate() {
             assert!(!keys[..i].contains(key));
         }

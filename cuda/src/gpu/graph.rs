@@ -1,5 +1,7 @@
 //! Launches captured once and replayed, and how long they take.
 
+use std::sync::atomic::Ordering;
+
 use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaEvent, CudaGraph};
 use dsa80_reference::Result;
@@ -36,7 +38,9 @@ impl Gpu {
         self.stream
             .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
             .map_err(failed)?;
+        self.capturing.store(true, Ordering::Relaxed);
         let launched = launches();
+        self.capturing.store(false, Ordering::Relaxed);
         // The capture must end even when it failed, or the stream stays unusable.
         let graph = self.stream.end_capture(CUgraphInstantiate_flags(0));
         launched?;

@@ -10,6 +10,7 @@ mod resources;
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
@@ -35,6 +36,7 @@ pub struct Gpu {
     // Before the context, which unloads them.
     modules: Mutex<HashMap<Program, Module>>,
     history: Mutex<History>,
+    capturing: AtomicBool,
     stream: Arc<CudaStream>,
     context: Arc<CudaContext>,
 }
@@ -129,6 +131,7 @@ impl Gpu {
             compiler,
             modules: Mutex::default(),
             history: Mutex::default(),
+            capturing: AtomicBool::new(false),
             stream,
             context,
         })
@@ -172,10 +175,8 @@ impl Gpu {
     pub fn fill(&self, buffer: &GpuBuffer, byte: u8) -> Result<()> {
         self.bind()?;
         // SAFETY: the range is the buffer's own.
-        unsafe {
-            result::memset_d8_async(buffer.pointer(), byte, buffer.bytes(), self.stream.cu_stream())
-        }
-        .map_err(|error| refuse(driver_message(error)))
+        unsafe { result::memset_d8_async(buffer.pointer(), byte, buffer.bytes(), self.stream.cu_stream()) }
+            .map_err(|error| refuse(driver_message(error)))
     }
 
     /// Compiles and loads a program without launching it, and says what it takes.
@@ -233,6 +234,14 @@ impl Gpu {
         Ok(function)
     }
 
+    /// What a captured graph would do at the wrong time, or not at all.
+    fn refuse_in_capture(&self, what: &str, name: &str) -> Result<()> {
+        if self.capturing.load(Ordering::Relaxed) {
+            return Err(refuse(format!("`{name}` cannot be {what} while launches are captured")));
+        }
+        Ok(())
+    }
+
     fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(|error| refuse(driver_message(error)))
     }
@@ -256,10 +265,12 @@ impl Device for Gpu {
     }
 
     fn alloc(&self, name: &str, bytes: usize) -> Result<GpuBuffer> {
+        self.refuse_in_capture("allocated", name)?;
         GpuBuffer::alloc(&self.context, name, bytes)
     }
 
     fn write(&self, buffer: &GpuBuffer, offset: usize, bytes: &[u8]) -> Result<()> {
+        self.refuse_in_capture("written", buffer.name())?;
         let destination = buffer.range(offset, bytes.len())?;
         if bytes.is_empty() {
             return Ok(());
@@ -271,6 +282,7 @@ impl Device for Gpu {
     }
 
     fn read(&self, buffer: &GpuBuffer, offset: usize, bytes: &mut [u8]) -> Result<()> {
+        self.refuse_in_capture("read", buffer.name())?;
         let source = buffer.range(offset, bytes.len())?;
         self.bind()?;
         if !bytes.is_empty() {
@@ -380,7 +392,8 @@ fn load_function(
     for (index, bytes) in parameters.bytes.iter_mut().enumerate() {
         let (mut offset, mut size) = (0, 0);
         // SAFETY: fills two size_t; an index past the last parameter is an error that ends the loop.
-        if unsafe { sys::cuFuncGetParamInfo(handle, index, &raw mut offset, &raw mut size) }.result().is_err() {
+        if unsafe { sys::cuFuncGetParamInfo(handle, index, &raw mut offset, &raw mut size) }.result().is_err()
+        {
             break;
         }
         *bytes = u8::try_from(size).unwrap_or(u8::MAX);
@@ -433,4 +446,106 @@ fn refuse(message: String) -> Error {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What it guards is whole between any two statements: a panic elsewhere does not spoil it.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A folder with one kernel, and the GPU with its sources; nothing where there is no GPU.
+    fn gpu_with(kernel: &str) -> Option<(tempfile::TempDir, Gpu)> {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("add.cu"), kernel).unwrap();
+        let cache = Some(folder.path().join("cache"));
+        match Gpu::with_cache(0, Sources::Folder(folder.path().to_owned()), cache) {
+            Ok(gpu) => Some((folder, gpu)),
+            Err(error) => {
+                let words = ["no CUDA driver", "run-time compiler", "the driver lists", "CUDA_ERROR"];
+                assert!(words.iter().any(|word| error.to_string().contains(word)), "{error}");
+                eprintln!("left out: {error}");
+                None
+            }
+        }
+    }
+
+    const ADD: &str = "extern \"C\" __global__ void add(float* out, float what, int count) {\n  \
+        extern __shared__ float shared[];\n  shared[threadIdx.x] = what * FACTOR;\n  __syncthreads();\n  \
+        if (threadIdx.x < count) out[threadIdx.x] += shared[threadIdx.x];\n}\n";
+
+    fn launch(gpu: &Gpu, program: &Program, shared_bytes: usize, args: &[Arg<'_, GpuBuffer>]) -> Result<()> {
+        let shape = "4 numbers".to_owned();
+        gpu.launch(&Launch { program, entry: "add", grid: [1; 3], threads: 32, shared_bytes, shape, args })
+    }
+
+    #[test]
+    fn launches_are_captured_and_replayed() {
+        let Some((_folder, gpu)) = gpu_with(ADD) else { return };
+        let program = Program { source: "add.cu", defines: vec![("FACTOR", "2.0f".to_owned())] };
+        let out = gpu.alloc("out", 16).unwrap();
+        gpu.write(&out, 0, bytemuck::cast_slice(&[1.0_f32, 2.0, 3.0, 4.0])).unwrap();
+        let args = [Arg::Buffer(&out), Arg::F32(0.5), Arg::I32(4)];
+        // More shared memory than a kernel gets unasked.
+        launch(&gpu, &program, 96 * 1024, &args).unwrap();
+        let graph = gpu
+            .capture(|| {
+                assert!(gpu.alloc("more", 4).unwrap_err().to_string().contains("captured"));
+                assert!(gpu.read(&out, 0, &mut [0]).unwrap_err().to_string().contains("captured"));
+                (0..10).try_for_each(|_| launch(&gpu, &program, 96 * 1024, &args))
+            })
+            .unwrap();
+        let times = gpu.time(3, || graph.launch()).unwrap();
+        assert!(times.len() == 3 && times.iter().all(|&us| us > 0.0), "{times:?}");
+        let mut numbers = [0.0_f32; 4];
+        gpu.read(&out, 0, bytemuck::cast_slice_mut(&mut numbers)).unwrap();
+        assert_eq!(numbers, [32.0, 33.0, 34.0, 35.0]);
+        assert!(gpu.capture(|| Ok(())).is_ok_and(|graph| graph.launch().is_ok()));
+        assert!(gpu.prepare(&program).unwrap().resources("add").unwrap().registers > 0);
+    }
+
+    #[test]
+    fn a_launch_that_cannot_be_says_why() {
+        let Some((_folder, gpu)) = gpu_with(ADD) else { return };
+        let program = Program { source: "add.cu", defines: vec![("FACTOR", "1.0f".to_owned())] };
+        let out = gpu.alloc("out", 16).unwrap();
+        for (shared_bytes, args, words) in [
+            (
+                128,
+                vec![Arg::Buffer(&out), Arg::F32(0.5)],
+                "parameters of [8, 4, 4] bytes, and was given [8, 4]",
+            ),
+            (128, vec![Arg::Buffer(&out), Arg::F32(0.5), Arg::I64(4)], "was given [8, 4, 8]"),
+            (1 << 20, vec![Arg::Buffer(&out), Arg::F32(0.5), Arg::I32(4)], "CUDA_ERROR"),
+        ] {
+            let error = launch(&gpu, &program, shared_bytes, &args).unwrap_err();
+            assert!(matches!(error, Error::Launch { kernel: "add", .. }), "{error:?}");
+            assert!(error.to_string().contains(words), "{error}");
+        }
+        let error = gpu.write(&out, 12, &[0; 5]).unwrap_err().to_string();
+        assert!(error.contains("`out` has 16 bytes; 5 from 12 on"), "{error}");
+        let error = gpu.alloc("everything", 1 << 50).unwrap_err().to_string();
+        assert!(error.contains("`everything` of 1125899906842624 bytes"), "{error}");
+    }
+
+    #[test]
+    fn what_does_not_compile_is_shown_with_its_line() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("add.cu"), "#include \"types.cuh\"\nnumber x = ;\n").unwrap();
+        std::fs::write(folder.path().join("types.cuh"), "typedef int number;\n").unwrap();
+        let sources = Sources::Folder(folder.path().to_owned());
+        let compiler = match Compiler::new(sources, (8, 0), None, Some(folder.path().join("cache"))) {
+            Ok(compiler) => compiler,
+            Err(error) => {
+                assert!(error.to_string().contains("run-time compiler"), "{error}");
+                return eprintln!("left out: {error}");
+            }
+        };
+        let program = Program { source: "add.cu", defines: Vec::new() };
+        let error = compiler.compile(&program).unwrap_err().to_string();
+        assert!(error.starts_with("add (") && error.contains("add.cu(2): error"), "{error}");
+        std::fs::write(folder.path().join("add.cu"), ADD).unwrap();
+        let program = Program { source: "add.cu", defines: vec![("FACTOR", "1.0f".to_owned())] };
+        let compiled = compiler.compile(&program).unwrap();
+        assert!(compiled.cubin.starts_with(b"\x7fELF"), "a cubin is an ELF file");
+        assert_eq!(compiler.compile(&program).unwrap(), compiled);
+    }
 }

@@ -190,8 +190,9 @@ fn candidates(preferred: Option<u32>) -> Vec<PathBuf> {
     };
     let toolkits = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
     let folders = toolkits.chain([PathBuf::from("/usr/local/cuda")]).map(|toolkit| toolkit.join("lib64"));
-    let in_folders: Vec<PathBuf> =
-        folders.flat_map(|folder| names.iter().map(move |name| folder.join(name)).collect::<Vec<_>>()).collect();
+    let in_folders: Vec<PathBuf> = folders
+        .flat_map(|folder| names.iter().map(move |name| folder.join(name)).collect::<Vec<_>>())
+        .collect();
     names.into_iter().map(PathBuf::from).chain(in_folders).collect()
 }
 

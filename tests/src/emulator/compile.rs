@@ -1,6 +1,7 @@
 //! Kernel sources to shared libraries, by the host's C++ compiler, kept from run to run.
 
 use std::borrow::Cow;
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
 use std::fmt::Write as _;
@@ -12,8 +13,27 @@ use dsa80_cuda::Program;
 use dsa80_reference::Result;
 use sha2::{Digest, Sha256};
 
-const HEADER: &str = include_str!("../../emulation/emulation.h");
-const RUNTIME: &str = include_str!("../../emulation/runtime.cpp");
+macro_rules! emulation {
+    ($($name:literal),*) => { &[$(($name, include_str!(concat!("../../emulation/", $name)))),*] };
+}
+
+const KERNEL_FILES: &[(&str, &str)] = emulation!["codes.h", "emulation.h"];
+
+const RUNTIME_FILES: &[(&str, &str)] = emulation![
+    "codes.h",
+    "runtime.cpp",
+    "runtime/barriers.h",
+    "runtime/collectives.h",
+    "runtime/copies.h",
+    "runtime/failing.h",
+    "runtime/hooks.h",
+    "runtime/instructions.h",
+    "runtime/matrices.h",
+    "runtime/memory.h",
+    "runtime/scheduling.h",
+    "runtime/stacks.h",
+    "runtime/state.h"
+];
 
 /// What both the runtime and the kernels are compiled with.
 const COMMON: &[&str] = &[
@@ -27,16 +47,17 @@ const COMMON: &[&str] = &[
     "-fno-stack-protector",
 ];
 
-const RUNTIME_ONLY: &[&str] = &["-O2", "-fvisibility=hidden", "-ldl"];
+const RUNTIME_ONLY: &[&str] = &["-O3", "-fvisibility=hidden", "-ldl"];
 
 /// Loads, stores, array indices and integer arithmetic call the runtime; the compiler may not make calls of its own out of loops, which
 /// would not.
 const KERNELS_ONLY: &[&str] = &[
-    "-O2",
+    "-O1",
     "-w",
-    "-g1",
+    "-g",
     "-gdwarf-4",
     "-nostdlib",
+    "-fno-optimize-sibling-calls",
     "-fno-builtin",
     "-DDSA80_EMULATION",
     "-I.",
@@ -44,8 +65,11 @@ const KERNELS_ONLY: &[&str] = &[
     "-fsanitize=alignment,bounds,signed-integer-overflow,shift-exponent,integer-divide-by-zero",
 ];
 
-const GCC_ONLY: &[&str] =
-    &["--param=tsan-instrument-func-entry-exit=0", "-fno-tree-loop-distribute-patterns"];
+const GCC_ONLY: &[&str] = &[
+    "--param=tsan-instrument-func-entry-exit=0",
+    "-fno-tree-loop-distribute-patterns",
+    "-gno-statement-frontiers",
+];
 const CLANG_ONLY: &[&str] = &["-mllvm", "-tsan-instrument-func-entry-exit=0"];
 
 /// One library to make: its sources by name, and what to compile them with.
@@ -63,13 +87,13 @@ impl Unit {
         read: impl Fn(&str) -> Result<Cow<'static, str>>,
     ) -> Result<Self> {
         let main = format!("#include \"{}\"\nEMULATION_ENTRY({entry})\n", program.source);
-        let mut files = BTreeMap::from([("emulation.h".to_owned(), Cow::Borrowed(HEADER))]);
+        let mut files = embedded(KERNEL_FILES);
         let mut wanted = included(&main);
         while let Some(name) = wanted.pop() {
-            if !files.contains_key(&name) {
-                let text = read(&name)?;
+            if let Entry::Vacant(place) = files.entry(name) {
+                let text = read(place.key())?;
                 wanted.extend(included(&text));
-                files.insert(name, text);
+                place.insert(text);
             }
         }
         files.insert("entry.cpp".to_owned(), Cow::Owned(main));
@@ -80,8 +104,11 @@ impl Unit {
 
     /// What all of them call.
     pub(super) fn runtime() -> Self {
-        let files = BTreeMap::from([("runtime.cpp".to_owned(), Cow::Borrowed(RUNTIME))]);
-        Self { files, main: "runtime.cpp", flags: RUNTIME_ONLY.iter().map(|&flag| flag.to_owned()).collect() }
+        Self {
+            files: embedded(RUNTIME_FILES),
+            main: "runtime.cpp",
+            flags: RUNTIME_ONLY.iter().map(|&flag| flag.to_owned()).collect(),
+        }
     }
 
     /// The library's path; compiles it unless that has been done.
@@ -104,10 +131,13 @@ impl Unit {
             .prefix("making-")
             .tempdir_in(cache()?)
             .map_err(|error| error.to_string())?;
+        std::fs::create_dir(making.path().join("runtime")).map_err(|error| error.to_string())?;
         for (name, text) in &self.files {
             std::fs::write(making.path().join(name), text.as_bytes())
                 .map_err(|error| format!("{name}: {error}"))?;
         }
+        // For who wants to look into a kernel.
+        let _ = std::fs::write(making.path().join("flags"), flags.join(" "));
         compile(compiler, making.path(), self.main, &flags)?;
         let made = making.keep();
         if std::fs::rename(&made, &folder).is_err() {
@@ -138,6 +168,10 @@ impl Unit {
     }
 }
 
+fn embedded(files: &'static [(&'static str, &'static str)]) -> BTreeMap<String, Cow<'static, str>> {
+    files.iter().map(|&(name, text)| (name.to_owned(), Cow::Borrowed(text))).collect()
+}
+
 /// The files that a text includes.
 fn included(text: &str) -> Vec<String> {
     text.lines()
@@ -162,13 +196,12 @@ fn compiler() -> Result<&'static Compiler, String> {
                 None => ["c++", "g++", "clang++"].map(OsString::from).to_vec(),
             };
             for command in named {
-                if let Ok(output) = Command::new(&command).arg("--version").output() {
-                    if output.status.success() {
-                        return Ok(Compiler {
-                            command,
-                            version: String::from_utf8_lossy(&output.stdout).into_owned(),
-                        });
-                    }
+                let Ok(output) = Command::new(&command).arg("--version").output() else { continue };
+                if output.status.success() {
+                    return Ok(Compiler {
+                        command,
+                        version: String::from_utf8_lossy(&output.stdout).into_owned(),
+                    });
                 }
             }
             Err("no C++ compiler; install g++, or name one in CXX".to_owned())

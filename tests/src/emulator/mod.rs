@@ -74,6 +74,9 @@ impl Emulator {
     /// # Errors
     /// Says what is missing.
     pub fn available() -> Result<(), String> {
+        if !cfg!(target_os = "linux") {
+            return Err("the emulator runs on Linux".into());
+        }
         runtime::loaded().map(|_| ()).map_err(Clone::clone)
     }
 

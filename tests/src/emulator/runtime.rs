@@ -16,6 +16,8 @@ const GUARD: usize = 256;
 /// What memory holds before it is written: not a number as f32, bf16 and f16, -1 as an integer.
 const POISON: u8 = 0xff;
 const GUARD_BYTE: u8 = 0xa5;
+/// Threads that work on a launch at most: launches are small, and tests run side by side.
+const MAX_WORKERS: u64 = 16;
 
 type Entry = unsafe extern "C" fn(*mut *mut c_void);
 type MapFn = unsafe extern "C" fn(usize) -> *mut u8;
@@ -86,6 +88,11 @@ pub struct EmulatedBuffer(Arc<Memory>);
 impl EmulatedBuffer {
     pub(super) fn new(memory: Memory) -> Self {
         Self(Arc::new(memory))
+    }
+
+    /// Where kernels see it.
+    pub fn address(&self) -> usize {
+        self.0.base().addr()
     }
 
     pub(super) fn memory(&self) -> &Memory {
@@ -295,7 +302,8 @@ impl Kernel {
             ));
         }
         let blocks: u64 = shape.grid.iter().map(|&blocks| u64::from(blocks)).product();
-        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
+        let cores =
+            std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64).min(MAX_WORKERS);
         std::thread::scope(|scope| {
             let work = move |launch: Running| {
                 // SAFETY: the launch is freed only after the scope.

@@ -2,7 +2,7 @@
 
 use dsa80_cuda::layer_norm_rope::{LayerNormRopeDims, LayerNormRopeTile, layer_norm_rope};
 use dsa80_cuda::{Limits, Tile};
-use dsa80_reference::fp8::IndexerPage;
+use dsa80_reference::fp8::{IndexerPage, decode};
 use dsa80_reference::{DType, Kernels, RopeLayout};
 use dsa80_tests::emulator::Fault;
 use dsa80_tests::parity::{self, BatchCase, Batches, F32_UNIT, Interval, Pair, TestDevice, Values};
@@ -218,6 +218,75 @@ fn planted_faults_are_seen() {
         let fault = Fault { file: "layer_norm_rope.cu", find, replace };
         parity::catches(fault, cases(select(VARIANTS), 24), run);
     }
+}
+
+/// Keys that are their bias, with a scale of one: what is quantised is known to the bit.
+fn ties(device: &TestDevice) {
+    let (tie, step) = (|code: u8| (decode(code) + decode(code + 1)) / 2.0, decode(1));
+    let values = [
+        448.0,
+        tie(0x00),
+        tie(0x01),
+        tie(0x07),
+        tie(0x08),
+        -tie(0x3a),
+        tie(0x3b),
+        tie(0x7d),
+        step,
+        -step,
+        0.0,
+    ];
+    let bias: Vec<f64> = (0..32).map(|i| f64::from(values[i % values.len()])).collect();
+    let tensor = |dtype, shape: &[usize], value| {
+        Pair::new(device, "tensor", dtype, shape, &vec![value; shape.iter().product()])
+    };
+    let (x, mut turns) = (tensor(DType::Act, &[1, 32], 1.5), vec![0.0; 16]);
+    turns.iter_mut().step_by(2).for_each(|cos| *cos = 1.0);
+    let cos_sin = Pair::new(device, "cos_sin", DType::Float, &[1, 8, 2], &turns);
+    let weight = Pair::weight(device, "weight", DType::Bf16, &[32], &[0.0; 32]);
+    let bias = Pair::weight(device, "bias", DType::Bf16, &[32], &bias);
+    let (host_batch, batch) = parity::batch(device, &BatchCase::of(4, &[(0, 1)]).batch);
+    let mut cache = Pair::poisoned(device, "cache", DType::Fp8, &[3, 4, 36]);
+    let (tile, layout) = (LayerNormRopeTile { warps: 2, vector: 4 }, RopeLayout::Interleaved);
+    let (x, weight, bias, cos_sin) = (&x, &weight, &bias, &cos_sin);
+    layer_norm_rope(
+        device,
+        &tile,
+        &batch,
+        &x.device,
+        &weight.device,
+        &bias.device,
+        EPS,
+        layout,
+        &cos_sin.device,
+        &mut cache.device,
+    )
+    .unwrap();
+    parity::oracle()
+        .layer_norm_rope(
+            &host_batch,
+            &x.host,
+            &weight.host,
+            &bias.host,
+            EPS,
+            layout,
+            &cos_sin.host,
+            &mut cache.host,
+        )
+        .unwrap();
+    let expected = parity::oracle().read_bytes(&cache.host).unwrap();
+    parity::assert_same("cache", 144, &parity::read_bytes(device, &cache.device), &expected);
+}
+
+#[test]
+fn ties_of_8_bits_go_to_the_even_code() {
+    parity::small_cases(ties);
+    let fault = Fault {
+        file: "fp8.cuh",
+        find: "magnitude + 0x7ffffu + (magnitude >> 20 & 1u)",
+        replace: "magnitude + 0x80000u",
+    };
+    parity::catches(fault, Just(()), |device, ()| ties(device));
 }
 
 #[test]

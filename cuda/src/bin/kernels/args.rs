@@ -96,7 +96,35 @@ pub(crate) struct Select {
 
 impl Select {
     pub(crate) fn takes(&self, kernel: &str, case: &str) -> bool {
-        self.kernel.as_ref().is_none_or(|only| only == kernel)
+        // `sparse_mla` is also `sparse_mla_wide`.
+        let same = |only: &String| {
+            kernel.strip_prefix(only.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
+        };
+        self.kernel.as_ref().is_none_or(same)
             && self.filter.as_ref().is_none_or(|text| case.contains(text.as_str()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_kernel_is_selected_with_its_variants() {
+        let select = |kernel: &str, filter: Option<&str>| Select {
+            kernel: Some(kernel.to_owned()),
+            filter: filter.map(str::to_owned),
+        };
+        assert!(select("sparse_mla", None).takes("sparse_mla_wide", "B=1"));
+        assert!(!select("sparse_mla_wide", None).takes("sparse_mla", "B=1"));
+        assert!(!select("sparse_ml", None).takes("sparse_mla", "B=1"));
+        assert!(!select("sparse_mla", Some("B=8")).takes("sparse_mla", "B=1"));
     }
 }

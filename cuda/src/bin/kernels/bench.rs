@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use dsa80_cuda::gpu::Launched;
-use dsa80_cuda::{Device, Gpu, Tiles};
+use dsa80_cuda::{Cost, Device, Gpu, Tiles};
 
 use crate::args::{Machine, Select};
 use crate::cases::{self, Case};
@@ -63,7 +63,7 @@ fn bench_case(
     replays: usize,
 ) -> anyhow::Result<CaseResult> {
     let tile = cases::tile(case, tiles)?;
-    let mut run = case.make(gpu)?;
+    let mut run = case.make(gpu, tiles)?;
     run.set_tile(gpu, &tile)?;
     // The first call compiles.
     let launched = gpu.record(|| run.launch(gpu, 0))?;
@@ -75,6 +75,7 @@ fn bench_case(
         accuracy = accuracy.and(run.check(gpu, copies - 1)?);
     }
     let cost = run.cost();
+    let distinct = Cost { bytes: run.distinct_bytes(), ..cost };
     Ok(CaseResult {
         kernel: case.kernel.to_owned(),
         case: case.name.clone(),
@@ -84,11 +85,12 @@ fn bench_case(
         copies,
         timing,
         bytes: cost.bytes,
+        distinct_bytes: distinct.bytes,
         flops: cost.flops,
-        read_share: cost.bytes / timing.median_us / 1e3 / ceilings.read_gb_s,
+        read_share: distinct.bytes / timing.median_us / 1e3 / ceilings.read_gb_s,
         mma_share: cost.flops / timing.median_us / 1e6 / ceilings.mma_tflop_s,
         goal_us: case.goal_us,
-        goal_here_us: case.goal_us.map(|goal| goal_here(goal, cost, ceilings)),
+        goal_here_us: case.goal_us.map(|goal| goal_here(goal, distinct, ceilings)),
         accuracy,
     })
 }

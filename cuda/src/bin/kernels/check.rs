@@ -19,18 +19,27 @@ pub(crate) fn run(machine: &Machine, select: &Select, all_tiles: bool) -> anyhow
     let gpu = machine.open()?;
     let pinned = Tiles::for_gpu(&gpu.limits().name, machine.tiles.as_deref())?;
     let mut table = Table::new(["kernel", "case", "rel. L2", "limit", "worst", "rows", "", "tile"]);
-    let mut wrong = 0;
+    let mut failures = Vec::new();
     for case in &selected {
         let mut tiles = vec![cases::tile(case, &pinned)?];
         if all_tiles {
             let candidates = cases::registered(case)?.candidates(case.class, gpu.limits());
             tiles.extend(candidates.map_err(anyhow::Error::msg)?);
         }
-        let mut run = case.make(&gpu)?;
+        let mut run = case.make(&gpu, &pinned)?;
         for tile in &tiles {
             let words = format!("{} {}, {}", case.kernel, case.name, tile_words(tile));
-            let accuracy = check(&gpu, run.as_mut(), tile).map_err(|error| anyhow::anyhow!("{words}: {error}"))?;
-            wrong += usize::from(!accuracy.ok());
+            let accuracy = match check(&gpu, run.as_mut(), tile) {
+                Ok(accuracy) if accuracy.ok() => accuracy,
+                Ok(accuracy) => {
+                    failures.push(format!("{words}: {accuracy:?}"));
+                    accuracy
+                }
+                Err(error) => {
+                    failures.push(format!("{words}: {error}"));
+                    continue;
+                }
+            };
             table.row([
                 case.kernel.to_owned(),
                 case.name.clone(),
@@ -44,10 +53,7 @@ pub(crate) fn run(machine: &Machine, select: &Select, all_tiles: bool) -> anyhow
         }
     }
     println!("{}", table.text());
-    if wrong > 0 {
-        bail!("{wrong} results are wrong");
-    }
-    Ok(())
+    if failures.is_empty() { Ok(()) } else { bail!("{}", failures.join("\n")) }
 }
 
 /// The output of a first and of a second call.

@@ -158,7 +158,15 @@ pub(crate) fn indexer_cache(
         CacheType::Bf16 => normal(gpu, "indexer cache", DType::Act, &[pages, PAGE_SIZE, width], seed, 1.0),
         CacheType::Fp8 => {
             let shape = [pages, PAGE_SIZE, page.row_bytes()];
-            fp8(gpu, "indexer cache", &shape, seed, page.row_bytes() * PAGE_SIZE, [scales, 4 * PAGE_SIZE], [0, 0])
+            fp8(
+                gpu,
+                "indexer cache",
+                &shape,
+                seed,
+                page.row_bytes() * PAGE_SIZE,
+                [scales, 4 * PAGE_SIZE],
+                [0, 0],
+            )
         }
     }
 }

@@ -69,6 +69,7 @@ fn table(file: &Path, readme: Option<&Path>) -> anyhow::Result<()> {
         return Ok(());
     };
     let text = std::fs::read_to_string(readme).with_context(|| readme.display().to_string())?;
-    let text = report::replace_between_markers(&text, &table).with_context(|| readme.display().to_string())?;
+    let text =
+        report::replace_between_markers(&text, &table).with_context(|| readme.display().to_string())?;
     std::fs::write(readme, text).with_context(|| readme.display().to_string())
 }

@@ -36,9 +36,8 @@ pub(crate) fn time_calls(
     replays: usize,
     mut launch: impl FnMut(usize) -> Result<()>,
 ) -> Result<Timing> {
-    let mut passes = |count: usize| {
-        gpu.capture(|| (0..count).flat_map(|_| 0..copies).try_for_each(&mut launch))
-    };
+    let mut passes =
+        |count: usize| gpu.capture(|| (0..count).flat_map(|_| 0..copies).try_for_each(&mut launch));
     let once = passes(1)?;
     // The first replays warm up clocks and caches.
     let pass_us = gpu.time(3, || once.launch())?.into_iter().fold(f64::INFINITY, f64::min);

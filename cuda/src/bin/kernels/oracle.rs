@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use dsa80_cuda::{CudaTensor, Device, Gpu};
 use dsa80_reference::cpu::{Cpu, CpuBatch, CpuTensor};
-use dsa80_reference::{Batch, DType, DeviceTensor, Kernels, Result, SequenceSlice};
+use dsa80_reference::{Batch, DType, DeviceTensor, HostData, HostTensor, Kernels, Result, SequenceSlice};
 use half::bf16;
 use serde::{Deserialize, Serialize};
 
@@ -93,9 +93,7 @@ pub(crate) fn row_bytes(gpu: &Gpu, tensor: &CudaTensor<Gpu>, rows: &[usize]) -> 
 pub(crate) fn row_numbers(gpu: &Gpu, tensor: &CudaTensor<Gpu>, rows: &[usize]) -> Result<Vec<f64>> {
     let bytes = row_bytes(gpu, tensor, rows)?;
     Ok(match tensor.dtype() {
-        DType::Float | DType::F32 => {
-            numbers::<f32>(&bytes).into_iter().map(f64::from).collect()
-        }
+        DType::Float | DType::F32 => numbers::<f32>(&bytes).into_iter().map(f64::from).collect(),
         DType::Index => numbers::<i32>(&bytes).into_iter().map(f64::from).collect(),
         _ => numbers::<bf16>(&bytes).into_iter().map(f64::from).collect(),
     })
@@ -105,6 +103,10 @@ pub(crate) fn row_numbers(gpu: &Gpu, tensor: &CudaTensor<Gpu>, rows: &[usize]) -
 pub(crate) fn rows(gpu: &Gpu, tensor: &CudaTensor<Gpu>, rows: &[usize]) -> Result<CpuTensor<f64>> {
     let mut shape = tensor.shape().to_vec();
     shape[0] = rows.len();
+    if tensor.dtype() == DType::Bf16 {
+        let data = HostData::Bf16(numbers(&row_bytes(gpu, tensor, rows)?));
+        return oracle().upload(HostTensor { shape, data });
+    }
     let mut host = oracle().alloc(tensor.dtype(), &shape)?;
     match tensor.dtype() {
         DType::Fp8 => oracle().write_bytes(&row_bytes(gpu, tensor, rows)?, &mut host)?,
@@ -125,12 +127,7 @@ pub(crate) struct Sampled {
 }
 
 impl Sampled {
-    pub(crate) fn new(
-        gpu: &Gpu,
-        whole: &Batch,
-        sampled: &[usize],
-        cache: &CudaTensor<Gpu>,
-    ) -> Result<Self> {
+    pub(crate) fn new(gpu: &Gpu, whole: &Batch, sampled: &[usize], cache: &CudaTensor<Gpu>) -> Result<Self> {
         let mut renumbered: HashMap<i32, u32> = HashMap::new();
         let mut used = Vec::new();
         let mut page_lists = Vec::new();

@@ -50,9 +50,12 @@ pub(crate) struct CaseResult {
     pub(crate) copies: usize,
     #[serde(flatten)]
     pub(crate) timing: Timing,
+    /// Bytes that are asked for.
     pub(crate) bytes: f64,
+    /// Those of them that are not others again, which the L2 has.
+    pub(crate) distinct_bytes: f64,
     pub(crate) flops: f64,
-    /// Share of the read ceiling, if every byte came from device memory.
+    /// The distinct bytes as a share of the read ceiling.
     pub(crate) read_share: f64,
     /// Share of the `mma.sync` ceiling.
     pub(crate) mma_share: f64,
@@ -103,9 +106,8 @@ fn nvidia_smi(device: usize) -> Option<String> {
         .ok()?;
     let text = String::from_utf8(output.stdout).ok()?;
     let text = text.trim();
-    (output.status.success() && !text.is_empty()).then(|| {
-        format!("driver, SM clock, memory clock, highest SM clock, power limit: {text}")
-    })
+    (output.status.success() && !text.is_empty())
+        .then(|| format!("driver, SM clock, memory clock, highest SM clock, power limit: {text}"))
 }
 
 /// An H200's ceilings, which the goals were set under.
@@ -148,8 +150,8 @@ impl Report {
     /// For the terminal.
     pub(crate) fn table(&self) -> Table {
         let mut table = Table::new([
-            "kernel", "case", "us", "p10", "p90", "goal", "", "GB/s", "TFLOP/s", "share", "rel. L2", "worst", "rows",
-            "tile",
+            "kernel", "case", "us", "p10", "p90", "goal", "", "GB/s", "TFLOP/s", "share", "rel. L2", "worst",
+            "rows", "tile",
         ]);
         for case in &self.cases {
             let Timing { median_us, p10_us, p90_us, .. } = case.timing;
@@ -197,12 +199,7 @@ impl Report {
             table.row([
                 format!("`{}`", case.kernel),
                 case.case.clone(),
-                format!(
-                    "{} ({} - {})",
-                    microseconds(median_us),
-                    microseconds(p10_us),
-                    microseconds(p90_us)
-                ),
+                format!("{} ({} - {})", microseconds(median_us), microseconds(p10_us), microseconds(p90_us)),
                 goal.unwrap_or_default(),
                 case.share(),
                 accuracy,
@@ -211,12 +208,22 @@ impl Report {
         format!("{}\n\n{}.", table.markdown(), self.summary())
     }
 
+    /// A case a line, so that two files can be compared.
+    fn json(&self) -> serde_json::Result<String> {
+        let environment = serde_json::to_string_pretty(&self.environment)?.replace('\n', "\n  ");
+        let ceilings = serde_json::to_string(&self.ceilings)?;
+        let cases: Vec<String> = self.cases.iter().map(serde_json::to_string).collect::<Result<_, _>>()?;
+        let cases = cases.join(",\n    ");
+        Ok(format!(
+            "{{\n  \"environment\": {environment},\n  \"ceilings\": {ceilings},\n  \"cases\": [\n    {cases}\n  ]\n}}\n"
+        ))
+    }
+
     pub(crate) fn write(&self, path: &Path) -> anyhow::Result<()> {
         if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
             std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
         }
-        let text = serde_json::to_string_pretty(self)? + "\n";
-        std::fs::write(path, text).with_context(|| path.display().to_string())
+        std::fs::write(path, self.json()?).with_context(|| path.display().to_string())
     }
 
     pub(crate) fn read(path: &Path) -> anyhow::Result<Self> {
@@ -279,6 +286,7 @@ mod tests {
                 copies: 60,
                 timing,
                 bytes: 2.4e6,
+                distinct_bytes: 2.4e6,
                 flops: 1e6,
                 read_share: 0.123,
                 mma_share: 0.01,

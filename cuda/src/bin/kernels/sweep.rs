@@ -3,14 +3,16 @@
 use std::path::Path;
 
 use anyhow::{Context, bail};
+use dsa80_cuda::gpu::Compiler;
 use dsa80_cuda::tiles::{About, Pinned, short_name};
-use dsa80_cuda::{Device, Gpu, Limits, Tiles};
+use dsa80_cuda::{Device, Gpu, Limits, ProgramEntry, Tiles};
 
+use crate::NoMachine;
 use crate::args::{Machine, Select};
 use crate::cases::{self, Case};
 use crate::measure::time_calls;
 use crate::report::microseconds;
-use crate::resources::tile_words;
+use crate::resources::{compile_all, tile_words, unfit_for_a100};
 use crate::table::Table;
 
 const REPLAYS: usize = 20;
@@ -34,6 +36,7 @@ pub(crate) fn run(machine: &Machine, select: &Select, folder: &Path, dry_run: bo
     }
     let gpu = machine.open()?;
     let mut tiles = Tiles::for_gpu(&gpu.limits().name, machine.tiles.as_deref())?;
+    let for_a100 = Compiler::new(machine.sources(), (8, 0), None, None).map_err(NoMachine)?;
     let mut done: Vec<(&str, &str)> = Vec::new();
     for case in &selected {
         let class = (case.kernel, case.class);
@@ -43,9 +46,20 @@ pub(crate) fn run(machine: &Machine, select: &Select, folder: &Path, dry_run: bo
         done.push(class);
         let cases: Vec<&Case> =
             selected.iter().filter(|other| (other.kernel, other.class) == class).collect();
-        let (incumbent, timed) = sweep_class(&gpu, &cases, &tiles)?;
-        let Some((best, margin)) = choose(&incumbent, &timed) else {
-            bail!("{} {}: no tile works", case.kernel, case.class);
+        let (incumbent, mut timed) = sweep_class(&gpu, &cases, &tiles)?;
+        let kernel = cases::registered(case)?;
+        let (best, margin) = loop {
+            let Some((best, margin)) = choose(&incumbent, &timed) else {
+                bail!("{} {}: no tile works", case.kernel, case.class);
+            };
+            match unfit_for_a100(&for_a100, kernel, case.class, &best.tile)? {
+                None => break (best.clone(), margin),
+                Some(fault) => {
+                    let unfit = best.tile.clone();
+                    eprintln!("  {}: {fault}", tile_words(&unfit));
+                    timed.iter_mut().filter(|timed| timed.tile == unfit).for_each(|timed| timed.us = None);
+                }
+            }
         };
         let mut table = Table::new(["kernel", "class", "us", "", "tile"]);
         for Timed { tile, us } in &timed {
@@ -91,10 +105,13 @@ fn sweep_class(gpu: &Gpu, cases: &[&Case], tiles: &Tiles) -> anyhow::Result<(tom
             all.push(tile);
         }
     }
+    let programs: Vec<ProgramEntry> =
+        all.iter().filter_map(|tile| kernel.programs(first.class, tile).ok()).flatten().collect();
+    compile_all(gpu.compiler(), programs.iter().map(|entry| &entry.program));
     let mut logs: Vec<Option<f64>> = vec![Some(0.0); all.len()];
     for case in cases {
         eprintln!("{} {}: {} tiles", case.kernel, case.name, all.len());
-        let mut run = case.make(gpu)?;
+        let mut run = case.make(gpu, tiles)?;
         for (tile, log) in all.iter().zip(&mut logs) {
             let timed = (|| {
                 run.set_tile(gpu, tile)?;
@@ -128,7 +145,8 @@ fn choose<'a>(incumbent: &toml::Table, timed: &'a [Timed]) -> Option<(&'a Timed,
     let mut ranked: Vec<(&Timed, f64)> = timed.iter().filter_map(|timed| Some((timed, timed.us?))).collect();
     ranked.sort_by(|a, b| a.1.total_cmp(&b.1));
     let fastest = *ranked.first()?;
-    let stays = ranked.iter().find(|(timed, us)| timed.tile == *incumbent && *us <= fastest.1 * (1.0 + NOISE));
+    let stays =
+        ranked.iter().find(|(timed, us)| timed.tile == *incumbent && *us <= fastest.1 * (1.0 + NOISE));
     let best = *stays.unwrap_or(&fastest);
     let runner_up = ranked.iter().find(|(timed, _)| timed.tile != best.0.tile);
     Some((best.0, runner_up.map(|(_, us)| us / best.1 - 1.0)))

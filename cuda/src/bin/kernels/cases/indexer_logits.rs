@@ -8,7 +8,7 @@ use super::{Case, Run, copies, short, typed};
 use crate::inputs::{self, CacheType, Pages, Random};
 use crate::oracle::{self, Accuracy, Sampled, oracle, spread};
 
-const DIMS: IndexerLogitsDims = IndexerLogitsDims { heads: 32, width: 128 };
+const DIMS: IndexerLogitsDims = IndexerLogitsDims { heads: 32, dims: 128 };
 const RELATIVE_L2: f64 = 1e-6;
 
 #[derive(Debug, Clone, Copy)]
@@ -35,13 +35,8 @@ struct Set {
 }
 
 pub(super) fn cases() -> Vec<Case> {
-    let decode = [
-        (1, 8192, 4.0),
-        (1, 32768, 4.8),
-        (1, 131_072, 8.0),
-        (32, 32768, 45.0),
-        (32, 131_072, 165.0),
-    ];
+    let decode =
+        [(1, 8192, 4.0), (1, 32768, 4.8), (1, 131_072, 8.0), (32, 32768, 45.0), (32, 131_072, 165.0)];
     let prefill = [(2048, 8192, 340.0), (2048, 32768, 1450.0)];
     let mut cases = Vec::new();
     for cache in [CacheType::Fp8, CacheType::Bf16] {
@@ -66,11 +61,16 @@ fn case(shape: Shape, goal_us: Option<f64>) -> Case {
     Case {
         kernel: IndexerLogitsTile::KERNEL,
         name: format!("{what}, {} keys", cache.words()),
-        class: if prefill { "prefill" } else { "decode" },
+        class: match (prefill, cache) {
+            (false, CacheType::Bf16) => "decode_bf16",
+            (false, CacheType::Fp8) => "decode_fp8",
+            (true, CacheType::Bf16) => "prefill_bf16",
+            (true, CacheType::Fp8) => "prefill_fp8",
+        },
         goal_us,
         check: context <= 32768,
         slow: false,
-        make: Box::new(move |gpu| Ok(Box::new(Logits::new(gpu, shape)?))),
+        make: Box::new(move |gpu, _| Ok(Box::new(Logits::new(gpu, shape)?))),
     }
 }
 
@@ -81,7 +81,7 @@ fn cost(shape: Shape, batch: &Batch) -> Cost {
 impl Logits {
     fn new(gpu: &Gpu, shape: Shape) -> Result<Self> {
         let Shape { tokens, prefill, context, cache } = shape;
-        let IndexerLogitsDims { heads, width } = DIMS;
+        let IndexerLogitsDims { heads, dims: width } = DIMS;
         let sequences =
             if prefill { vec![(context - tokens, tokens)] } else { vec![(context - 1, 1); tokens] };
         let needed = Pages::needed(&sequences);
@@ -94,7 +94,14 @@ impl Logits {
                 Ok(Set {
                     batch: inputs::upload(gpu, &pages.batch(&sequences)?)?,
                     q: inputs::normal(gpu, "q", DType::Act, &[tokens, heads, width], 2 * seed, 1.0)?,
-                    weights: inputs::normal(gpu, "weights", DType::Float, &[tokens, heads], 2 * seed + 1, 1.0)?,
+                    weights: inputs::normal(
+                        gpu,
+                        "weights",
+                        DType::Float,
+                        &[tokens, heads],
+                        2 * seed + 1,
+                        1.0,
+                    )?,
                     logits: CudaTensor::alloc(gpu, "logits", DType::Float, &[tokens, context])?,
                 })
             })
@@ -131,8 +138,9 @@ impl Run for Logits {
     fn check(&self, gpu: &Gpu, copy: usize) -> Result<Accuracy> {
         let set = &self.sets[copy];
         let batch = set.batch.host();
-        // As many rows as the oracle scores in about a second.
-        let rows = spread((1 << 20) / self.shape.context, batch.num_tokens().min(if self.shape.prefill { usize::MAX } else { 4 }));
+        // As many as the oracle scores in about a second; of a decode step each has a context of its own to be read back.
+        let most = (1 << 20) / self.shape.context;
+        let rows = spread(if self.shape.prefill { most } else { most.min(4) }, batch.num_tokens());
         let sampled = Sampled::new(gpu, batch, &rows, &self.cache)?;
         let (q, weights) = (oracle::rows(gpu, &set.q, &rows)?, oracle::rows(gpu, &set.weights, &rows)?);
         let columns = self.shape.context;
@@ -154,18 +162,18 @@ impl Run for Logits {
 }
 
 fn scale() -> f64 {
-    1.0 / ((DIMS.heads * DIMS.width) as f64).sqrt()
+    1.0 / ((DIMS.heads * DIMS.dims) as f64).sqrt()
 }
 
 /// What a row's logits may be off by: a rounding to f32 for every term, the terms no larger than their norms say.
 fn bounds(q: &[f64], weights: &[f64]) -> Vec<f64> {
     // Keys of the benchmark are about normal: none is longer than twice the root of its columns, times the largest scale's two.
-    let longest_key = 4.0 * (DIMS.width as f64).sqrt();
-    let roundings = (DIMS.heads + DIMS.width) as f64 / f64::from(1 << 24);
-    q.chunks_exact(DIMS.heads * DIMS.width)
+    let longest_key = 4.0 * (DIMS.dims as f64).sqrt();
+    let roundings = (DIMS.heads + DIMS.dims) as f64 / f64::from(1 << 24);
+    q.chunks_exact(DIMS.heads * DIMS.dims)
         .zip(weights.chunks_exact(DIMS.heads))
         .map(|(q, weights)| {
-            let norms = q.chunks_exact(DIMS.width).map(|q| q.iter().map(|x| x * x).sum::<f64>().sqrt());
+            let norms = q.chunks_exact(DIMS.dims).map(|q| q.iter().map(|x| x * x).sum::<f64>().sqrt());
             let terms: f64 = norms.zip(weights).map(|(norm, weight)| norm * weight.abs()).sum();
             roundings * longest_key * terms * scale()
         })

@@ -41,7 +41,7 @@ pub(super) fn cases() -> Vec<Case> {
             goal_us: None,
             check: tokens <= 32,
             slow: false,
-            make: Box::new(move |gpu| Ok(Box::new(Latents::new(gpu, cache, tokens)?))),
+            make: Box::new(move |gpu, _| Ok(Box::new(Latents::new(gpu, cache, tokens)?))),
         })
         .collect()
 }

@@ -40,7 +40,7 @@ pub(super) fn cases() -> Vec<Case> {
             goal_us: None,
             check: tokens <= 32,
             slow: false,
-            make: Box::new(move |gpu| Ok(Box::new(Keys::new(gpu, cache, tokens)?))),
+            make: Box::new(move |gpu, _| Ok(Box::new(Keys::new(gpu, cache, tokens)?))),
         })
         .collect()
 }
@@ -59,7 +59,14 @@ impl Keys {
                 Ok(Set {
                     batch: inputs::upload(gpu, &batch)?,
                     x: inputs::normal(gpu, "x", DType::Act, &[tokens, width], 2 * seed, 1.5)?,
-                    cos_sin: inputs::normal(gpu, "cos_sin", DType::Float, &[tokens, rope / 2, 2], 2 * seed + 1, 0.7)?,
+                    cos_sin: inputs::normal(
+                        gpu,
+                        "cos_sin",
+                        DType::Float,
+                        &[tokens, rope / 2, 2],
+                        2 * seed + 1,
+                        0.7,
+                    )?,
                     cache: inputs::indexer_cache(gpu, cache, page_count, width, seed)?,
                 })
             })

@@ -1,7 +1,10 @@
 //! What is timed: one module a kernel, one case a shape.
 
+mod indexer_logits;
 mod latent_rope;
 mod layer_norm_rope;
+mod sparse_mla;
+mod top_k;
 
 use dsa80_cuda::{Cost, CudaTensor, Gpu, Tiles};
 use dsa80_reference::cpu::{CpuBatch, CpuTensor};
@@ -26,7 +29,7 @@ pub(crate) struct Case {
     make: Make,
 }
 
-type Make = Box<dyn Fn(&Gpu) -> Result<Box<dyn Run>>>;
+type Make = Box<dyn Fn(&Gpu, &Tiles) -> Result<Box<dyn Run>>>;
 
 /// A case that is set up: inputs for as many calls as it takes to pass the L2, and room for their outputs.
 pub(crate) trait Run {
@@ -39,6 +42,11 @@ pub(crate) trait Run {
     /// What one call moves and computes.
     fn cost(&self) -> Cost;
 
+    /// Of the bytes, those that are not another's again, which the L2 has.
+    fn distinct_bytes(&self) -> f64 {
+        self.cost().bytes
+    }
+
     /// One call on the set `copy`.
     fn launch(&mut self, gpu: &Gpu, copy: usize) -> Result<()>;
 
@@ -50,14 +58,22 @@ pub(crate) trait Run {
 }
 
 impl Case {
-    pub(crate) fn make(&self, gpu: &Gpu) -> Result<Box<dyn Run>> {
-        (self.make)(gpu)
+    /// Sets it up, with these tiles.
+    pub(crate) fn make(&self, gpu: &Gpu, tiles: &Tiles) -> Result<Box<dyn Run>> {
+        (self.make)(gpu, tiles)
     }
 }
 
 /// Every case, in the order of a model's layer.
 pub(crate) fn all() -> Vec<Case> {
-    [layer_norm_rope::cases(), latent_rope::cases()].into_iter().flatten().collect()
+    [
+        layer_norm_rope::cases(),
+        latent_rope::cases(),
+        indexer_logits::cases(),
+        top_k::cases(),
+        sparse_mla::cases(),
+    ]
+    .into_iter().flatten().collect()
 }
 
 /// Rotated inputs reach this many times the L2.
@@ -131,7 +147,8 @@ fn compare_rows(
 fn oracle_cache(tokens: usize, cache: &CudaTensor<Gpu>) -> Result<(CpuBatch, CpuTensor<f64>)> {
     let pages: Vec<u32> = (0..tokens.div_ceil(PAGE_SIZE) as u32).collect();
     let token_ids = vec![0; tokens];
-    let batch = Batch::new(PAGE_SIZE, &[SequenceSlice { token_ids: &token_ids, computed_len: 0, pages: &pages }])?;
+    let batch =
+        Batch::new(PAGE_SIZE, &[SequenceSlice { token_ids: &token_ids, computed_len: 0, pages: &pages }])?;
     let mut shape = cache.shape().to_vec();
     shape[0] = pages.len();
     Ok((oracle::upload(&batch)?, oracle().alloc(cache.dtype(), &shape)?))

@@ -1,7 +1,7 @@
 //! `top_k`: 2048 positions of rows of scores.
 
-use dsa80_cuda::top_k::{self, TopKTile, TopKWorkspace};
-use dsa80_cuda::{Cost, CudaBatch, CudaTensor, Gpu, Tile};
+use dsa80_cuda::top_k::{self, TopKRows, TopKTile, TopKWorkspace};
+use dsa80_cuda::{Cost, CudaBatch, CudaTensor, Device, Gpu, Tile};
 use dsa80_reference::{DType, Kernels, Result};
 
 use super::{Case, Run, copies, short, typed};
@@ -37,11 +37,11 @@ pub(super) fn cases() -> Vec<Case> {
     .map(|(rows, columns, goal_us)| Case {
         kernel: TopKTile::KERNEL,
         name: format!("{K} of {rows} x {}", short(columns)),
-        class: "any",
+        class: if rows < 100 { "few" } else { "many" },
         goal_us: Some(goal_us),
         check: rows <= 32,
         slow: false,
-        make: Box::new(move |gpu| Ok(Box::new(Rows::new(gpu, rows, columns)?))),
+        make: Box::new(move |gpu, _| Ok(Box::new(Rows::new(gpu, rows, columns)?))),
     })
     .collect()
 }
@@ -58,8 +58,8 @@ impl Rows {
                 })
             })
             .collect::<Result<_>>()?;
-        let tile = TopKTile::safe(());
-        let workspace = TopKWorkspace::alloc(gpu, &tile)?;
+        let tile = TopKTile::safe(TopKRows::of(rows, gpu.limits()));
+        let workspace = TopKWorkspace::alloc(gpu, &[tile])?;
         Ok(Self { tile, workspace, batch: inputs::upload(gpu, &batch)?, sets })
     }
 }
@@ -67,7 +67,7 @@ impl Rows {
 impl Run for Rows {
     fn set_tile(&mut self, gpu: &Gpu, tile: &toml::Table) -> Result<()> {
         self.tile = typed(tile)?;
-        self.workspace = TopKWorkspace::alloc(gpu, &self.tile)?;
+        self.workspace = TopKWorkspace::alloc(gpu, &[self.tile])?;
         Ok(())
     }
 
