@@ -1,5 +1,5 @@
-// The indexer's scores of any ragged batch: a block keeps TILE_WARPS * TILE_GROUPS * 32 keys of one sequence in registers, and the queries of
-// one query block stream past them through shared memory.
+// The indexer's scores of any ragged batch: a block keeps TILE_WARPS * TILE_GROUPS * 32 keys of one sequence in registers, and the
+// queries of one query block stream past them through shared memory.
 #include "indexer_logits.cuh"
 
 constexpr int THREADS = 32 * TILE_WARPS;
@@ -23,7 +23,7 @@ KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
     Shared& shared = shared_memory<Shared>();
     const Arguments args = {q,    weights,    cache,     cu_seqlens, context_lens, block_table, logits,
                             seqs, max_blocks, page_size, first_row,  end_row,      columns,     scale};
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int warp = threadIdx.x / 32;
     clear_padding(&shared.stages[0][0], TILE_STAGES * TILE_QUERIES);
 
     Walk walk;
@@ -58,10 +58,11 @@ KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
         float scales[TILE_GROUPS];
 #pragma unroll
         for (int i = 0; i < TILE_GROUPS; ++i) {
+            const Lookup at = keys.lookup(warp_key + i * GROUP_KEYS + Keys::key_of_lane());
             RawKeys raw;
-            raw.load(keys, keys.lookup(warp_key + i * GROUP_KEYS + RawKeys::key_of_lane(lane)), scale);
-            groups[i].expand(raw);
-            scales[i] = raw.scale;
+            raw.load(keys, at);
+            groups[i].expand<true>(raw);
+            scales[i] = FP8 ? scale * __ldg(keys.scale(at)) : scale;
         }
 
         for (int step = 0; step < steps; ++step) {
@@ -77,7 +78,7 @@ KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
                 float* row = logits + static_cast<int64_t>(rows.first + query - first_row) * columns;
 #pragma unroll
                 for (int j = 0; j < TILE_GROUPS; ++j) {
-                    const int key = warp_key + j * GROUP_KEYS + RawKeys::key_of_lane(lane);
+                    const int key = warp_key + j * GROUP_KEYS + Keys::key_of_lane();
                     if (key <= position) row[key] = scores[j] * scales[j];
                 }
             }

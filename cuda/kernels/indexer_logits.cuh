@@ -47,6 +47,17 @@ DEVICE void copy_queries(Query* queries, const uint16_t* q, const float* weights
     for (int i = threadIdx.x; i < count * HEADS; i += blockDim.x) cp_async_4(&queries[i / HEADS].weights[i % HEADS], weights + i);
 }
 
+// Brings the dims that the thread has copied into the order of keys that are not IN_ORDER.
+DEVICE void permute_queries(Query* queries, int count) {
+    constexpr int VECTORS = DIMS / 8;
+    for (int i = threadIdx.x; FP8 && i < count * (HEADS * VECTORS); i += blockDim.x) {
+        const int head = i / VECTORS % HEADS;
+        uint4& v = queries[i / (HEADS * VECTORS)].heads[head][Query::place(head, i % VECTORS)];
+        v = make_uint4(__byte_perm(v.x, v.y, 0x5410), __byte_perm(v.x, v.y, 0x7632), __byte_perm(v.z, v.w, 0x5410),
+                       __byte_perm(v.z, v.w, 0x7632));
+    }
+}
+
 // The token rows of one sequence that a launch has to score.
 struct Rows {
     int first, count;  // token rows
@@ -122,8 +133,10 @@ struct Lookup {
     int page, row;
 };
 
-// The keys of one sequence.
+// The keys of one sequence, 32 at a time: row i of a lane's four is key 8 i + lane / 4 of a group; `key_of_lane` is the key that it
+// looks up, and whose score it gets.
 struct Keys {
+    static constexpr int KEY_BYTES = FP8 ? DIMS : 2 * DIMS;
     const uint8_t* cache;
     const int32_t* pages;
     int page_size, last;
@@ -135,45 +148,54 @@ struct Keys {
         last = keys - 1;
     }
 
+    static DEVICE int key_of_lane() { return 8 * (threadIdx.x % 4) + threadIdx.x % 32 / 4; }
+
+    // Whether the lane's vector `j` of a key is there; the dims beyond count as zero.
+    static DEVICE bool inside(int j) { return 64 * j + 16 * static_cast<int>(threadIdx.x % 4) < KEY_BYTES; }
+
     // Keys after the last stand for the last: mapped, and their scores are not written.
     DEVICE Lookup lookup(int key) const {
         key = min(key, last);
         const int block = static_cast<int>(static_cast<uint32_t>(key) / static_cast<uint32_t>(page_size));
         return {__ldg(pages + block), key - block * page_size};
     }
-};
 
-// Keys as they come out of the cache. Row i of the lane's four is key 8 i + lane / 4 of the group; the scale belongs to the key that the
-// lane looked up, `key_of_lane`.
-struct RawKeys {
-    uint4 rows[4][KEY_VECTORS];
-    float scale;
+    DEVICE int64_t page(Lookup at) const {
+        constexpr int ROW_BYTES = FP8 ? KEY_BYTES + 4 : KEY_BYTES;
+        return static_cast<int64_t>(at.page) * page_size * ROW_BYTES;
+    }
 
-    static DEVICE int key_of_lane(int lane) { return 8 * (lane % 4) + lane / 4; }
-
-    DEVICE void load(const Keys& keys, Lookup at, float factor) {
+    // take(row, vector, address) for what the lane reads of 32 keys.
+    template <typename Take>
+    DEVICE void vectors(Lookup at, Take take) const {
+        const int64_t offset = page(at) + static_cast<int64_t>(at.row) * KEY_BYTES;
         const int lane = threadIdx.x % 32;
-        constexpr int KEY_BYTES = FP8 ? DIMS : 2 * DIMS;
-        const int64_t page = static_cast<int64_t>(at.page) * keys.page_size * (FP8 ? KEY_BYTES + 4 : KEY_BYTES);
-        const int64_t offset = page + static_cast<int64_t>(at.row) * KEY_BYTES;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const uint8_t* key = keys.cache + __shfl_sync(ALL, offset, lane / 4 * 4 + i);
+            const uint8_t* key = cache + __shfl_sync(ALL, offset, lane / 4 * 4 + i);
 #pragma unroll
             for (int j = 0; j < KEY_VECTORS; ++j) {
-                const int byte = 64 * j + 16 * (lane % 4);
-                rows[i][j] = byte < KEY_BYTES ? load_once_16(key + byte) : make_uint4(0, 0, 0, 0);
+                if (inside(j)) take(i, j, key + 64 * j + 16 * (lane % 4));
             }
         }
-        scale = factor;
-        if constexpr (FP8) {
-            const uint8_t* scales = keys.cache + page + static_cast<int64_t>(keys.page_size) * DIMS;
-            scale *= __ldg(reinterpret_cast<const float*>(scales) + at.row);
-        }
+    }
+
+    // Of the key that the lane looked up.
+    DEVICE const float* scale(Lookup at) const {
+        return reinterpret_cast<const float*>(cache + page(at) + static_cast<int64_t>(page_size) * DIMS) + at.row;
     }
 };
 
-// 32 keys as MMA operands.
+// 32 keys as they come out of the cache.
+struct RawKeys {
+    uint4 rows[4][KEY_VECTORS] = {};
+
+    DEVICE void load(const Keys& keys, Lookup at) {
+        keys.vectors(at, [&](int i, int j, const uint8_t* address) { rows[i][j] = load_once_16(address); });
+    }
+};
+
+// 32 keys as MMA operands. IN_ORDER: in the order of the dims; otherwise 8-bit keys swap the second and the third of every four.
 struct KeyGroup {
     uint32_t steps[4 * DIM_GROUPS][2][4];
 
@@ -182,6 +204,7 @@ struct KeyGroup {
         steps[step][row / 2][row % 2 + 2] = second;
     }
 
+    template <bool IN_ORDER>
     DEVICE void expand(const RawKeys& raw) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -194,7 +217,11 @@ struct KeyGroup {
                     for (int k = 0; k < 4; ++k) {
                         uint32_t even, odd;
                         e4m3x4_to_bf16(words[k], even, odd);
-                        set(4 * j + k, i, __byte_perm(even, odd, 0x5410), __byte_perm(even, odd, 0x7632));
+                        if constexpr (IN_ORDER) {
+                            set(4 * j + k, i, __byte_perm(even, odd, 0x5410), __byte_perm(even, odd, 0x7632));
+                        } else {
+                            set(4 * j + k, i, even, odd);
+                        }
                     }
                 } else {
                     set(2 * j, i, vector.x, vector.y);
@@ -205,7 +232,7 @@ struct KeyGroup {
     }
 };
 
-// sum_h weights[h] relu(q[h] . key) for every key: the lane gets those of the keys `key_of_lane`, one of each group.
+// sum_h weights[h] relu(q[h] . key) for every key: the lane gets those of its `key_of_lane`, one of each group.
 template <int GROUPS>
 DEVICE void score(const KeyGroup (&keys)[GROUPS], const Query& query, float (&scores)[GROUPS]) {
     constexpr int AT_ONCE = HEAD_TILES % TILE_HEADS_AT_ONCE == 0 ? TILE_HEADS_AT_ONCE : 1;

@@ -35,13 +35,17 @@ struct Shared {
 #endif
     float maxima[WARPS][HEADS];
     float sums[WARPS][HEADS];
-#if SPLIT == 2
-    // And eight bytes' worth of alignment.
-    int last[2];
-#endif
 };
 static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
 static_assert(HEADS * O_STRIDE * 4 <= STAGES * KEYS * STRIDE, "a warp's output fits its ring");
+
+DEVICE void copy_or_zero(void* shared, const void* global, bool valid) {
+#if TILE_THROUGH_L1
+    cp_async_16_or_zero_l1(shared, global, valid);
+#else
+    cp_async_16_or_zero(shared, global, valid);
+#endif
+}
 
 // A warp's blocks of keys: of the blocks from `first` to `end`, every WARPS-th. Lanes look up two blocks at a time, two steps ahead.
 struct Blocks {
@@ -50,20 +54,22 @@ struct Blocks {
     // Slots of the two blocks that are gathered now, of the next two, and the positions after those.
     int slot;
     Lookup next;
-    int position;
+    int position, first_position;
 
     DEVICE int position_of(int pair) const {
         const int block = first + (2 * pair + lane / KEYS) * WARPS;
         return block < end ? rows.position(block * KEYS + lane % KEYS) : -1;
     }
 
+    // In two parts, for what can be done while the first positions come.
     DEVICE void start() {
-        position = position_of(0);
-        next = rows.lookup(position);
+        first_position = position_of(0);
         position = position_of(1);
     }
 
-    // Gathers the warp's block `i`, and returns which of its keys are none.
+    DEVICE void look_up() { next = rows.lookup(first_position); }
+
+    // Gathers the warp's block `i`, and returns which of its places hold a key.
     DEVICE uint32_t gather(uint8_t (*stage)[STRIDE], int i) {
         if (i % 2 == 0) {
             slot = rows.slot(next);
@@ -80,7 +86,7 @@ struct Blocks {
                 const int row = __shfl_sync(ALL, slot, base + r);
                 const uint8_t* source = rows.address(row, ROW_BYTES) + lane * 16;
 #pragma unroll
-                for (int c = 0; c < FULL; ++c) cp_async_16_or_zero(stage[r] + (c * 32 + lane) * 16, source + c * 512, row >= 0);
+                for (int c = 0; c < FULL; ++c) copy_or_zero(stage[r] + (c * 32 + lane) * 16, source + c * 512, row >= 0);
             }
         }
         if constexpr (REST > 0) {
@@ -89,7 +95,7 @@ struct Blocks {
                 const int r = (at + lane) / REST, chunk = FULL * 32 + (at + lane) % REST;
                 const int row = __shfl_sync(ALL, slot, base + r % KEYS);
                 if (KEYS * REST % 32 == 0 || r < KEYS)
-                    cp_async_16_or_zero(stage[r] + chunk * 16, rows.address(row, ROW_BYTES) + chunk * 16, row >= 0);
+                    copy_or_zero(stage[r] + chunk * 16, rows.address(row, ROW_BYTES) + chunk * 16, row >= 0);
             }
         }
         return held;
@@ -248,9 +254,20 @@ DEVICE void store_tile(float* exchange, const float (&o)[4], const float (&facto
 
 #endif
 
+// Eight heads' queries, by `COPIERS` lanes of which this is the `copier`-th.
+template <int COPIERS>
+DEVICE void copy_queries(uint8_t* rows, const uint16_t* q, int copier) {
+#pragma unroll
+    for (int first = 0; first < HEADS * Q_CHUNKS; first += COPIERS) {
+        const int i = first + copier;
+        if (first + COPIERS <= HEADS * Q_CHUNKS || i < HEADS * Q_CHUNKS)
+            cp_async_16(rows + i / Q_CHUNKS * Q_STRIDE + i % Q_CHUNKS * 16, q + i * 8);
+    }
+}
+
 // One block of keys: `reference` is what the weights of this lane's two heads are relative to, `sum` adds up those of the lane's keys.
-DEVICE void attend(float (&o)[VALUE_TILES][4], float (&reference)[2], float (&sum)[2], const Queries& queries, const uint8_t (*keys)[STRIDE],
-                   uint32_t held, float scale_log2, int lane) {
+DEVICE void attend(float (&o)[VALUE_TILES][4], float (&reference)[2], float (&sum)[2], const Queries& queries,
+                   const uint8_t (*keys)[STRIDE], uint32_t held, float scale_log2, int lane) {
     float s[4];
     score(s, queries, keys, lane);
     const bool low = held >> lane / 4 & 1, high = held >> (lane / 4 + 8) & 1;
@@ -293,12 +310,12 @@ DEVICE void attend(float (&o)[VALUE_TILES][4], float (&reference)[2], float (&su
 }
 
 // `q` [T, H, WIDTH]; `cache` rows of ROW_BYTES; `topk_indices` [T, k]; `out` [T, H, KV_LORA_RANK], or with SPLIT the partial results of
-// a range of blocks, `sparse_mla.cuh` says which. Grid: tokens, groups of heads, splits.
+// a range of blocks as `sparse_mla.cuh` describes them. Where `union_counts` is not null, tokens in groups of `union_tokens` whose count is
+// at most `union_most` are left alone. Grid: tokens, groups of heads, splits.
 KERNEL void __launch_bounds__(THREADS, 1)
 sparse_mla(const uint16_t* q, const uint8_t* cache, const int32_t* topk_indices, const int32_t* seq_ids, const int32_t* block_table,
-           uint16_t* out, float* partial_out, float* partial_max, float* partial_sum, uint32_t* arrivals, const int32_t* union_counts,
-           int union_tokens, int union_most, int heads, int k, int page_size, int max_blocks,
-           float scale_log2) {
+           uint16_t* out, float* partial_out, float* partial_max, float* partial_sum, const int32_t* union_counts, int union_tokens,
+           int union_most, int heads, int k, int page_size, int max_blocks, float scale_log2) {
     Shared& shared = shared_memory<Shared>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int token = blockIdx.x, splits = gridDim.z, split = blockIdx.z;
@@ -311,6 +328,7 @@ sparse_mla(const uint16_t* q, const uint8_t* cache, const int32_t* topk_indices,
     blocks.first = static_cast<int>(static_cast<int64_t>(all_blocks) * split / splits) + warp;
     blocks.end = static_cast<int>(static_cast<int64_t>(all_blocks) * (split + 1) / splits);
     blocks.lane = lane;
+    blocks.start();
     const int count = max(0, (blocks.end - blocks.first + WARPS - 1) / WARPS);
 
     uint8_t(*ring)[KEYS][STRIDE] = shared.rows[warp];
@@ -318,10 +336,9 @@ sparse_mla(const uint16_t* q, const uint8_t* cache, const int32_t* topk_indices,
     uint32_t held[STAGES];
     const uint16_t* my_q = q + first_head * WIDTH;
 #if FP8
-    for (int i = threadIdx.x; i < HEADS * Q_CHUNKS; i += THREADS)
-        cp_async_16(shared.queries[i / Q_CHUNKS] + i % Q_CHUNKS * 16, my_q + i * 8);
+    copy_queries<THREADS>(shared.queries[0], my_q, threadIdx.x);
     cp_async_commit();
-    blocks.start();
+    blocks.look_up();
 #pragma unroll
     for (int i = 0; i < STAGES; ++i) {
         held[i] = blocks.gather(ring[i], i);
@@ -333,10 +350,9 @@ sparse_mla(const uint16_t* q, const uint8_t* cache, const int32_t* topk_indices,
 #else
     // Queries pass through the last stage.
     uint8_t* staging = ring[STAGES - 1][0];
-    for (int i = lane; i < HEADS * Q_CHUNKS; i += 32)
-        cp_async_16(staging + i / Q_CHUNKS * Q_STRIDE + i % Q_CHUNKS * 16, my_q + i * 8);
+    copy_queries<32>(staging, my_q, lane);
     cp_async_commit();
-    blocks.start();
+    blocks.look_up();
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {
         held[i] = blocks.gather(ring[i], i);
@@ -429,32 +445,4 @@ sparse_mla(const uint16_t* q, const uint8_t* cache, const int32_t* topk_indices,
         store_bf16(out + (first_head + head) * KV_LORA_RANK + column, v);
 #endif
     }
-#if SPLIT == 2
-    // The last block of a token's heads adds up what all have left, in their order.
-    __threadfence();
-    __syncthreads();
-    uint32_t* arrival = arrivals + token * gridDim.y + blockIdx.y;
-    if (threadIdx.x == 0) shared.last[0] = atomicAdd(arrival, 1) == splits - 1;
-    __syncthreads();
-    if (!shared.last[0]) return;
-    if (threadIdx.x == 0) *arrival = 0;
-    __threadfence();
-    constexpr int AT_ONCE = 4;
-#pragma unroll 1
-    for (int first = 0; first < ITEMS; first += AT_ONCE) {
-        Merge<AT_ONCE> merge;
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j) {
-            const int i = (first + j) * THREADS + threadIdx.x;
-            const int64_t head = first_head + min(i / FOURS, HEADS - 1);
-            merge.start(j, partial_out, partial_max, partial_sum, head, i % FOURS * 4, splits);
-        }
-        merge.add(0, 1, splits);
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j) {
-            const int i = (first + j) * THREADS + threadIdx.x;
-            if (i < HEADS * FOURS) store_bf16(out + (first_head + i / FOURS) * KV_LORA_RANK + i % FOURS * 4, merge.sums[j].normalised());
-        }
-    }
-#endif
 }

@@ -28,8 +28,8 @@ DEVICE uint32_t occupied(uint32_t word) {
 
 // `topk_indices` [T, k]; `entries` [groups, TILE_TOKENS * k]: cache row << 8 | tokens, ascending in position; `counts` [groups].
 KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
-sparse_mla_union(const int32_t* topk_indices, const int32_t* positions, const int32_t* seq_ids, const int32_t* block_table, int32_t* entries,
-                 int32_t* counts, int tokens, int k, int page_size, int max_blocks) {
+sparse_mla_union(const int32_t* topk_indices, const int32_t* positions, const int32_t* seq_ids, const int32_t* block_table,
+                 int32_t* entries, int32_t* counts, int tokens, int k, int page_size, int max_blocks) {
     Shared& shared = shared_memory<Shared>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int group = blockIdx.x, first = group * TILE_TOKENS, end = min(first + TILE_TOKENS, tokens);

@@ -1,109 +1,104 @@
 // `sparse_mla` for 64 query rows that share their keys: 64 heads of a token, or 64 / TILE_TOKENS heads of neighbouring tokens over the
 // union of their selections (`sparse_mla_union`).
 //
-// Eight warps, tiles of 32 gathered rows. Queries stay in registers: warp (block, half) holds 16 of the query rows and half of their
-// columns, so shared memory is left to the keys. Scores: each warp multiplies its part with all keys of a tile; the two halves of a block
-// exchange, and each keeps the sums of half of the keys. Values: each warp owns an eighth of the latent columns of all query rows.
-//
-// Scores are bound by shared memory, weights by latency, values by the tensor cores: so the weights of tile i are computed between the
-// products of tile i + 1, and tile i + STAGES - 1 is gathered between those of the values of tile i.
+// Eight warps, tiles of TILE_KEYS gathered rows. Queries stay in registers: warp (block, half) holds 16 of the query rows and half of
+// their columns, so a key tile is all that shared memory must hold, and the next one arrives meanwhile. Scores: each warp multiplies its
+// part with all keys; the two halves of a block exchange, and each keeps the sums of half of the keys. Values: each warp owns an eighth
+// of the latent columns of all query rows.
 //
 // The maximum that weights are relative to follows the true one only when it falls behind by 2^LAG: the output does not depend on it, and
 // few tiles then rescale what has been accumulated.
 #include "sparse_mla.cuh"
 
 constexpr int QUERIES = 64, WARPS = 8, THREADS = 32 * WARPS, BLOCKS = QUERIES / 16;
-constexpr int KEYS = 32, STAGES = TILE_STAGES, HALF_KEYS = KEYS / 2, SCORES = HALF_KEYS / 8;
+constexpr int KEYS = TILE_KEYS, STAGES = TILE_STAGES, HALF_KEYS = KEYS / 2, SCORES = HALF_KEYS / 8;
 constexpr int WIDTH = KV_LORA_RANK + ROPE_DIM, STEPS = WIDTH / 16, HALF_STEPS = (STEPS + 1) / 2;
 constexpr int HEADS = QUERIES / TILE_TOKENS;
 constexpr int COLUMN_PAIRS = KV_LORA_RANK / 16, PAIRS = (COLUMN_PAIRS + WARPS - 1) / WARPS;
-// 16 bytes behind a row keep eight rows of a matrix off each other's banks; which tokens the row belongs to is noted there.
-constexpr int KEY_STRIDE = WIDTH + 8, MEMBERS = WIDTH;
+// 16 bytes behind a row keep eight rows of a matrix off each other's banks.
+constexpr int KEY_STRIDE = WIDTH + 8, P_STRIDE = KEYS + 8;
 // 16-byte chunks of a row; those that 32 lanes at a time leave over are copied for several rows at a time.
 constexpr int CHUNKS = WIDTH / 8, ROWS_PER_WARP = KEYS / WARPS, REST = CHUNKS % 32;
 constexpr int REST_ROWS = REST == 0 ? 1 : REST <= 8 ? 4 : REST <= 16 ? 2 : 1;
 constexpr int PIECES = ROWS_PER_WARP + (REST == 0 ? 0 : ROWS_PER_WARP / REST_ROWS);
 constexpr float LAG = 8.0f;
 
-static_assert(STAGES >= 4, "one tile for values, one for scores, one arrived, one under way; the queries pass through the last two");
+static_assert(KEYS % 32 == 0 && STAGES >= 2 && STAGES * KEYS >= QUERIES + KEYS, "the queries pass through the last stages");
 static_assert(KV_LORA_RANK % 16 == 0 && ROPE_DIM % 16 == 0 && QUERIES % TILE_TOKENS == 0 && TILE_TOKENS <= 8, "dims");
 
 struct Shared {
     uint16_t keys[STAGES * KEYS][KEY_STRIDE];
-    // A half's scores for the other half.
+    // A half's scores for the other half; then, in the place of both, the block's weights.
     float4 exchange[BLOCKS][2][SCORES][32];
-    // The weights of the tile whose values are next, and of the tile after.
-    uint16_t weights[2][QUERIES][KEYS];
-    float factors[2][QUERIES];
     float maxima[2][QUERIES];
+    float factors[QUERIES];
+    uint8_t members[STAGES][KEYS];
 };
 static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
-
-// Eight keys' weights of a query, where eight rows of a matrix are off each other's banks.
-DEVICE uint16_t* weight_chunk(uint16_t (*weights)[KEYS], int query, int chunk) { return weights[query] + (chunk ^ (query / 2 & 3)) * 8; }
+static_assert(16 * P_STRIDE * 2 <= sizeof(Shared::exchange) / BLOCKS, "weights fit their block's exchange");
 
 #if TILE_TOKENS > 1
 // A cache row and the tokens that it belongs to; a negative number for none.
 struct Row {
     int entry;
     DEVICE int slot(int) const { return entry < 0 ? -1 : entry >> 8; }
-    DEVICE uint16_t members() const { return entry < 0 ? 0 : entry & 0xff; }
+    DEVICE uint8_t members() const { return entry < 0 ? 0 : entry & 0xff; }
 };
 #else
 // A page, under way, and the row in it; -1 for none.
 struct Row {
     int page, row;
     DEVICE int slot(int page_size) const { return row < 0 ? -1 : page * page_size + row; }
-    DEVICE uint16_t members() const { return row < 0 ? 0 : 1; }
+    DEVICE uint8_t members() const { return row < 0 ? 0 : 1; }
 };
 #endif
 
-// Where a token group's keys come from, and which of them come next. Places are those of all groups' lists.
+// Where a token group's keys come from, and which of them come next. Places count through all groups' lists.
 struct Keys {
     const int32_t* entries;
     const int32_t* block_table;
     const uint16_t* cache;
     int page_size, first_block;
-    // This lane's place in the tile whose entries are read next, and the end of the list.
-    int place, end_place;
-    // The tile that is gathered next: this lane's row of it; the entry of the tile after that.
+    // This lane's row of the tile that is gathered next; its place in the tile after that, and the entry there.
     Row row;
-    int entry;
+    int place, end_place, entry;
     // The tile that is gathered now.
     int slot;
     uint16_t (*target)[KEY_STRIDE];
 
-    DEVICE void advance() {
+    DEVICE Row find(int entry) const {
 #if TILE_TOKENS > 1
-        row = {entry};
+        return {entry};
 #else
-        row = {0, -1};
-        if (entry >= 0) {
-            const uint32_t position = entry, block = position / static_cast<uint32_t>(page_size);
-            row = {__ldg(block_table + first_block + block), static_cast<int>(position - block * page_size)};
-        }
+        if (entry < 0) return {0, -1};
+        const uint32_t position = entry, block = position / static_cast<uint32_t>(page_size);
+        return {__ldg(block_table + first_block + block), static_cast<int>(position - block * page_size)};
 #endif
-        entry = place < end_place ? __ldg(entries + place) : -1;
-        place += KEYS;
     }
 
-    DEVICE void start() {
-        entry = place < end_place ? __ldg(entries + place) : -1;
+    // One tile on. Where the list has ended the entry is left as it was: a load and a constant would meet in a copy, which waits for the
+    // load.
+    DEVICE void advance() {
+        row = find(place < end_place ? entry : -1);
         place += KEYS;
-        advance();
+        if (place < end_place) entry = __ldg(entries + place);
     }
 
-    // The gather of the next tile: in PIECES pieces between `begin` and `end`.
+    // A gather is `begin`, PIECES pieces, a commit and `advance`.
     DEVICE void begin(Shared& shared, int stage, int warp, int lane) {
         slot = row.slot(page_size);
         target = shared.keys + stage * KEYS + warp * ROWS_PER_WARP;
-        if (lane < ROWS_PER_WARP) target[lane][MEMBERS] = row.members();
+        if (lane < ROWS_PER_WARP) shared.members[stage][warp * ROWS_PER_WARP + lane] = row.members();
     }
 
     DEVICE void copy(int my_row, int chunk, bool lane_copies) const {
         const int from = __shfl_sync(ALL, slot, my_row);
-        if (lane_copies)
-            cp_async_16_or_zero(target[my_row] + chunk * 8, cache + static_cast<int64_t>(max(from, 0)) * WIDTH + chunk * 8, from >= 0);
+        const uint16_t* source = cache + static_cast<int64_t>(max(from, 0)) * WIDTH + chunk * 8;
+        if (!lane_copies) return;
+        if (TILE_L1)
+            cp_async_16_or_zero_l1(target[my_row] + chunk * 8, source, from >= 0);
+        else
+            cp_async_16_or_zero(target[my_row] + chunk * 8, source, from >= 0);
     }
 
     DEVICE void piece(int i, int lane) const {
@@ -116,16 +111,12 @@ struct Keys {
         }
     }
 
-    DEVICE void end() {
-        cp_async_commit();
-        advance();
-    }
-
     DEVICE void gather(Shared& shared, int stage, int warp, int lane) {
         begin(shared, stage, warp, lane);
 #pragma unroll
         for (int i = 0; i < PIECES; ++i) piece(i, lane);
-        end();
+        cp_async_commit();
+        advance();
     }
 };
 
@@ -140,135 +131,74 @@ DEVICE void load_queries(uint16_t (*staging)[KEY_STRIDE], const uint16_t* q, int
     }
 }
 
-// One warp's share of the scores and weights.
-struct Scores {
-    uint32_t queries[HALF_STEPS][4];
-    // The products of the tile under way: 16 queries x the other half's keys, then its own; sums over the warp's half of the columns.
-    float products[2 * SCORES][4];
-    // The tile before: scores (log2) of the warp's own keys.
-    float s[SCORES][4];
-    float reference[2], sum[2], most[2];
-
-    DEVICE void begin() {
+// 16 queries x HALF_KEYS keys, over the warp's half of the columns; between them, pieces of the next tile's gather.
+template <int END_PIECE>
+DEVICE void score(float (&s)[SCORES][4], const uint32_t (&queries)[HALF_STEPS][4], const uint16_t* keys, const Keys& next, int lane) {
 #pragma unroll
-        for (int n = 0; n < 2 * SCORES; ++n)
+    for (int n = 0; n < SCORES; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) products[n][i] = 0.0f;
-    }
-
-    DEVICE void step(int step, const uint16_t* others_keys, const uint16_t* own_keys) {
+        for (int i = 0; i < 4; ++i) s[n][i] = 0.0f;
 #pragma unroll
-        for (int n = 0; n < 2 * SCORES; n += 2) {
+    for (int step = 0; step < HALF_STEPS; ++step) {
+#pragma unroll
+        for (int i = step * END_PIECE / HALF_STEPS; i < (step + 1) * END_PIECE / HALF_STEPS; ++i) next.piece(i, lane);
+#pragma unroll
+        for (int n = 0; n < SCORES; n += 2) {
             uint32_t b[4];
-            ldmatrix_x4(b, (n < SCORES ? others_keys + n * 8 * KEY_STRIDE : own_keys + (n - SCORES) * 8 * KEY_STRIDE) + step * 16);
-            mma_bf16(products[n], queries[step], {b[0], b[1]});
-            mma_bf16(products[n + 1], queries[step], {b[2], b[3]});
+            ldmatrix_x4(b, keys + n * 8 * KEY_STRIDE + step * 16);
+            mma_bf16(s[n], queries[step], {b[0], b[1]});
+            mma_bf16(s[n + 1], queries[step], {b[2], b[3]});
         }
     }
-
-    DEVICE void end(float4 (&mine)[SCORES][32], int lane) {
-#pragma unroll
-        for (int n = 0; n < SCORES; ++n) {
-            mine[n][lane] = make_float4(products[n][0], products[n][1], products[n][2], products[n][3]);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) s[n][i] = products[SCORES + n][i];
-        }
-    }
-
-    // Adds the other half's products of 8 keys; `keys` is the first of this lane's two.
-    DEVICE void add(int n, float4 other, const uint16_t (*keys)[KEY_STRIDE], uint32_t low_bit, uint32_t high_bit, float scale_log2) {
-        const uint32_t first = keys[n * 8][MEMBERS], second = keys[n * 8 + 1][MEMBERS];
-        s[n][0] = first & low_bit ? (s[n][0] + other.x) * scale_log2 : negative_infinity();
-        s[n][1] = second & low_bit ? (s[n][1] + other.y) * scale_log2 : negative_infinity();
-        s[n][2] = first & high_bit ? (s[n][2] + other.z) * scale_log2 : negative_infinity();
-        s[n][3] = second & high_bit ? (s[n][3] + other.w) * scale_log2 : negative_infinity();
-    }
-
-    DEVICE void find_most() {
-        most[0] = most[1] = negative_infinity();
-#pragma unroll
-        for (int n = 0; n < SCORES; ++n)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) most[h] = fmaxf(most[h], fmaxf(s[n][2 * h], s[n][2 * h + 1]));
-    }
-
-    DEVICE void share_most(int distance) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) most[h] = fmaxf(most[h], __shfl_xor_sync(ALL, most[h], distance));
-    }
-
-    // Moves the reference of query h * 8 to `most_now` where it has fallen behind, and returns what that multiplies earlier weights with.
-    DEVICE float follow(int h, float most_now) {
-        if (!(most_now > reference[h] + LAG)) return 1.0f;
-        const float factor = exp2_approx(reference[h] - most_now);
-        reference[h] = most_now;
-        sum[h] *= factor;
-        return factor;
-    }
-
-    DEVICE uint32_t weigh(int n, int h) {
-        const float base = finite_base(reference[h]);
-        const float first = exp2_approx(s[n][2 * h] - base), second = exp2_approx(s[n][2 * h + 1] - base);
-        sum[h] += first + second;
-        return pack_bf16(first, second);
-    }
-};
+}
 
 // `q` [T, H, WIDTH]; `cache` rows of WIDTH; `entries` [T, k] positions or, of a group of tokens, `row << 8 | members` (`counts` of them in
 // `k` places); `out` [T, H, KV_LORA_RANK], or with SPLIT the partial results of a range of tiles. A group with more than `most` entries is
 // left alone.
 KERNEL void __launch_bounds__(THREADS, 1)
-sparse_mla_wide(const uint16_t* q, const uint16_t* cache, const int32_t* entries, const int32_t* counts, const int32_t* positions,
-                const int32_t* seq_ids, const int32_t* block_table, uint16_t* out, float* partial_out, float* partial_max, float* partial_sum,
-                int tokens, int heads, int k, int page_size, int max_blocks, int most, float scale_log2) {
+sparse_mla_wide(const uint16_t* q, const uint16_t* cache, const int32_t* entries, const int32_t* counts, const int32_t* seq_ids,
+                const int32_t* block_table, uint16_t* out, float* partial_out, float* partial_max, float* partial_sum, int tokens,
+                int heads, int k, int page_size, int max_blocks, int most, float scale_log2) {
     Shared& shared = shared_memory<Shared>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = warp % BLOCKS, half = warp / BLOCKS;
     const int group = blockIdx.x, first_token = group * TILE_TOKENS, first_head = blockIdx.y * HEADS;
-    const int splits = gridDim.z, split = blockIdx.z;
+    const uint32_t splits = gridDim.z, split = blockIdx.z;
 
-    const int first_place = group * k;
 #if TILE_TOKENS > 1
-    const int count = counts[group];
+    const int count = counts[group], first_block = 0;
     if (count > most) return;
-    const int first_block = 0;
 #else
-    const int first_block = seq_ids[first_token] * max_blocks;
-    // A token that sees fewer rows than it has places ends in holes.
-    int count = k;
-    if (positions[first_token] + 1 < k)
-        for (const int thread = threadIdx.x;
-             count > 0 && !__syncthreads_or(thread < count && __ldg(entries + first_place + count - 1 - thread) >= 0);)
-            count = max(count - THREADS, 0);
+    const int count = k, first_block = seq_ids[first_token] * max_blocks;
 #endif
-    const int all_tiles = (count + KEYS - 1) / KEYS;
-    const int first_tile = static_cast<int>(static_cast<int64_t>(all_tiles) * split / splits);
-    const int tiles = static_cast<int>(static_cast<int64_t>(all_tiles) * (split + 1) / splits) - first_tile;
-    const int place = first_place + first_tile * KEYS + warp * ROWS_PER_WARP + lane % ROWS_PER_WARP;
-    Keys next = {entries, block_table, cache, page_size, first_block, place, first_place + min(count, (first_tile + tiles) * KEYS)};
-    next.start();
+    const uint32_t all_tiles = (count + KEYS - 1) / KEYS;
+    const int first_tile = all_tiles * split / splits, end_tile = all_tiles * (split + 1) / splits;
+    const int first_place = group * k, place = first_place + first_tile * KEYS + warp * ROWS_PER_WARP + lane % ROWS_PER_WARP;
+    const int end_place = first_place + min(count, end_tile * KEYS);
+    const int first_entry = place < end_place ? __ldg(entries + place) : -1;
+    Keys next = {entries, block_table, cache, page_size, first_block, {}, place + KEYS, end_place, -1};
+    if (next.place < end_place) next.entry = __ldg(entries + next.place);
 
     uint16_t(*staging)[KEY_STRIDE] = shared.keys + STAGES * KEYS - QUERIES;
     load_queries(staging, q, first_token, tokens, first_head, heads);
     cp_async_commit();
+    next.row = next.find(first_entry);
     next.gather(shared, 0, warp, lane);
-    next.gather(shared, 1, warp, lane);
-    cp_async_wait<2>();
-    __syncthreads();
-    Scores scores;
-    // With an odd number of steps the middle one is the first half's: the second multiplies it with zeros.
-    const int first_step = half == 0 ? 0 : STEPS - HALF_STEPS;
-#pragma unroll
-    for (int step = 0; step < HALF_STEPS; ++step)
-        ldmatrix_x4(scores.queries[step], staging[block * 16 + lane % 16] + (first_step + step) * 16 + lane / 16 * 8);
-    if (STEPS % 2 != 0 && half != 0)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) scores.queries[0][i] = 0;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) scores.reference[h] = negative_infinity(), scores.sum[h] = 0.0f;
     cp_async_wait<1>();
     __syncthreads();
+    // With an odd number of steps the middle one is the first half's: the second multiplies it with zeros.
+    const int first_step = half == 0 ? 0 : STEPS - HALF_STEPS;
+    uint32_t queries[HALF_STEPS][4];
 #pragma unroll
-    for (int i = 2; i < STAGES - 1; ++i) next.gather(shared, i, warp, lane);
+    for (int step = 0; step < HALF_STEPS; ++step)
+        ldmatrix_x4(queries[step], staging[block * 16 + lane % 16] + (first_step + step) * 16 + lane / 16 * 8);
+    if (STEPS % 2 != 0 && half != 0)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) queries[0][i] = 0;
+    if constexpr (STAGES > 2) {
+        __syncthreads();
+#pragma unroll
+        for (int i = 1; i < STAGES - 1; ++i) next.gather(shared, i, warp, lane);
+    }
 
     float o[BLOCKS][2 * PAIRS][4];
 #pragma unroll
@@ -277,127 +207,121 @@ sparse_mla_wide(const uint16_t* q, const uint16_t* cache, const int32_t* entries
         for (int n = 0; n < 2 * PAIRS; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) o[m][n][i] = 0.0f;
-
-    // With 8 heads a token, rows 8 to 15 of a block are another token's than rows 0 to 7.
-    const uint32_t low_bit = 1u << block * 2 * TILE_TOKENS / 8, high_bit = 1u << (block * 2 + 1) * TILE_TOKENS / 8;
-    const int query = block * 16 + lane / 4, lane_key = half * HALF_KEYS + lane % 4 * 2;
-    const int key_offset = (lane % 8 + lane / 16 * 8) * KEY_STRIDE + first_step * 16 + lane / 8 % 2 * 8;
-
-    // The scores of the first tile; those of the others come with the weights of the tile before.
-    {
-        const uint16_t* keys = shared.keys[0] + key_offset;
-        scores.begin();
-#pragma unroll
-        for (int step = 0; step < HALF_STEPS; ++step)
-            scores.step(step, keys + (1 - half) * HALF_KEYS * KEY_STRIDE, keys + half * HALF_KEYS * KEY_STRIDE);
-        scores.end(shared.exchange[block][half], lane);
-    }
-    cp_async_wait<STAGES - 3>();
-    __syncthreads();
+    float reference[2] = {negative_infinity(), negative_infinity()}, sum[2] = {0.0f, 0.0f};
+    const int query = block * 16 + lane / 4;
 
     int stage = 0;
-    for (int remaining = tiles; remaining > 0; --remaining) {
-        const int parity = remaining % 2, next_stage = stage + 1 == STAGES ? 0 : stage + 1;
-        const uint16_t* next_keys = shared.keys[next_stage * KEYS] + key_offset;
-        const uint16_t* others_keys = next_keys + (1 - half) * HALF_KEYS * KEY_STRIDE;
-        const uint16_t* own_keys = next_keys + half * HALF_KEYS * KEY_STRIDE;
-        uint16_t(*weights)[KEYS] = shared.weights[parity];
-        bool rescaled = false;
-
-        const auto first_part = [&](int step) {
-            if (step < SCORES) scores.add(step, shared.exchange[block][1 - half][step][lane], shared.keys + stage * KEYS + lane_key, low_bit, high_bit, scale_log2);
-            if (step == SCORES) scores.find_most();
-            if (step == SCORES) scores.share_most(1);
-            if (step == SCORES + 1) scores.share_most(2);
-            if (step == SCORES + 1 && lane % 4 == 0) {
-                shared.maxima[half][query] = scores.most[0];
-                shared.maxima[half][query + 8] = scores.most[1];
-            }
-        };
-        const auto second_part = [&](int step) {
-            if (step < 2) {
-                const float factor = scores.follow(step, fmaxf(scores.most[step], shared.maxima[1 - half][query + step * 8]));
-                rescaled |= factor != 1.0f;
-                if (half == 0 && lane % 4 == 0) shared.factors[parity][query + step * 8] = factor;
-            }
-            if (step >= 2 && step < 2 + 2 * SCORES) {
-                const int n = (step - 2) / 2, h = step % 2;
-                uint16_t* chunk = weight_chunk(weights, query + h * 8, half * SCORES + n);
-                *reinterpret_cast<uint32_t*>(chunk + lane % 4 * 2) = scores.weigh(n, h);
-            }
-        };
-        constexpr int FIRST_STEPS = HALF_STEPS / 2, PARTS = 2 + 2 * SCORES;
-        if (remaining > 1) {
-            scores.begin();
+    for (int tile = first_tile; tile < end_tile; ++tile, stage = stage + 1 == STAGES ? 0 : stage + 1) {
+        cp_async_wait<STAGES - 2>();
+        __syncthreads();
+        next.begin(shared, stage == 0 ? STAGES - 1 : stage - 1, warp, lane);
+        const uint32_t some = lane < KEYS / 4 ? reinterpret_cast<const uint32_t*>(shared.members[stage])[lane] : 0;
+        if (!__any_sync(ALL, some != 0)) {
 #pragma unroll
-            for (int step = 0; step < FIRST_STEPS || step < SCORES + 2; ++step) {
-                if (step < FIRST_STEPS) scores.step(step, others_keys, own_keys);
-                first_part(step);
-            }
-            named_barrier(1 + block, 64);
-#pragma unroll
-            for (int step = 0; step < HALF_STEPS - FIRST_STEPS || step < PARTS; ++step) {
-                if (step < HALF_STEPS - FIRST_STEPS) scores.step(FIRST_STEPS + step, others_keys, own_keys);
-                second_part(step);
-            }
-            scores.end(shared.exchange[block][half], lane);
-        } else {
-#pragma unroll
-            for (int step = 0; step < SCORES + 2; ++step) first_part(step);
-            named_barrier(1 + block, 64);
-#pragma unroll
-            for (int step = 0; step < PARTS; ++step) second_part(step);
+            for (int i = 0; i < PIECES; ++i) next.piece(i, lane);
+            cp_async_commit();
+            next.advance();
+            continue;
         }
 
-        cp_async_wait<STAGES - 4>();
+        const uint16_t(*keys)[KEY_STRIDE] = shared.keys + stage * KEYS;
+        const uint16_t* key_lane = keys[lane % 8 + lane / 16 * 8] + first_step * 16 + lane / 8 % 2 * 8;
+        float s[SCORES][4];
+        score<0>(s, queries, key_lane + (1 - half) * HALF_KEYS * KEY_STRIDE, next, lane);
+#pragma unroll
+        for (int n = 0; n < SCORES; ++n) shared.exchange[block][half][n][lane] = make_float4(s[n][0], s[n][1], s[n][2], s[n][3]);
+        score<PIECES>(s, queries, key_lane + half * HALF_KEYS * KEY_STRIDE, next, lane);
+        cp_async_commit();
+        // On either side of the barrier, where registers suffice for it.
+        if (TILE_TOKENS > 1) next.advance();
+        named_barrier(1 + block, 64);
+        if (TILE_TOKENS == 1) next.advance();
+
+        // With 8 heads a token, rows 8 to 15 of a block are another token's than rows 0 to 7.
+        const uint32_t low_bit = 1u << block * 2 * TILE_TOKENS / 8, high_bit = 1u << (block * 2 + 1) * TILE_TOKENS / 8;
+        float most_low = negative_infinity(), most_high = negative_infinity();
+#pragma unroll
+        for (int n = 0; n < SCORES; ++n) {
+            const float4 other = shared.exchange[block][1 - half][n][lane];
+            const uint32_t members = *reinterpret_cast<const uint16_t*>(&shared.members[stage][half * HALF_KEYS + n * 8 + lane % 4 * 2]);
+            s[n][0] = members & low_bit ? (s[n][0] + other.x) * scale_log2 : negative_infinity();
+            s[n][1] = members >> 8 & low_bit ? (s[n][1] + other.y) * scale_log2 : negative_infinity();
+            s[n][2] = members & high_bit ? (s[n][2] + other.z) * scale_log2 : negative_infinity();
+            s[n][3] = members >> 8 & high_bit ? (s[n][3] + other.w) * scale_log2 : negative_infinity();
+            most_low = fmaxf(most_low, fmaxf(s[n][0], s[n][1]));
+            most_high = fmaxf(most_high, fmaxf(s[n][2], s[n][3]));
+        }
+        most_low = fmaxf(most_low, __shfl_xor_sync(ALL, most_low, 1));
+        most_high = fmaxf(most_high, __shfl_xor_sync(ALL, most_high, 1));
+        most_low = fmaxf(most_low, __shfl_xor_sync(ALL, most_low, 2));
+        most_high = fmaxf(most_high, __shfl_xor_sync(ALL, most_high, 2));
+        if (lane % 4 == 0) {
+            shared.maxima[half][query] = most_low;
+            shared.maxima[half][query + 8] = most_high;
+        }
+        named_barrier(1 + block, 64);
+        bool rescaled = false;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const float most_now = fmaxf(h == 0 ? most_low : most_high, shared.maxima[1 - half][query + h * 8]);
+            float factor = 1.0f;
+            if (most_now > reference[h] + LAG) {
+                factor = exp2_approx(reference[h] - most_now);
+                reference[h] = most_now;
+                rescaled = true;
+            }
+            if (half == 0 && lane % 4 == 0) shared.factors[query + h * 8] = factor;
+            const float base = finite_base(reference[h]);
+            sum[h] *= factor;
+#pragma unroll
+            for (int n = 0; n < SCORES; ++n) {
+                const float p0 = exp2_approx(s[n][2 * h] - base), p1 = exp2_approx(s[n][2 * h + 1] - base);
+                sum[h] += p0 + p1;
+                uint16_t* weights = reinterpret_cast<uint16_t*>(shared.exchange[block]) + (lane / 4 + h * 8) * P_STRIDE;
+                *reinterpret_cast<uint32_t*>(weights + half * HALF_KEYS + n * 8 + lane % 4 * 2) = pack_bf16(p0, p1);
+            }
+        }
         if (__syncthreads_or(rescaled)) {
 #pragma unroll
             for (int m = 0; m < BLOCKS; ++m)
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    const float factor = shared.factors[parity][m * 16 + h * 8 + lane / 4];
+                    const float factor = shared.factors[m * 16 + h * 8 + lane / 4];
 #pragma unroll
                     for (int n = 0; n < 2 * PAIRS; ++n) o[m][n][2 * h] *= factor, o[m][n][2 * h + 1] *= factor;
                 }
         }
-
-        next.begin(shared, stage == 0 ? STAGES - 1 : stage - 1, warp, lane);
-        constexpr int PLACES = KEYS / 16 * BLOCKS;
 #pragma unroll
         for (int step = 0; step < KEYS / 16; ++step) {
             uint32_t values[PAIRS][4];
 #pragma unroll
             for (int pair = 0; pair < PAIRS; ++pair)
                 if (COLUMN_PAIRS % WARPS == 0 || warp * PAIRS + pair < COLUMN_PAIRS)
-                    ldmatrix_x4_trans(values[pair], shared.keys[stage * KEYS + step * 16 + lane % 16] + (warp * PAIRS + pair) * 16 + lane / 16 * 8);
+                    ldmatrix_x4_trans(values[pair], keys[step * 16 + lane % 16] + (warp * PAIRS + pair) * 16 + lane / 16 * 8);
 #pragma unroll
             for (int m = 0; m < BLOCKS; ++m) {
+                const uint16_t* weights = reinterpret_cast<const uint16_t*>(shared.exchange[m]) + lane % 16 * P_STRIDE;
                 uint32_t p[4];
-                ldmatrix_x4(p, weight_chunk(weights, m * 16 + lane % 16, step * 2 + lane / 16));
+                ldmatrix_x4(p, weights + step * 16 + lane / 16 * 8);
 #pragma unroll
                 for (int pair = 0; pair < PAIRS; ++pair)
                     if (COLUMN_PAIRS % WARPS == 0 || warp * PAIRS + pair < COLUMN_PAIRS) {
                         mma_bf16(o[m][2 * pair], p, {values[pair][0], values[pair][1]});
                         mma_bf16(o[m][2 * pair + 1], p, {values[pair][2], values[pair][3]});
                     }
-                const int place = step * BLOCKS + m;
-#pragma unroll
-                for (int i = place * PIECES / PLACES; i < (place + 1) * PIECES / PLACES; ++i) next.piece(i, lane);
             }
         }
-        next.end();
-        stage = next_stage;
     }
 
     cp_async_wait<0>();
     __syncthreads();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        scores.sum[h] += __shfl_xor_sync(ALL, scores.sum[h], 1);
-        scores.sum[h] += __shfl_xor_sync(ALL, scores.sum[h], 2);
+        sum[h] += __shfl_xor_sync(ALL, sum[h], 1);
+        sum[h] += __shfl_xor_sync(ALL, sum[h], 2);
         if (lane % 4 == 0) {
-            shared.maxima[half][query + h * 8] = scores.sum[h];
-            if (half == 0) shared.factors[0][query + h * 8] = scores.reference[h];
+            shared.maxima[half][query + h * 8] = sum[h];
+            if (half == 0) shared.factors[query + h * 8] = reference[h];
         }
     }
     __syncthreads();
@@ -411,7 +335,7 @@ sparse_mla_wide(const uint16_t* q, const uint16_t* cache, const int32_t* entries
             const int64_t at = static_cast<int64_t>(token) * heads + head;
 #if SPLIT
             if (warp == 0 && lane % 4 == 0) {
-                partial_max[at * splits + split] = shared.factors[0][my_query];
+                partial_max[at * splits + split] = shared.factors[my_query];
                 partial_sum[at * splits + split] = total;
             }
 #else

@@ -54,8 +54,12 @@ pub struct GeneralTile {
 pub struct DecodeTile {
     /// Warps of a block.
     pub warps: usize,
-    /// Queries in shared memory; sequences with more rows than this in the launch take the other kernel.
+    /// Groups of keys that are under way to a warp, and the one that it scores.
+    pub stages: usize,
+    /// Queries in shared memory, at most; the keys are read again for every so many rows of a sequence.
     pub queries: usize,
+    /// Batches in which a sequence has more rows than this take the other kernel.
+    pub rows: usize,
     /// Tiles of 8 heads whose products are under way at once.
     pub heads_at_once: usize,
     /// Blocks that a multiprocessor holds.
@@ -97,8 +101,9 @@ impl GeneralTile {
         self.stages * self.queries * dims.query_bytes()
     }
 
-    fn program(&self, dims: IndexerLogitsDims, fp8: bool) -> Program {
-        let mut defines = dims.defines(fp8, self.shared_bytes(dims));
+    fn entry(&self, dims: IndexerLogitsDims, fp8: bool) -> ProgramEntry {
+        let shared_bytes = self.shared_bytes(dims);
+        let mut defines = dims.defines(fp8, shared_bytes);
         defines.extend([
             ("TILE_WARPS", self.warps.to_string()),
             ("TILE_GROUPS", self.groups.to_string()),
@@ -108,7 +113,13 @@ impl GeneralTile {
             ("TILE_HEADS_AT_ONCE", self.heads_at_once.to_string()),
             ("TILE_BLOCKS", self.blocks.to_string()),
         ]);
-        Program { source: "indexer_logits.cu", defines }
+        ProgramEntry {
+            program: Program { source: "indexer_logits.cu", defines },
+            entry: KERNEL,
+            threads: 32 * self.warps as u32,
+            shared_bytes,
+            variant: format!("any batch, {} keys", key_type(fp8)),
+        }
     }
 
     /// Blocks of queries times blocks of keys, over all sequences.
@@ -119,20 +130,39 @@ impl GeneralTile {
 }
 
 impl DecodeTile {
-    fn shared_bytes(&self, dims: IndexerLogitsDims) -> usize {
-        self.queries * dims.query_bytes()
+    /// Queries that a block keeps for batches with up to `rows` rows a sequence: one program for one or two, one for more.
+    fn queries_for(&self, rows: usize) -> usize {
+        if rows <= 2 { self.queries.min(2) } else { self.queries }
     }
 
-    fn program(&self, dims: IndexerLogitsDims, fp8: bool) -> Program {
-        let mut defines = dims.defines(fp8, self.shared_bytes(dims));
+    fn shared_bytes(&self, dims: IndexerLogitsDims, fp8: bool, queries: usize) -> usize {
+        let vectors = 16 * dims.dims.next_multiple_of(64) / if fp8 { 16 } else { 8 };
+        let scales = size_of::<f32>() * if fp8 { GROUP_KEYS } else { 4 };
+        queries * dims.query_bytes() + self.warps * self.stages * (GROUP_KEYS * vectors + scales)
+    }
+
+    fn entry(&self, dims: IndexerLogitsDims, fp8: bool, queries: usize) -> ProgramEntry {
+        let shared_bytes = self.shared_bytes(dims, fp8, queries);
+        let mut defines = dims.defines(fp8, shared_bytes);
         defines.extend([
             ("TILE_WARPS", self.warps.to_string()),
-            ("TILE_QUERIES", self.queries.to_string()),
+            ("TILE_STAGES", self.stages.to_string()),
+            ("TILE_QUERIES", queries.to_string()),
             ("TILE_HEADS_AT_ONCE", self.heads_at_once.to_string()),
             ("TILE_BLOCKS", self.blocks.to_string()),
         ]);
-        Program { source: "indexer_logits_decode.cu", defines }
+        ProgramEntry {
+            program: Program { source: "indexer_logits_decode.cu", defines },
+            entry: DECODE,
+            threads: 32 * self.warps as u32,
+            shared_bytes,
+            variant: format!("{queries} rows, {} keys", key_type(fp8)),
+        }
     }
+}
+
+fn key_type(fp8: bool) -> &'static str {
+    if fp8 { "8-bit" } else { "bf16" }
 }
 
 impl Tile for IndexerLogitsTile {
@@ -140,18 +170,17 @@ impl Tile for IndexerLogitsTile {
     type Dims = IndexerLogitsDims;
 
     fn safe(_dims: Self::Dims) -> Self {
-        Self {
-            general: GeneralTile {
-                warps: 4,
-                groups: 2,
-                queries: 1,
-                stages: 3,
-                query_block: 64,
-                heads_at_once: 1,
-                blocks: 1,
-            },
-            decode: DecodeTile { warps: 4, queries: 2, heads_at_once: 1, blocks: 1 },
-        }
+        let general = GeneralTile {
+            warps: 4,
+            groups: 2,
+            queries: 1,
+            stages: 3,
+            query_block: 64,
+            heads_at_once: 1,
+            blocks: 1,
+        };
+        let decode = DecodeTile { warps: 4, stages: 2, queries: 4, rows: 6, heads_at_once: 1, blocks: 2 };
+        Self { general, decode }
     }
 
     fn candidates(dims: Self::Dims, limits: &Limits) -> Vec<Self> {
@@ -160,8 +189,8 @@ impl Tile for IndexerLogitsTile {
             let general = GeneralTile { warps, groups, queries, stages, query_block, heads_at_once, blocks };
             Self { general, ..safe }
         });
-        let decode = DECODES.map(|[warps, queries, heads_at_once, blocks]| Self {
-            decode: DecodeTile { warps, queries, heads_at_once, blocks },
+        let decode = DECODES.map(|[warps, stages, queries, rows, heads_at_once, blocks]| Self {
+            decode: DecodeTile { warps, stages, queries, rows, heads_at_once, blocks },
             ..safe
         });
         general.into_iter().chain(decode).filter(|tile| tile.validate(dims, limits).is_ok()).collect()
@@ -175,7 +204,8 @@ impl Tile for IndexerLogitsTile {
         })?;
         require(self, heads > 0 && heads <= 128, || format!("{heads} heads are not 1 to 128"))?;
         require(self, matches!(general.groups, 1 | 2), || "a warp holds 1 or 2 groups of keys".into())?;
-        require(self, (2..=8).contains(&general.stages), || "there are 2 to 8 stages".into())?;
+        let stages = [general.stages, decode.stages];
+        require(self, stages.iter().all(|n| (2..=8).contains(n)), || "there are 2 to 8 stages".into())?;
         let sizes = [general.queries, general.query_block, decode.queries];
         require(self, sizes.iter().all(|size| (1..=1024).contains(size)), || {
             "blocks have 1 to 1024 queries".into()
@@ -195,7 +225,7 @@ impl Tile for IndexerLogitsTile {
             })?;
         }
         require_shared(self, general.shared_bytes(dims), limits)?;
-        require_shared(self, decode.shared_bytes(dims), limits)
+        require_shared(self, decode.shared_bytes(dims, false, decode.queries), limits)
     }
 }
 
@@ -204,39 +234,26 @@ const GENERAL: [[usize; 7]; 6] = [
     [4, 2, 1, 4, 64, 1, 2],
     [4, 2, 2, 3, 32, 1, 2],
     [4, 2, 2, 3, 64, 1, 2],
-    [8, 2, 2, 3, 64, 1, 1],
-    [4, 1, 2, 3, 64, 1, 3],
+    [4, 2, 4, 2, 64, 1, 2],
+    [8, 2, 4, 3, 32, 1, 1],
     [4, 1, 2, 3, 64, 2, 3],
 ];
 
-/// Warps, queries, head tiles at once, blocks.
-const DECODES: [[usize; 4]; 4] = [[4, 4, 1, 3], [4, 4, 2, 2], [4, 6, 1, 2], [8, 8, 1, 1]];
+/// Warps, stages, queries, rows, head tiles at once, blocks.
+const DECODES: [[usize; 6]; 5] =
+    [[4, 2, 6, 6, 1, 2], [4, 2, 6, 6, 1, 3], [4, 3, 6, 6, 1, 2], [4, 3, 6, 6, 1, 3], [4, 3, 6, 6, 2, 3]];
 
 /// Every variant of a tile.
 pub fn programs(tile: &IndexerLogitsTile, dims: IndexerLogitsDims) -> Vec<ProgramEntry> {
-    let (general, decode) = (tile.general, tile.decode);
-    [false, true]
-        .into_iter()
-        .flat_map(|fp8| {
-            let cache = if fp8 { "8-bit" } else { "bf16" };
-            [
-                ProgramEntry {
-                    program: general.program(dims, fp8),
-                    entry: KERNEL,
-                    threads: 32 * general.warps as u32,
-                    shared_bytes: general.shared_bytes(dims),
-                    variant: format!("any batch, {cache} keys"),
-                },
-                ProgramEntry {
-                    program: decode.program(dims, fp8),
-                    entry: DECODE,
-                    threads: 32 * decode.warps as u32,
-                    shared_bytes: decode.shared_bytes(dims),
-                    variant: format!("few rows, {cache} keys"),
-                },
-            ]
-        })
-        .collect()
+    let mut entries = Vec::new();
+    for fp8 in [false, true] {
+        entries.push(tile.general.entry(dims, fp8));
+        entries.push(tile.decode.entry(dims, fp8, tile.decode.queries_for(1)));
+        if tile.decode.queries > 2 {
+            entries.push(tile.decode.entry(dims, fp8, tile.decode.queries));
+        }
+    }
+    entries
 }
 
 /// The rows of one sequence that a launch scores.
@@ -316,14 +333,13 @@ pub fn indexer_logits<D: Device>(
     }
 
     let most_rows = sequences(host, rows.clone()).map(|rows| rows.count).max().unwrap_or(0);
-    let decode = most_rows <= tile.decode.queries;
-    let entries = programs(tile, dims);
-    let entry = &entries[2 * usize::from(fp8) + usize::from(decode)];
-    // A grid of either kernel is right for any batch: these are the fastest.
-    let blocks = if decode {
-        device.limits().multiprocessors as usize * tile.decode.blocks
+    // Either kernel is right for any batch with any grid: these are the fastest.
+    let (entry, blocks) = if most_rows <= tile.decode.rows {
+        let entry = tile.decode.entry(dims, fp8, tile.decode.queries_for(most_rows));
+        let resident = device.limits().resident_blocks(entry.threads, 1, entry.shared_bytes);
+        (entry, device.limits().multiprocessors as usize * tile.decode.blocks.min(resident as usize))
     } else {
-        tile.general.items(sequences(host, rows.clone()))
+        (tile.general.entry(dims, fp8), tile.general.items(sequences(host, rows.clone())))
     };
     device.launch(&Launch {
         program: &entry.program,
@@ -403,15 +419,9 @@ mod tests {
             let error = tile.validate(dims, &limits).unwrap_err().to_string();
             assert!(error.starts_with("indexer_logits: ") && error.contains(reason), "{error}");
         }
-        for tile in candidates {
-            for (entry, blocks) in
-                programs(&tile, GLM).iter().zip([tile.general.blocks, tile.decode.blocks].repeat(2))
-            {
-                assert!(
-                    limits.resident_blocks(entry.threads, 32, entry.shared_bytes) as usize >= blocks,
-                    "{entry:?}"
-                );
-            }
+        for (i, entry) in programs(&safe, GLM).iter().enumerate() {
+            assert!(limits.resident_blocks(entry.threads, 128, entry.shared_bytes) > 0, "{entry:?}");
+            assert!(programs(&safe, GLM)[..i].iter().all(|other| other.program != entry.program));
         }
     }
 

@@ -1,9 +1,10 @@
 //! `sparse_mla`: attention over the selected latent rows.
 //!
-//! Three ways lead to the same result. Eight heads fill the tensor core's columns in the kernel of this file, [`sparse_mla_narrow`], for
-//! every cache. From [`SparseMlaTiles::wide_heads`] heads on, 64 query rows share their keys in [`sparse_mla_wide`]. And in long chunks with
-//! fewer heads, neighbouring tokens that select much the same rows share those of [`sparse_mla_union`]; which tokens do is known on the
-//! device alone, so both kernels are launched, and each leaves the other's tokens alone.
+//! Three ways lead to the same result. Eight heads fill the tensor core's columns in the kernel of this file,
+//! [`sparse_mla_narrow`], for every cache. From [`SparseMlaTiles::wide_heads`] heads on, 64 query rows share their
+//! keys in [`sparse_mla_wide`]. And in long chunks with fewer heads, neighbouring tokens that select much the same rows
+//! share those of [`sparse_mla_union`]; which tokens do is known on the device alone, so both kernels are launched, and
+//! each leaves the other's tokens alone.
 
 use dsa80_reference::fp8::MlaRow;
 use dsa80_reference::{DType, DeviceTensor, Error, Result};
@@ -45,18 +46,8 @@ pub struct SparseMlaTile {
     pub stages: usize,
     /// Blocks for every multiprocessor that tokens are split to reach.
     pub split_blocks: usize,
-    /// Up to this many splits are merged by the last of their blocks, more of them by a kernel of its own.
-    pub last_block_splits: usize,
-    /// Warps of a merging block: they share its splits.
-    pub merge_warps: usize,
-}
-
-/// Who adds up splits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Split {
-    None,
-    MergeKernel,
-    LastBlock,
+    /// Whether rows come through the L1 instead of past it.
+    pub through_l1: bool,
 }
 
 /// What the model fixes.
@@ -91,42 +82,27 @@ impl SparseMlaTile {
         32 * self.warps as u32
     }
 
-    fn shared_bytes(&self, dims: SparseMlaDims, fp8: bool, split: Split) -> usize {
+    fn shared_bytes(&self, dims: SparseMlaDims, fp8: bool) -> usize {
         // An odd number of 16-byte chunks from row to row.
-        let stride = 16 * (dims.row_bytes(fp8) / 16 | 1);
+        let stride = 16 * ((dims.row_bytes(fp8) / 16) | 1);
         let rows = self.warps * self.stages * KEYS * stride;
         let queries = if fp8 { HEADS * ((2 * dims.width()).next_multiple_of(128) + 32) } else { 0 };
         let maxima_and_sums = 2 * 4 * HEADS * self.warps;
-        let last = if split == Split::LastBlock { 8 } else { 0 };
-        rows + queries + maxima_and_sums + last
+        rows + queries + maxima_and_sums
     }
 
-    fn merge_shared_bytes(&self) -> usize {
-        (self.merge_warps * (32 * 16 + 2 * 4)).next_multiple_of(16)
-    }
-
-    fn program(&self, dims: SparseMlaDims, fp8: bool, split: Split) -> Program {
+    fn program(&self, dims: SparseMlaDims, fp8: bool, split: bool) -> Program {
         Program {
             source: "sparse_mla.cu",
             defines: vec![
                 ("KV_LORA_RANK", dims.kv_lora_rank.to_string()),
                 ("ROPE_DIM", dims.rope.to_string()),
                 ("FP8", u8::from(fp8).to_string()),
-                ("SPLIT", (split as u8).to_string()),
+                ("SPLIT", u8::from(split).to_string()),
                 ("TILE_WARPS", self.warps.to_string()),
                 ("TILE_STAGES", self.stages.to_string()),
-                ("TILE_SHARED_BYTES", self.shared_bytes(dims, fp8, split).to_string()),
-            ],
-        }
-    }
-
-    fn merge_program(&self, dims: SparseMlaDims) -> Program {
-        Program {
-            source: "sparse_mla_merge.cu",
-            defines: vec![
-                ("KV_LORA_RANK", dims.kv_lora_rank.to_string()),
-                ("TILE_WARPS", self.merge_warps.to_string()),
-                ("TILE_SHARED_BYTES", self.merge_shared_bytes().to_string()),
+                ("TILE_THROUGH_L1", u8::from(self.through_l1).to_string()),
+                ("TILE_SHARED_BYTES", self.shared_bytes(dims, fp8).to_string()),
             ],
         }
     }
@@ -136,17 +112,21 @@ impl SparseMlaTile {
         self.split_blocks * limits.multiprocessors as usize
     }
 
-    /// Blocks that share the `k` rows of one of `rows` token and head groups: the fewest steps of a warp in a row, those that a block and
-    /// a merge cost beside them included.
+    /// Blocks that share the `k` rows of one of `rows` token and head groups: those that cost least, in steps of 16 keys. A step takes a
+    /// warp about as long as it takes the memory to bring the keys of one to every multiprocessor; starting a block costs three, merging
+    /// two and a bit for every split.
     fn splits(&self, rows: usize, k: usize, limits: &Limits) -> usize {
-        const BLOCK_STEPS: usize = 3;
-        const MERGE_STEPS: usize = 2;
+        const BLOCK: usize = 3;
+        const MERGE: usize = 2;
+        const SPLITS_FOR_ONE: usize = 8;
         let (slots, steps) = (self.slots(limits), k.div_ceil(KEYS));
         let most = steps.div_ceil(self.warps).min(MAX_WAVES * slots / rows.max(1)).max(1);
         let cost = |splits: usize| {
-            let steps_of_warp = steps.div_ceil(splits).div_ceil(self.warps);
-            let merge = if splits > 1 { MERGE_STEPS } else { 0 };
-            (rows * splits).div_ceil(slots) * (steps_of_warp + BLOCK_STEPS) + merge
+            let (blocks, steps_of_block) = (rows * splits, steps.div_ceil(splits));
+            let warps = blocks.div_ceil(slots) * (steps_of_block.div_ceil(self.warps) + BLOCK);
+            let memory = blocks.div_ceil(limits.multiprocessors as usize) * steps_of_block;
+            let merge = if splits > 1 { MERGE + splits / SPLITS_FOR_ONE } else { 0 };
+            warps + memory + merge
         };
         (1..=most).min_by_key(|&splits| cost(splits)).unwrap_or(1)
     }
@@ -157,22 +137,19 @@ impl Tile for SparseMlaTile {
     type Dims = SparseMlaDims;
 
     fn safe(_dims: Self::Dims) -> Self {
-        Self { warps: 4, stages: 2, split_blocks: 1, last_block_splits: 8, merge_warps: 4 }
+        Self { warps: 2, stages: 2, split_blocks: 2, through_l1: true }
     }
 
     fn candidates(dims: Self::Dims, limits: &Limits) -> Vec<Self> {
-        let rings = [(1, 2, 4), (2, 2, 2), (2, 3, 1), (3, 2, 1), (4, 2, 1), (4, 3, 1)];
+        let rings = [(1, 2, 4), (2, 2, 1), (2, 2, 2), (2, 3, 1), (3, 2, 1), (4, 2, 1), (4, 3, 1)];
         rings
             .into_iter()
-            .flat_map(|(warps, stages, split_blocks)| {
-                [0, 8, 16].map(|last_block_splits| (warps, stages, split_blocks, last_block_splits))
-            })
-            .map(|(warps, stages, split_blocks, last_block_splits)| Self {
+            .flat_map(|ring| [true, false].map(|through_l1| (ring, through_l1)))
+            .map(|((warps, stages, split_blocks), through_l1)| Self {
                 warps,
                 stages,
                 split_blocks,
-                last_block_splits,
-                merge_warps: 4,
+                through_l1,
             })
             .filter(|tile| tile.validate(dims, limits).is_ok())
             .collect()
@@ -186,38 +163,71 @@ impl Tile for SparseMlaTile {
         })?;
         require(self, (2..=4).contains(&self.stages), || "a warp holds 2 to 4 steps".into())?;
         require(self, (1..=16).contains(&self.split_blocks), || "1 to 16 blocks are resident".into())?;
-        require(self, (1..=16).contains(&self.merge_warps), || "a merging block has 1 to 16 warps".into())?;
         require(self, rank > 0 && rank.is_multiple_of(16) && rank <= 512, || {
             format!("a latent of {rank} columns is not a multiple of 16 up to 512")
         })?;
         require(self, rope > 0 && rope.is_multiple_of(16) && rope <= 64, || {
             format!("{rope} rotary columns are not a multiple of 16 up to 64")
         })?;
-        let bytes = |fp8| self.shared_bytes(dims, fp8, Split::LastBlock);
-        require_shared(self, bytes(false).max(bytes(true)), limits)
+        require_shared(self, self.shared_bytes(dims, false).max(self.shared_bytes(dims, true)), limits)
+    }
+}
+
+/// The kernel that adds up splits. Its warps share them; each can have eight under way.
+#[derive(Debug, Clone, Copy)]
+struct Merge {
+    warps: usize,
+}
+
+impl Merge {
+    fn of(splits: usize) -> Self {
+        Self { warps: splits.div_ceil(8).next_power_of_two().min(8) }
+    }
+
+    fn threads(self) -> u32 {
+        32 * self.warps as u32
+    }
+
+    fn shared_bytes(self) -> usize {
+        let (columns, maximum_and_sum) = (32 * 16, 2 * 4);
+        (self.warps * (columns + maximum_and_sum)).next_multiple_of(16)
+    }
+
+    fn program(self, dims: SparseMlaDims) -> Program {
+        Program {
+            source: "sparse_mla_merge.cu",
+            defines: vec![
+                ("KV_LORA_RANK", dims.kv_lora_rank.to_string()),
+                ("TILE_WARPS", self.warps.to_string()),
+                ("TILE_SHARED_BYTES", self.shared_bytes().to_string()),
+            ],
+        }
     }
 }
 
 /// Every variant of a tile.
 pub fn programs(tile: &SparseMlaTile, dims: SparseMlaDims) -> Vec<ProgramEntry> {
-    let merge = ProgramEntry {
-        program: tile.merge_program(dims),
+    let merges = [1, 2, 4, 8].map(|warps| Merge { warps }).map(|merge| ProgramEntry {
+        program: merge.program(dims),
         entry: "sparse_mla_merge",
-        threads: 32 * tile.merge_warps as u32,
-        shared_bytes: tile.merge_shared_bytes(),
-        variant: "merge".into(),
-    };
-    let splits = [Split::None, Split::MergeKernel, Split::LastBlock];
-    let variants = [false, true].into_iter().flat_map(|fp8| splits.map(|split| (fp8, split)));
+        threads: merge.threads(),
+        shared_bytes: merge.shared_bytes(),
+        variant: format!("merge, {} warps", merge.warps),
+    });
+    let variants = [false, true].into_iter().flat_map(|fp8| [false, true].map(|split| (fp8, split)));
     variants
         .map(|(fp8, split)| ProgramEntry {
             program: tile.program(dims, fp8, split),
             entry: KERNEL,
             threads: tile.threads(),
-            shared_bytes: tile.shared_bytes(dims, fp8, split),
-            variant: format!("{} cache, {split:?}", if fp8 { "8-bit" } else { "bf16" }),
+            shared_bytes: tile.shared_bytes(dims, fp8),
+            variant: format!(
+                "{} cache{}",
+                if fp8 { "8-bit" } else { "bf16" },
+                if split { ", split" } else { "" }
+            ),
         })
-        .chain([merge])
+        .chain(merges)
         .collect()
 }
 
@@ -236,7 +246,7 @@ pub struct SparseMlaTiles {
     pub union: SparseMlaUnionTile,
     /// From this many heads on, 64 query rows share their keys.
     pub wide_heads: usize,
-    /// From this many token rows on, tokens with fewer heads may share rows; 0 for never.
+    /// From this many token rows a sequence on, tokens with fewer heads may share rows; 0 for never.
     pub union_tokens: usize,
     /// How many times the rows of one token the union of a group may have and still be worth masked products, in quarters.
     pub union_quarters: usize,
@@ -254,7 +264,7 @@ impl SparseMlaTiles {
             union: SparseMlaUnionTile::safe(()),
             wide_heads: 24,
             union_tokens: 256,
-            union_quarters: 14,
+            union_quarters: 12,
         }
     }
 }
@@ -265,18 +275,15 @@ pub struct SparseMlaWorkspace<D: Device> {
     partial_out: D::Buffer,
     partial_max: D::Buffer,
     partial_sum: D::Buffer,
-    arrivals: D::Buffer,
     /// Heads of a token times splits.
     capacity: usize,
-    /// Tokens times groups of heads.
-    rows: usize,
     union: Option<SparseMlaUnionWorkspace<D>>,
 }
 
 impl<D: Device> SparseMlaWorkspace<D> {
     /// For steps of up to `max_tokens` tokens with `heads` heads that select up to `max_k` rows each, with `tiles`:
     /// `4 * (kv_lora_rank + 2)` bytes for every head and split, of which a multiprocessor needs at most
-    /// `max(32 * split_blocks, 64)`; four bytes for every token and group of heads; what the unions need, if there can be any.
+    /// `max(32 * split_blocks, 64)`; and what the unions need, if there can be any.
     ///
     /// # Errors
     /// Memory runs out.
@@ -292,9 +299,6 @@ impl<D: Device> SparseMlaWorkspace<D> {
         let narrow = tiles.decode.slots(limits).max(tiles.prefill.slots(limits)) * MAX_WAVES * HEADS;
         let wide = limits.multiprocessors as usize * QUERIES;
         let capacity = narrow.max(wide).max(heads);
-        let rows = max_tokens * heads.div_ceil(HEADS);
-        let arrivals = device.alloc("sparse_mla arrivals", 4 * rows)?;
-        device.write(&arrivals, 0, &vec![0; 4 * rows])?;
         let union = (union_group(tiles, heads, max_tokens) > 1)
             .then(|| SparseMlaUnionWorkspace::alloc(device, max_tokens, max_k))
             .transpose()?;
@@ -302,9 +306,7 @@ impl<D: Device> SparseMlaWorkspace<D> {
             partial_out: device.alloc("sparse_mla partial_out", 4 * capacity * dims.kv_lora_rank)?,
             partial_max: device.alloc("sparse_mla partial_max", 4 * capacity)?,
             partial_sum: device.alloc("sparse_mla partial_sum", 4 * capacity)?,
-            arrivals,
             capacity,
-            rows,
             union,
         })
     }
@@ -322,7 +324,7 @@ impl<D: Device> SparseMlaWorkspace<D> {
     }
 }
 
-/// Tokens that share rows in a long chunk of `tokens` token rows; 1 if none do.
+/// Tokens that share rows in chunks of `tokens` token rows; 1 if none do.
 fn union_group(tiles: &SparseMlaTiles, heads: usize, tokens: usize) -> usize {
     if tiles.union_tokens == 0 || tokens < tiles.union_tokens || heads >= tiles.wide_heads {
         return 1;
@@ -384,8 +386,8 @@ impl Shapes {
     }
 }
 
-/// The kernel of the contract's [`sparse_mla`](dsa80_reference::Kernels::sparse_mla), for multiples of 8 heads; the rows that a token selects
-/// must be distinct.
+/// The kernel of the contract's [`sparse_mla`](dsa80_reference::Kernels::sparse_mla), for multiples of 8 heads; the rows
+/// that a token selects must be distinct.
 ///
 /// # Errors
 /// A shape, element type or tile that does not fit; a workspace that is too small; the device.
@@ -401,7 +403,7 @@ pub fn sparse_mla<D: Device>(
     out: &mut CudaTensor<D>,
 ) -> Result<()> {
     let Shapes { tokens, heads, dims, k, cache_rows } = Shapes::check(batch, q, cache, topk_indices, out)?;
-    let many = tokens * heads.div_ceil(HEADS) > tiles.decode.slots(device.limits());
+    let many = tokens * heads / HEADS > device.limits().multiprocessors as usize;
     let narrow = if many { &tiles.prefill } else { &tiles.decode };
     if cache.dtype() == DType::Fp8 {
         return sparse_mla_narrow(device, narrow, workspace, batch, q, cache, topk_indices, scale, out);
@@ -413,9 +415,9 @@ pub fn sparse_mla<D: Device>(
         workspace.reserve(tokens * heads, if splits > 1 { splits } else { 0 })?;
         let partials = (splits > 1).then(|| workspace.partials(splits));
         sparse_mla_wide(device, wide, batch, q, cache, Selection::Token(topk_indices), scale, partials, out)?;
-        return if splits > 1 { merge(device, narrow, workspace, dims, splits, out) } else { Ok(()) };
+        return if splits > 1 { merge(device, workspace, dims, splits, out) } else { Ok(()) };
     }
-    let group = union_group(tiles, heads, tokens);
+    let group = union_group(tiles, heads, tokens / batch.host().num_seqs().max(1));
     let union = workspace.union.as_ref().filter(|_| group > 1 && (cache_rows as usize) < MAX_CACHE_ROWS);
     let Some(union) = union else {
         return sparse_mla_narrow(device, narrow, workspace, batch, q, cache, topk_indices, scale, out);
@@ -473,26 +475,18 @@ fn narrow_launch<D: Device>(
         return Ok(());
     }
     let splits = if done.is_some() { 1 } else { tile.splits(tokens * groups, k, device.limits()) };
-    let split = match splits {
-        1 => Split::None,
-        splits if splits <= tile.last_block_splits => Split::LastBlock,
-        _ => Split::MergeKernel,
-    };
-    if split != Split::None {
+    let split = splits > 1;
+    if split {
         workspace.reserve(tokens * heads, splits)?;
     }
-    if split == Split::LastBlock && tokens * groups > workspace.rows {
-        let (shape, elements) = (vec![tokens, groups], tokens * groups);
-        return Err(Error::Capacity { shape, elements, capacity: workspace.rows });
-    }
-    let partial = |buffer| if split == Split::None { Arg::Null } else { Arg::Buffer(buffer) };
+    let partial = |buffer| if split { Arg::Buffer(buffer) } else { Arg::Null };
     let fp8 = cache.dtype() == DType::Fp8;
     device.launch(&Launch {
         program: &tile.program(dims, fp8, split),
         entry: KERNEL,
         grid: [tokens as u32, groups as u32, splits as u32],
         threads: tile.threads(),
-        shared_bytes: tile.shared_bytes(dims, fp8, split),
+        shared_bytes: tile.shared_bytes(dims, fp8),
         shape: format!("{tokens} tokens, {heads} heads, {k} places, {}, {splits} splits", cache.dtype()),
         args: &[
             Arg::Buffer(q.buffer()),
@@ -504,7 +498,6 @@ fn narrow_launch<D: Device>(
             partial(&workspace.partial_out),
             partial(&workspace.partial_max),
             partial(&workspace.partial_sum),
-            if split == Split::LastBlock { Arg::Buffer(&workspace.arrivals) } else { Arg::Null },
             done.map_or(Arg::Null, |done| Arg::Buffer(&done.union.counts)),
             Arg::I32(done.map_or(1, |done| done.group as i32)),
             Arg::I32(done.map_or(0, |done| done.most.min(i32::MAX as usize) as i32)),
@@ -515,7 +508,7 @@ fn narrow_launch<D: Device>(
             Arg::F32((scale * std::f64::consts::LOG2_E) as f32),
         ],
     })?;
-    if split == Split::MergeKernel { merge(device, tile, workspace, dims, splits, out) } else { Ok(()) }
+    if split { merge(device, workspace, dims, splits, out) } else { Ok(()) }
 }
 
 /// Blocks that share the `k` rows of one of `rows` token groups in the wide kernel, of which a multiprocessor holds one.
@@ -525,19 +518,19 @@ fn wide_splits(rows: usize, k: usize, limits: &Limits) -> usize {
 
 fn merge<D: Device>(
     device: &D,
-    tile: &SparseMlaTile,
     workspace: &SparseMlaWorkspace<D>,
     dims: SparseMlaDims,
     splits: usize,
     out: &CudaTensor<D>,
 ) -> Result<()> {
     let heads = out.len() / dims.kv_lora_rank;
+    let merge = Merge::of(splits);
     device.launch(&Launch {
-        program: &tile.merge_program(dims),
+        program: &merge.program(dims),
         entry: "sparse_mla_merge",
         grid: [heads as u32, dims.kv_lora_rank.div_ceil(MERGE_COLUMNS) as u32, 1],
-        threads: 32 * tile.merge_warps as u32,
-        shared_bytes: tile.merge_shared_bytes(),
+        threads: merge.threads(),
+        shared_bytes: merge.shared_bytes(),
         shape: format!("{heads} heads, {splits} splits"),
         args: &[
             Arg::Buffer(&workspace.partial_out),
@@ -547,4 +540,25 @@ fn merge<D: Device>(
             Arg::I32(splits as i32),
         ],
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn splits_fill_a_gpu_and_the_workspace_holds_them() {
+        let glm = SparseMlaDims { kv_lora_rank: 512, rope: 64 };
+        let limits = Limits { multiprocessors: 132, ..Limits::a100() };
+        let tile = SparseMlaTile::safe(glm);
+        let splits = |rows| tile.splits(rows, 2048, &limits);
+        assert_eq!([1, 4, 8, 16, 32, 2048].map(splits), [32, 32, 16, 16, 8, 1]);
+        for rows in 1..300 {
+            for k in [0, 1, 16, 100, 2048] {
+                let splits = tile.splits(rows, k, &limits);
+                assert!(splits == 1 || rows * splits <= MAX_WAVES * tile.slots(&limits));
+                assert!((1..=k.div_ceil(KEYS).max(1)).contains(&splits));
+            }
+        }
+    }
 }

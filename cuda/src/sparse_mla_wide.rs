@@ -1,6 +1,6 @@
 //! `sparse_mla` for 64 query rows that share their keys: many heads of a token, or few heads of neighbouring tokens.
 
-use dsa80_reference::{DType, Result};
+use dsa80_reference::{DType, Error, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::batch::CudaBatch;
@@ -16,15 +16,16 @@ pub const QUERIES: usize = 64;
 
 const THREADS: u32 = 256;
 
-/// Keys of a tile.
-const KEYS: usize = 32;
-
 /// The constants of `sparse_mla_wide`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SparseMlaWideTile {
-    /// Tiles of 32 keys in shared memory.
+    /// Keys of a tile.
+    pub keys: usize,
+    /// Tiles of keys in shared memory.
     pub stages: usize,
+    /// Whether keys are gathered through the L1.
+    pub l1: bool,
 }
 
 /// What the model fixes.
@@ -38,10 +39,10 @@ pub struct SparseMlaWideDims {
 
 impl SparseMlaWideTile {
     fn shared_bytes(&self, dims: SparseMlaWideDims) -> usize {
-        let keys = self.stages * KEYS * 2 * (dims.kv_lora_rank + dims.rope + 8);
-        let (exchange, weights) = (4 * QUERIES * KEYS, 2 * 2 * QUERIES * KEYS);
-        let (factors, maxima) = (2 * 4 * QUERIES, 2 * 4 * QUERIES);
-        (keys + exchange + weights + factors + maxima).next_multiple_of(16)
+        let keys = self.stages * self.keys * 2 * (dims.kv_lora_rank + dims.rope + 8);
+        let exchange = 4 * QUERIES * self.keys;
+        let (maxima, factors, members) = (2 * 4 * QUERIES, 4 * QUERIES, self.stages * self.keys);
+        keys + exchange + maxima + factors + members
     }
 
     fn program(&self, dims: SparseMlaWideDims, group: usize, split: bool) -> Program {
@@ -50,6 +51,8 @@ impl SparseMlaWideTile {
             defines: vec![
                 ("KV_LORA_RANK", dims.kv_lora_rank.to_string()),
                 ("ROPE_DIM", dims.rope.to_string()),
+                ("TILE_KEYS", self.keys.to_string()),
+                ("TILE_L1", u8::from(self.l1).to_string()),
                 ("TILE_STAGES", self.stages.to_string()),
                 ("TILE_TOKENS", group.to_string()),
                 ("TILE_SHARED_BYTES", self.shared_bytes(dims).to_string()),
@@ -64,19 +67,23 @@ impl Tile for SparseMlaWideTile {
     type Dims = SparseMlaWideDims;
 
     fn safe(_dims: Self::Dims) -> Self {
-        Self { stages: 4 }
+        Self { keys: 64, stages: 2, l1: false }
     }
 
     fn candidates(dims: Self::Dims, limits: &Limits) -> Vec<Self> {
-        let tiles = [4, 5].map(|stages| Self { stages });
-        tiles.into_iter().filter(|tile| tile.validate(dims, limits).is_ok()).collect()
+        let rings = [(64, 2), (32, 4), (32, 3)];
+        rings
+            .into_iter()
+            .flat_map(|(keys, stages)| [false, true].map(|l1| Self { keys, stages, l1 }))
+            .filter(|tile| tile.validate(dims, limits).is_ok())
+            .collect()
     }
 
     fn validate(&self, dims: Self::Dims, limits: &Limits) -> Result<()> {
         let SparseMlaWideDims { kv_lora_rank: rank, rope } = dims;
-        require(self, (4..=8).contains(&self.stages), || {
-            "there are 4 to 8 stages: one for values, one for scores, one arrived, the others under way"
-                .into()
+        require(self, matches!(self.keys, 32 | 64), || "a tile has 32 or 64 keys".into())?;
+        require(self, (2..=8).contains(&self.stages) && self.keys * (self.stages - 1) >= QUERIES, || {
+            format!("the {QUERIES} queries pass through all stages but the first, 8 at most")
         })?;
         // A thread holds an eighth of its warp's output columns and its part of the queries: 200 registers at 512 + 64.
         require(self, rank > 0 && rank.is_multiple_of(16) && rank <= 512, || {
@@ -181,6 +188,12 @@ pub fn sparse_mla_wide<D: Device>(
         }
         Selection::Group { group, k, most, .. } => (group, group * k, most),
     };
+    // Places in the lists and in the block table are counted in 32 bits.
+    let (lists, table) = (tokens.div_ceil(group) * places, host.num_seqs() * host.max_blocks);
+    if lists.max(table) >= i32::MAX as usize {
+        let (expected, found) = ("fewer than 2^31 - 1".to_owned(), lists.max(table).to_string());
+        return Err(Error::Value { kernel: KERNEL, name: "places", expected, found });
+    }
     let dims = SparseMlaWideDims { kv_lora_rank: rank, rope: width - rank };
     tile.validate(dims, device.limits())?;
     if tokens == 0 || heads == 0 {
@@ -210,7 +223,6 @@ pub fn sparse_mla_wide<D: Device>(
             Arg::Buffer(cache.buffer()),
             entries,
             counts,
-            Arg::Buffer(&batch.positions),
             Arg::Buffer(&batch.seq_ids),
             Arg::Buffer(&batch.block_table),
             Arg::Buffer(out.buffer()),

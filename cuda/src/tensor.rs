@@ -40,8 +40,15 @@ impl<D: Device> CudaTensor<D> {
     }
 
     /// The shape as an array, or an error that says how many dimensions were expected.
-    pub(crate) fn dims<const N: usize>(&self, kernel: &'static str, tensor: &'static str) -> Result<[usize; N]> {
-        self.shape.as_slice().try_into().map_err(|_| self.bad_shape(kernel, tensor, format!("{N} dimensions")))
+    pub(crate) fn dims<const N: usize>(
+        &self,
+        kernel: &'static str,
+        tensor: &'static str,
+    ) -> Result<[usize; N]> {
+        self.shape
+            .as_slice()
+            .try_into()
+            .map_err(|_| self.bad_shape(kernel, tensor, format!("{N} dimensions")))
     }
 
     /// Fails with the shape unless `ok`.

@@ -6,7 +6,9 @@ use serde::{Serialize, de::DeserializeOwned};
 use crate::device::Limits;
 
 /// The compile-time constants of one kernel, small enough to sweep. Every tile that [`validate`](Self::validate) accepts is right.
-pub trait Tile: Copy + std::fmt::Debug + PartialEq + Serialize + DeserializeOwned + Send + Sync + 'static {
+pub trait Tile:
+    Copy + std::fmt::Debug + PartialEq + Serialize + DeserializeOwned + Send + Sync + 'static
+{
     /// The kernel's name: its file in `kernels/`, its key in `tiles/*.toml`.
     const KERNEL: &'static str;
     /// What the model fixes and the tile must divide (head dims, k).
@@ -38,7 +40,10 @@ pub(crate) fn require<T: Tile>(tile: &T, ok: bool, reason: impl FnOnce() -> Stri
 /// Fails unless a block of `bytes` shared memory fits `limits`.
 pub(crate) fn require_shared<T: Tile>(tile: &T, bytes: usize, limits: &Limits) -> Result<()> {
     require(tile, bytes <= limits.shared_per_block, || {
-        format!("a block needs {bytes} bytes of shared memory, {} has {}", limits.name, limits.shared_per_block)
+        format!(
+            "a block needs {bytes} bytes of shared memory, {} has {}",
+            limits.name, limits.shared_per_block
+        )
     })
 }
 

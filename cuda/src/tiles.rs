@@ -13,8 +13,11 @@ use crate::sparse_mla::{SparseMlaDims, SparseMlaTiles};
 use crate::sparse_mla_wide::SparseMlaWideDims;
 
 /// Every file of `tiles/`, by the GPU's short name.
-const EMBEDDED: &[(&str, &str)] =
-    &[("a100", include_str!("../tiles/a100.toml")), ("h200", include_str!("../tiles/h200.toml"))];
+const EMBEDDED: &[(&str, &str)] = &[
+    ("a100", include_str!("../tiles/a100.toml")),
+    ("h100", include_str!("../tiles/h100.toml")),
+    ("h200", include_str!("../tiles/h200.toml")),
+];
 
 /// The tiles of one GPU. Where none is pinned, the kernel's safe tile serves.
 #[derive(Debug, Clone, PartialEq, Default)]

@@ -29,7 +29,7 @@ pub struct TopKTile {
     pub ranked: usize,
 }
 
-/// A block that holds its row in shared memory.
+/// A block that holds its row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Held {
@@ -39,6 +39,8 @@ pub struct Held {
     pub blocks: usize,
     /// Vectors of four logits that a thread holds.
     pub vectors: usize,
+    /// Whether in registers; otherwise in shared memory.
+    pub registers: bool,
 }
 
 /// A block that reads its row, or its part of one, once, and keeps in shared memory what may be selected.
@@ -99,26 +101,28 @@ impl Tile for TopKTile {
 
     fn safe(rows: TopKRows) -> Self {
         let (held, filtered) = match rows {
+            // One block for a multiprocessor: all the threads that it can have.
             TopKRows::Few => (
-                Held { threads: 1024, blocks: 1, vectors: 2 },
+                Held { threads: 1024, blocks: 1, vectors: 2, registers: true },
                 Filtered {
                     threads: 1024,
                     blocks: 1,
                     vectors: 2,
                     items: 8,
-                    samples: 1,
+                    samples: 2,
                     window: 1 << 18,
                     split: 1,
                 },
             ),
+            // Several: while some wait for a barrier or for memory, the others work.
             TopKRows::Many => (
-                Held { threads: 512, blocks: 3, vectors: 4 },
+                Held { threads: 256, blocks: 4, vectors: 8, registers: false },
                 Filtered {
                     threads: 512,
                     blocks: 2,
-                    vectors: 2,
+                    vectors: 4,
                     items: 10,
-                    samples: 1,
+                    samples: 2,
                     window: 1 << 16,
                     split: 0,
                 },
@@ -129,29 +133,30 @@ impl Tile for TopKTile {
 
     fn candidates(rows: TopKRows, limits: &Limits) -> Vec<Self> {
         let safe = Self::safe(rows);
-        let mut tiles = vec![safe];
-        for (threads, blocks, vectors) in
-            [(1024, 1, 2), (1024, 1, 8), (512, 2, 4), (512, 3, 4), (512, 4, 4), (256, 4, 8)]
-        {
-            tiles.push(Self { held: Held { threads, blocks, vectors }, ..safe });
-        }
-        for (threads, blocks, vectors, items) in [
-            (1024, 1, 1, 8),
-            (1024, 1, 2, 8),
-            (1024, 1, 4, 8),
-            (512, 2, 2, 10),
-            (512, 3, 2, 10),
-            (256, 4, 4, 20),
-        ] {
-            tiles.push(Self {
-                filtered: Filtered { threads, blocks, vectors, items, ..safe.filtered },
-                ..safe
-            });
-        }
-        tiles.push(Self { bins: 4096, ranked: 64, ..safe });
-        tiles.retain(|tile| tile.validate(rows, limits).is_ok());
-        tiles.dedup();
-        tiles
+        // Threads, blocks, vectors, registers; threads, blocks, vectors, items.
+        let (held, filtered): (&[_], &[_]) = match rows {
+            TopKRows::Few => (
+                &[(1024, 1, 2, true), (512, 1, 4, true)],
+                &[(1024, 1, 2, 8), (1024, 1, 1, 8), (512, 1, 4, 16)],
+            ),
+            TopKRows::Many => (
+                &[(256, 4, 8, false), (512, 3, 4, false)],
+                &[(512, 2, 4, 10), (512, 2, 2, 10), (256, 4, 4, 20)],
+            ),
+        };
+        let held = held.iter().map(|&(threads, blocks, vectors, registers)| Held {
+            threads,
+            blocks,
+            vectors,
+            registers,
+        });
+        let tiles = held.flat_map(|held| {
+            filtered.iter().map(move |&(threads, blocks, vectors, items)| {
+                let filtered = Filtered { threads, blocks, vectors, items, ..safe.filtered };
+                Self { held, filtered, ..safe }
+            })
+        });
+        tiles.filter(|tile| tile.validate(rows, limits).is_ok()).collect()
     }
 
     fn validate(&self, _rows: TopKRows, limits: &Limits) -> Result<()> {
@@ -214,18 +219,22 @@ impl TopKTile {
     /// Bytes of `Shared` in `top_k.cu`.
     fn shared_bytes(&self, variant: Variant) -> usize {
         let warps = self.threads(variant) / 32;
-        let (histogram, ranked, ranges_and_sums) = (4 * self.bins, 8 * self.ranked, 12 * warps);
-        let (num_ranked, found, last_item) = (4, 12, 8);
-        let selection = histogram + ranked + num_ranked + ranges_and_sums + found + last_item;
+        let (ranked, last, num_ranked, ranges_and_sums, found) = (8 * self.ranked, 8, 4, 12 * warps, 12);
+        let histogram = 4 * (self.bins + self.threads(variant));
+        let selection =
+            (ranked + last + num_ranked + ranges_and_sums + found + histogram).next_multiple_of(8);
         match variant {
             Variant::Held => {
-                let Held { threads, vectors, .. } = self.held;
-                (16 * threads * vectors + selection + 4 * vectors.div_ceil(4) * warps).next_multiple_of(16)
+                let Held { threads, vectors, registers, .. } = self.held;
+                let rest = (selection + 4 * vectors.div_ceil(4) * warps).next_multiple_of(8);
+                if registers { rest } else { (16 * threads * vectors + rest).next_multiple_of(16) }
             }
-            Variant::Filtered { .. } => {
+            Variant::Filtered { parts } => {
                 let Filtered { threads, items, window, .. } = self.filtered;
-                let (length, last_block) = (4, 4);
-                selection + 8 * threads * items + window / 8 + length + last_block
+                // At least two blocks share a row, if any.
+                let slots = if parts > 1 { threads * items / 2 } else { threads * items };
+                let (list, marks, length, last_block) = (8 * (slots + threads), window / 8, 4, 4);
+                selection + list + marks + length + last_block
             }
         }
     }
@@ -238,9 +247,11 @@ impl TopKTile {
             ("TILE_SHARED_BYTES", self.shared_bytes(variant)),
         ];
         match variant {
-            Variant::Held => {
-                defines.extend([("TILE_BLOCKS", self.held.blocks), ("TILE_VECTORS", self.held.vectors)])
-            }
+            Variant::Held => defines.extend([
+                ("TILE_BLOCKS", self.held.blocks),
+                ("TILE_VECTORS", self.held.vectors),
+                ("TILE_REGISTERS", usize::from(self.held.registers)),
+            ]),
             Variant::Filtered { parts } => {
                 let Filtered { blocks, vectors, items, samples, window, .. } = self.filtered;
                 defines.extend([

@@ -83,12 +83,13 @@ void run_block(Worker& w, uint64_t block) {
     w.num_warps = (launch.threads + LANES - 1) / LANES;
     w.running = launch.threads;
     w.ready_warps = 0;
+    w.dawdled = 0;
     for (uint32_t index = 0; index < w.num_warps; ++index) {
         Warp& warp = w.warps[index];
         const uint32_t lanes = launch.threads - index * LANES;
         warp.present = lanes >= LANES ? ~0u : (1u << lanes) - 1;
         warp.ready = warp.present;
-        warp.done = warp.at_barrier = warp.num_pending = 0;
+        warp.at_barrier = warp.num_pending = 0;
         warp.rotation = random_bits(w) & 31;
         w.ready_warps |= 1u << index;
         memset(w.clocks[index], 0, sizeof w.clocks[index]);

@@ -21,6 +21,15 @@ T updated(int operation, T old, T value, T expected) {
     }
 }
 
+// After some atomics of a block, lets other blocks go first: what is signalled before it is written then shows.
+void dawdle(Worker& w) {
+    constexpr uint32_t AT_MOST = 4;
+    if (w.dawdled == AT_MOST || random_bits(w) % 2 != 0) return;
+    ++w.dawdled;
+    const timespec pause{0, 50000};
+    nanosleep(&pause, nullptr);
+}
+
 template <typename T, typename S>
 T update(int operation, T* address, T value, T expected) {
     T old = __atomic_load_n(address, __ATOMIC_RELAXED);
@@ -35,10 +44,12 @@ EXPORT uint64_t emulation_atomic(int operation, int bytes, void* address, uint64
     const uintptr_t site = CALLER;
     aligned(*worker, reinterpret_cast<uintptr_t>(address), static_cast<size_t>(bytes), "an atomic update", site);
     check<Access::Atomic>(address, static_cast<size_t>(bytes), site);
-    if (bytes == 4)
-        return update<uint32_t, int32_t>(operation, static_cast<uint32_t*>(address), static_cast<uint32_t>(value),
-                                         static_cast<uint32_t>(expected));
-    return update<uint64_t, int64_t>(operation, static_cast<uint64_t*>(address), value, expected);
+    Worker& w = *worker;
+    const uint64_t old = bytes == 4 ? update<uint32_t, int32_t>(operation, static_cast<uint32_t*>(address), static_cast<uint32_t>(value),
+                                                                static_cast<uint32_t>(expected))
+                                    : update<uint64_t, int64_t>(operation, static_cast<uint64_t*>(address), value, expected);
+    if (reinterpret_cast<uintptr_t>(address) - w.shared_base >= w.shared_bytes) dawdle(w);
+    return old;
 }
 
 EXPORT void emulation_fence() { std::atomic_thread_fence(std::memory_order_seq_cst); }

@@ -108,7 +108,6 @@ void run_fiber() {
     w.launch->entry(w.launch->args);
     Fiber& fiber = *w.current;
     fiber.state = State::Done;
-    w.warps[fiber.warp()].done |= 1u << fiber.lane();
     --w.running;
     reschedule(w);
     __builtin_unreachable();

@@ -134,7 +134,7 @@ struct Pending {
 };
 
 struct Warp {
-    uint32_t present, ready, done, at_barrier;
+    uint32_t present, ready, at_barrier;
     uint32_t rotation;
     uint32_t num_pending;
     Pending pending[LANES];
@@ -173,7 +173,7 @@ struct Worker {
     uint32_t num_warps, running;
     uint32_t block[3];
     uint64_t random;
-    uint32_t turns, wander;
+    uint32_t turns, wander, dawdled;
     uint32_t shared_used;
     Warp warps[MAX_WARPS];
     Barrier barriers[BARRIERS];

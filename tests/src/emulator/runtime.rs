@@ -1,5 +1,5 @@
 //! The C++ side: its library, memory that it may touch, kernels that it runs.
-#![allow(unsafe_code, reason = "kernels are C++, and what they touch is raw memory")]
+#![expect(unsafe_code, reason = "kernels are C++, and what they touch is raw memory")]
 
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::{Path, PathBuf};

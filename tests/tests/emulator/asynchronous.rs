@@ -97,3 +97,28 @@ fn a_stage_is_not_refilled_while_others_read_it() {
     runs(64, 256, &body.replace("BARRIER", "__syncthreads();"));
     fails(64, 256, &body.replace("BARRIER", ""), &["byte "]);
 }
+
+#[test]
+fn a_warp_refills_what_all_its_lanes_have_read() {
+    let body = "KERNEL void kernel(uint32_t* a) {
+        uint32_t* shared = &shared_memory<uint32_t>();
+        const uint32_t lane = threadIdx.x;
+        for (int round = 0; round < 2; ++round) {
+            if (lane < 16) cp_async_16(shared + lane * 4, a + lane * 4);
+            cp_async_commit();
+            cp_async_wait<0>();
+            __syncwarp();
+            uint32_t r[2];
+            ldmatrix_x2(r, shared + (15 - lane % 16) * 4);
+            if (r[0] != 7 && lane % 2 == 0) a[64] = 0;
+            SYNC
+        }
+    }";
+    runs(32, 256, &body.replace("SYNC", "__syncwarp();"));
+    fails(
+        32,
+        256,
+        &body.replace("SYNC", "__ballot_sync(0xffffffffu, 1);"),
+        &["race: copies (cp.async) to byte "],
+    );
+}

@@ -105,6 +105,37 @@ fn the_last_block_sees_what_all_blocks_wrote() {
     }
 }
 
+/// Blocks of two warps that signal before the second one has written are seen by the last one, with some seed.
+#[test]
+fn a_signal_that_comes_too_early_shows() {
+    let source = "struct Shared { uint32_t last; };
+        KERNEL void kernel(uint32_t* partial, uint32_t* arrived, uint32_t* wrong) {
+            uint32_t& last = shared_memory<Shared>().last;
+            partial[blockIdx.x * 64 + threadIdx.x] = 1;
+            __threadfence();
+            BARRIER
+            if (threadIdx.x == 0) last = atomicAdd(arrived, 1u) == gridDim.x - 1;
+            __syncthreads();
+            if (!last) return;
+            for (uint32_t i = threadIdx.x; i < gridDim.x * 64; i += 64)
+                if (load_published(partial + i) != 1) atomicOr(wrong, 1u);
+        }";
+    for (barrier, expected) in [("__syncthreads();", false), ("", true)] {
+        let Some(snippet) = Snippet::new(&source.replace("BARRIER", barrier)) else { return };
+        let wrong = (0..200).any(|seed| {
+            snippet.emulator.set_seed(seed);
+            let partial = snippet.buffer("partial", &[0u32; 8 * 64]);
+            let (arrived, wrong) = (snippet.buffer("arrived", &[0u32]), snippet.buffer("wrong", &[0u32]));
+            snippet
+                .launch(8, 64, 4, &[Arg::Buffer(&partial), Arg::Buffer(&arrived), Arg::Buffer(&wrong)])
+                .unwrap();
+            snippet.values::<u32>(&wrong, 1) != [0]
+        });
+        let alone = std::thread::available_parallelism().is_ok_and(|cores| cores.get() == 1);
+        assert!(wrong == expected || alone, "{barrier:?}: {wrong}");
+    }
+}
+
 #[test]
 fn blocks_know_their_place() {
     let source = "KERNEL void kernel(uint32_t* a) {

@@ -19,20 +19,20 @@ struct Variant {
     tile: IndexerLogitsTile,
 }
 
-const fn variant((heads, dims): (usize, usize), general: [usize; 7], decode: [usize; 4]) -> Variant {
+const fn variant((heads, dims): (usize, usize), general: [usize; 7], decode: [usize; 6]) -> Variant {
     let [warps, groups, queries, stages, query_block, heads_at_once, blocks] = general;
     let general = GeneralTile { warps, groups, queries, stages, query_block, heads_at_once, blocks };
-    let [warps, queries, heads_at_once, blocks] = decode;
-    let decode = DecodeTile { warps, queries, heads_at_once, blocks };
+    let [warps, stages, queries, rows, heads_at_once, blocks] = decode;
+    let decode = DecodeTile { warps, stages, queries, rows, heads_at_once, blocks };
     Variant { dims: IndexerLogitsDims { heads, dims }, tile: IndexerLogitsTile { general, decode } }
 }
 
 /// Padded heads and columns and none, one and two groups of keys, stages that are reused, query blocks with a rest. The last takes the kernel
 /// for few rows whatever the batch.
 const VARIANTS: &[Variant] = &[
-    variant((4, 16), [1, 1, 2, 2, 5, 1, 1], [2, 2, 1, 1]),
-    variant((32, 128), [2, 2, 1, 3, 8, 1, 1], [1, 4, 2, 1]),
-    variant((13, 48), [2, 1, 3, 2, 4, 2, 1], [2, 1024, 1, 1]),
+    variant((4, 16), [1, 1, 2, 2, 5, 1, 1], [2, 2, 2, 2, 1, 1]),
+    variant((32, 128), [2, 2, 1, 3, 8, 1, 1], [1, 3, 4, 6, 2, 1]),
+    variant((13, 48), [2, 1, 3, 2, 4, 2, 1], [2, 2, 3, 1000, 1, 1]),
 ];
 
 #[derive(Debug, Clone)]
@@ -112,8 +112,8 @@ fn act_cache(device: &TestDevice, case: &Case, change: fn(f64) -> f64) -> Pair {
     let (dims, page_size) = (case.variant.dims.dims, case.batch.batch.page_size);
     let mut values = vec![f64::NAN; case.batch.slots() * dims];
     for slot in slots(case) {
-        for i in slot * dims..(slot + 1) * dims {
-            values[i] = change(case.keys.at(case.seed ^ 3, i));
+        for (i, value) in values[slot * dims..][..dims].iter_mut().enumerate() {
+            *value = change(case.keys.at(case.seed ^ 3, slot * dims + i));
         }
     }
     Pair::new(device, "cache", DType::Act, &[case.batch.pages, page_size, dims], &values)
@@ -176,7 +176,9 @@ fn run(device: &TestDevice, case: Case) {
     let units = (2 * dims + heads + 8) as f64 * F32_UNIT;
     let bound = |i: usize| units * magnitudes[i] + f64::from(f32::MIN_POSITIVE);
     let found = seen(&parity::numbers(DType::Float, &found));
-    parity::assert_close("logits", 1, &found, &expect(&inputs), 1e-5, bound);
+    // Few scores may cancel more.
+    let relative_l2 = if found.len() > 1000 { 1e-6 } else { 1e-5 };
+    parity::assert_close("logits", 1, &found, &expect(&inputs), relative_l2, bound);
 }
 
 #[test]
@@ -202,5 +204,47 @@ fn more_sequences_than_a_warp_has_lanes() {
             let (q, weights, keys) = (Values::Normal, Values::Normal, Values::Normal);
             run(device, Case { batch, rows, spare: 3, variant, fp8, q, weights, keys, seed: 9 });
         });
+    }
+}
+
+#[test]
+fn planted_faults_are_seen() {
+    const GENERAL: &str = "indexer_logits.cu";
+    const DECODE: &str = "indexer_logits_decode.cu";
+    const SHARED: &str = "indexer_logits.cuh";
+    for (file, find, replace) in [
+        // The last, incomplete block of keys is left out.
+        (GENERAL, "* ceil_div(rows.keys(), BLOCK_KEYS);", "* (rows.keys() / BLOCK_KEYS);"),
+        (DECODE, "(rows.keys() + GROUP_KEYS - 1) / GROUP_KEYS", "rows.keys() / GROUP_KEYS"),
+        // The page before.
+        (SHARED, "__ldg(pages + block)", "__ldg(pages + max(block - 1, 0))"),
+        // A stage is overwritten while other warps still read it.
+        (
+            GENERAL,
+            "cp_async_wait<TILE_STAGES - 2>();\n            __syncthreads();",
+            "cp_async_wait<TILE_STAGES - 2>();",
+        ),
+        (DECODE, "__syncthreads();\n            copy_queries", "copy_queries"),
+        // Keys are read before they have come.
+        (
+            DECODE,
+            "cp_async_wait<TILE_STAGES - 1>();\n                RawKeys",
+            "cp_async_wait<TILE_STAGES>();\n                RawKeys",
+        ),
+        // 8-bit keys without their scale.
+        (GENERAL, "FP8 ? scale * __ldg(keys.scale(at)) : scale", "scale"),
+        (DECODE, "FP8 ? scale * stages[stage].scales[lane] : scale", "scale"),
+        // A row does not see itself; the first row that sees a block of keys is left out.
+        (GENERAL, "if (key <= position)", "if (key < position)"),
+        (DECODE, "if (key <= rows.position + query)", "if (key < rows.position + query)"),
+        (GENERAL, "first_key - rows.position)", "first_key - rows.position + 1)"),
+        (GENERAL, "position < warp_key", "position <= warp_key"),
+        // Dims of queries and keys in different orders; heads that vote against.
+        (DECODE, "permute_queries(shared.queries, end_query - first_query);", ""),
+        (SHARED, "weight.x * relu(dot[0])", "weight.x * dot[0]"),
+        // The rest of a tile of heads is what the memory held before.
+        (SHARED, "words[i] = make_uint4(0, 0, 0, 0)", "words[i] = make_uint4(~0u, ~0u, ~0u, ~0u)"),
+    ] {
+        parity::catches(Fault { file, find, replace }, cases(select(VARIANTS), 160), run);
     }
 }

@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
+mod attention;
 mod cache_rows;
 mod indexer_logits;
 mod latent_rope;

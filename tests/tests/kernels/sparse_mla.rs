@@ -1,9 +1,9 @@
 //! `sparse_mla` against the oracle.
 
+use dsa80_cuda::Tile;
 use dsa80_cuda::sparse_mla::{
     SparseMlaDims, SparseMlaTile, SparseMlaTiles, SparseMlaWorkspace, sparse_mla, sparse_mla_narrow,
 };
-use dsa80_cuda::{Limits, Tile};
 use dsa80_reference::fp8::{self, MLA_GROUP, MlaRow};
 use dsa80_reference::sampling::uniform;
 use dsa80_reference::{DType, Kernels};
@@ -25,20 +25,20 @@ const fn variant(
     fp8: bool,
     (warps, stages): (usize, usize),
     split_blocks: usize,
-    last_block_splits: usize,
+    through_l1: bool,
 ) -> Variant {
-    let tile = SparseMlaTile { warps, stages, split_blocks, last_block_splits, merge_warps: 2 };
+    let tile = SparseMlaTile { warps, stages, split_blocks, through_l1 };
     Variant { dims: SparseMlaDims { kv_lora_rank, rope }, fp8, tile }
 }
 
 /// Every way through the kernel in few programs: odd and even numbers of steps, groups of a scale that are whole, short and alone, one
-/// warp and several, and both ways to merge.
+/// warp and several.
 const VARIANTS: &[Variant] = &[
-    variant((64, 16), false, (2, 2), 16, 0),
-    variant((48, 16), false, (1, 3), 16, 16),
-    variant((32, 32), false, (3, 2), 1, 3),
-    variant((144, 16), true, (2, 2), 16, 2),
-    variant((32, 16), true, (1, 2), 4, 16),
+    variant((64, 16), false, (2, 2), 16, true),
+    variant((48, 16), false, (1, 3), 16, false),
+    variant((32, 32), false, (3, 2), 1, true),
+    variant((144, 16), true, (2, 2), 16, true),
+    variant((32, 16), true, (1, 2), 4, false),
 ];
 
 #[derive(Debug, Clone)]
@@ -177,19 +177,23 @@ impl Case {
             let relative = (2.0 * lost).exp_m1() + sums;
             worst = worst.max(relative);
             let rounding = (-8.0_f64).exp2();
-            for column in 0..rank {
-                let (mut weighted, mut largest, mut sizes) = (0.0, 0.0_f64, 0.0);
-                for (row, score) in selected.iter().zip(&scores) {
+            let (mut weighted, mut largest, mut sizes) =
+                (vec![0.0; rank], vec![0.0_f64; rank], vec![0.0; rank]);
+            for (row, score) in selected.iter().zip(&scores) {
+                let weight = (score.0 - most).exp() / total;
+                for column in 0..rank {
                     let value = row[column].abs();
-                    weighted += (score.0 - most).exp() / total * value;
-                    largest = largest.max(value);
-                    sizes += value;
+                    weighted[column] += weight * value;
+                    largest[column] = largest[column].max(value);
+                    sizes[column] += value;
                 }
-                let out = expected[i * rank + column];
-                let error = weighted * (rounding + relative) + out.abs() * (rounding + relative);
+            }
+            for column in 0..rank {
+                let out = expected[i * rank + column].abs();
+                let error = (weighted[column] + out) * (rounding + relative);
                 // However wrong the weights are, the output lies among the values.
-                let error = error.min(2.02 * largest) + sizes * (-118.0_f64).exp2();
-                bounds.push(error + parity::half_ulp_bf16(out.abs() + error));
+                let error = error.min(2.02 * largest[column]) + sizes[column] * (-118.0_f64).exp2();
+                bounds.push(error + parity::half_ulp_bf16(out + error));
             }
         }
         (bounds, worst)
@@ -263,11 +267,14 @@ fn agrees_with_the_oracle() {
     parity::check("sparse_mla", cases(select(VARIANTS), 60, 100), run);
 }
 
+/// The tiles that serve, in GLM-5.2's dims.
 #[test]
-fn agrees_with_the_oracle_at_size_with_every_tile() {
+fn agrees_with_the_oracle_at_size() {
     let glm = SparseMlaDims { kv_lora_rank: 512, rope: 64 };
-    let variants = (select(SparseMlaTile::candidates(glm, &Limits::a100())), any::<bool>())
-        .prop_map(move |(tile, fp8)| Variant { dims: glm, fp8, tile });
+    let tiles =
+        [SparseMlaTile::safe(glm), SparseMlaTile { warps: 4, stages: 2, split_blocks: 1, through_l1: false }];
+    let variants =
+        (select(tiles.to_vec()), any::<bool>()).prop_map(move |(tile, fp8)| Variant { dims: glm, fp8, tile });
     parity::check_on_gpu("sparse_mla_at_size", cases(variants, 5000, 2048), run);
 }
 
@@ -295,8 +302,8 @@ fn every_way_agrees_with_the_oracle() {
         // With half of a union's rows allowed, some groups go one way and some the other.
         for (heads, sequences, wide_heads, union_tokens, union_quarters) in [
             (32, &[(50, 1), (20, 2)][..], 24, 0, 0),
-            (8, &[(5, 3), (40, 20)][..], 24, 16, 5),
-            (8, &[(40, 24)][..], 24, 16, 4000),
+            (8, &[(5, 3), (40, 20)][..], 24, 8, 5),
+            (8, &[(40, 24)][..], 24, 8, 4000),
         ] {
             let mut case = by_hand(VARIANTS[0], sequences, 40, 1);
             case.heads = heads;
@@ -339,7 +346,7 @@ fn planted_faults_are_seen() {
         ),
         // Splits are added up as if they were relative to the same maximum.
         (
-            "sparse_mla.cuh",
+            "sparse_mla_merge.cu",
             "const float factor = exp2_approx(maximum - finite_base(most));",
             "const float factor = 1.0f;",
         ),

@@ -14,13 +14,13 @@ use proptest::sample::select;
 /// many candidates for the last place; several windows.
 const TILES: &[TopKTile] = &[
     TopKTile {
-        held: Held { threads: 32, blocks: 1, vectors: 2 },
+        held: Held { threads: 32, blocks: 1, vectors: 2, registers: true },
         filtered: Filtered { threads: 64, blocks: 1, vectors: 1, items: 2, samples: 1, window: 64, split: 4 },
         bins: 64,
         ranked: 4,
     },
     TopKTile {
-        held: Held { threads: 64, blocks: 1, vectors: 3 },
+        held: Held { threads: 64, blocks: 1, vectors: 3, registers: false },
         filtered: Filtered {
             threads: 32,
             blocks: 1,
@@ -34,7 +34,7 @@ const TILES: &[TopKTile] = &[
         ranked: 32,
     },
     TopKTile {
-        held: Held { threads: 32, blocks: 1, vectors: 1 },
+        held: Held { threads: 32, blocks: 1, vectors: 1, registers: false },
         filtered: Filtered {
             threads: 64,
             blocks: 1,
@@ -225,7 +225,7 @@ fn agrees_with_the_oracle_at_glm_shapes() {
 fn planted_faults_are_seen() {
     for (find, replace) in [
         // Ties go to the higher position.
-        ("above || (equal && position <= last.position)", "above || (equal && position >= last.position)"),
+        ("above | (equal & (position <= last.position))", "above | (equal & (position >= last.position))"),
         // The row ends one early: held, filtered.
         ("positions[first_row + blockIdx.x] + 1", "positions[first_row + blockIdx.x]"),
         ("positions[first_row + row_index] + 1", "positions[first_row + row_index]"),
@@ -237,9 +237,10 @@ fn planted_faults_are_seen() {
             "            above += counts[i];\n        }\n    }",
         ),
         // Survivors that found no place are not missed.
-        ("bool overflow = survivors > capacity;", "bool overflow = false;"),
+        ("survivors >= k && survivors <= capacity && write_best", "survivors >= k && write_best"),
+        ("__all_sync(ALL_LANES, survivors <= capacity) && ", ""),
         // Parts of a row with different pivots.
-        (" && to_key(last.value) >= highest_pivot", ""),
+        ("if (to_key(last.value) < highest_pivot) return false;", ""),
         // The next launch finds the arrivals of this one.
         ("if (threadIdx.x == 0) arrivals[row_index] = 0;", ""),
         // Equal scores in a row that is selected from memory.
@@ -296,7 +297,11 @@ fn short_rows_need_no_logits_and_misfits_are_named() {
         refused(launch(&wide, (float, &[5, 8]), (index, &[5, 4]), 0..5), &["1 to 16 vectors"]);
         let bins = TopKTile { bins: 96, ..tile };
         refused(launch(&bins, (float, &[5, 8]), (index, &[5, 4]), 0..5), &["96 bins"]);
-        let large = TopKTile { held: Held { threads: 1024, blocks: 1, vectors: 16 }, bins: 1024, ..tile };
+        let large = TopKTile {
+            held: Held { threads: 1024, blocks: 1, vectors: 16, registers: false },
+            bins: 1024,
+            ..tile
+        };
         refused(launch(&large, (float, &[5, 8]), (index, &[5, 4]), 0..5), &["bytes of shared memory"]);
     });
 }

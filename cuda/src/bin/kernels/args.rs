@@ -74,6 +74,16 @@ pub(crate) enum Command {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Pins tiles for a GPU that is not here from those measured on another, by what they take of an A100 (no GPU needed)
+    Adapt {
+        /// The file with measured tiles: `h200`
+        from: String,
+        /// The file to write: `a100`
+        to: String,
+        /// The folder of both
+        #[arg(long, value_name = "DIR", default_value = "cuda/tiles")]
+        write: PathBuf,
+    },
     /// Prints the table of a result file in Markdown
     Table {
         /// What `bench --json` wrote

@@ -1,6 +1,7 @@
 //! `bench`: every case timed, and its output, as the timed calls left it, checked.
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use dsa80_cuda::gpu::Launched;
@@ -37,21 +38,30 @@ pub(crate) fn run(
     };
     let mut failures = Vec::new();
     for case in &selected {
-        eprintln!("{} {}", case.kernel, case.name);
+        let start = Instant::now();
         let replays = if quick { QUICK_REPLAYS } else { REPLAYS };
-        match bench_case(&gpu, case, &tiles, &report.ceilings, replays) {
-            Ok(result) if result.accuracy.ok() => report.cases.push(result),
+        let result = bench_case(&gpu, case, &tiles, &report.ceilings, replays);
+        let name = format!("{} {}", case.kernel, case.name);
+        let seconds = start.elapsed().as_secs_f64();
+        match result {
             Ok(result) => {
-                failures.push(format!("{} {}: wrong: {:?}", case.kernel, case.name, result.accuracy));
+                eprintln!("{name}: {}, {seconds:.1} s", result.words());
+                if !result.accuracy.ok() {
+                    failures.push(format!("{name}: wrong: {:?}", result.accuracy));
+                }
                 report.cases.push(result);
             }
-            Err(error) => failures.push(format!("{} {}: {error:#}", case.kernel, case.name)),
+            Err(error) => {
+                eprintln!("{name}: {error:#}");
+                failures.push(format!("{name}: {error:#}"));
+            }
+        }
+        // A run that is broken off leaves what it has.
+        if let Some(path) = &json {
+            report.write(path)?;
         }
     }
     println!("{}\n{}", report.table().text(), report.summary());
-    if let Some(path) = json {
-        report.write(&path)?;
-    }
     if failures.is_empty() { Ok(()) } else { bail!("{}", failures.join("\n")) }
 }
 

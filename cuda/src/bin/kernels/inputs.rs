@@ -21,13 +21,6 @@ impl CacheType {
             CacheType::Fp8 => "8-bit",
         }
     }
-
-    pub(crate) fn dtype(self) -> DType {
-        match self {
-            CacheType::Bf16 => DType::Act,
-            CacheType::Fp8 => DType::Fp8,
-        }
-    }
 }
 
 /// A small generator of numbers (splitmix64), for what the host decides.

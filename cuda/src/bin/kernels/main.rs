@@ -1,5 +1,6 @@
 //! The command of whoever works on the kernels: what they take, whether they are right, how fast they are, which tiles are best.
 
+mod adapt;
 mod args;
 mod bench;
 mod cases;
@@ -57,6 +58,7 @@ fn run(Cli { command, machine }: Cli) -> anyhow::Result<()> {
         Command::Check { select, all_tiles } => check::run(&machine, &select, all_tiles),
         Command::Bench { select, json, quick, git } => bench::run(&machine, &select, json, quick, git),
         Command::Sweep { select, write, dry_run } => sweep::run(&machine, &select, &write, dry_run),
+        Command::Adapt { from, to, write } => adapt::run(&machine, &from, &to, &write),
         Command::Table { file, readme } => table(&file, readme.as_deref()),
     }
 }

@@ -1,8 +1,11 @@
 //! The judge of a case: the oracle in f64, on rows sampled from the very buffers that were timed.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::rc::Rc;
 
-use dsa80_cuda::{CudaTensor, Device, Gpu};
+use dsa80_cuda::{CudaTensor, Device};
 use dsa80_reference::cpu::{Cpu, CpuBatch, CpuTensor};
 use dsa80_reference::{Batch, DType, DeviceTensor, HostData, HostTensor, Kernels, Result, SequenceSlice};
 use half::bf16;
@@ -80,18 +83,18 @@ pub(crate) fn spread(count: usize, end: usize) -> Vec<usize> {
 }
 
 /// The bytes of rows `rows` of a tensor, a row being all that one index of the first dimension selects.
-pub(crate) fn row_bytes(gpu: &Gpu, tensor: &CudaTensor<Gpu>, rows: &[usize]) -> Result<Vec<u8>> {
+pub(crate) fn row_bytes<D: Device>(device: &D, tensor: &CudaTensor<D>, rows: &[usize]) -> Result<Vec<u8>> {
     let bytes = tensor.shape()[1..].iter().product::<usize>() * element_bytes(tensor.dtype());
     let mut out = vec![0; bytes * rows.len()];
     for (&row, out) in rows.iter().zip(out.chunks_exact_mut(bytes.max(1))) {
-        gpu.read(tensor.buffer(), row * bytes, out)?;
+        device.read(tensor.buffer(), row * bytes, out)?;
     }
     Ok(out)
 }
 
 /// Those rows as numbers.
-pub(crate) fn row_numbers(gpu: &Gpu, tensor: &CudaTensor<Gpu>, rows: &[usize]) -> Result<Vec<f64>> {
-    let bytes = row_bytes(gpu, tensor, rows)?;
+pub(crate) fn row_numbers<D: Device>(device: &D, tensor: &CudaTensor<D>, rows: &[usize]) -> Result<Vec<f64>> {
+    let bytes = row_bytes(device, tensor, rows)?;
     Ok(match tensor.dtype() {
         DType::Float | DType::F32 => numbers::<f32>(&bytes).into_iter().map(f64::from).collect(),
         DType::Index => numbers::<i32>(&bytes).into_iter().map(f64::from).collect(),
@@ -100,21 +103,21 @@ pub(crate) fn row_numbers(gpu: &Gpu, tensor: &CudaTensor<Gpu>, rows: &[usize]) -
 }
 
 /// Those rows as a tensor of the oracle.
-pub(crate) fn rows(gpu: &Gpu, tensor: &CudaTensor<Gpu>, rows: &[usize]) -> Result<CpuTensor<f64>> {
+pub(crate) fn rows<D: Device>(device: &D, tensor: &CudaTensor<D>, rows: &[usize]) -> Result<CpuTensor<f64>> {
     let mut shape = tensor.shape().to_vec();
     shape[0] = rows.len();
     if tensor.dtype() == DType::Bf16 {
-        let data = HostData::Bf16(numbers(&row_bytes(gpu, tensor, rows)?));
+        let data = HostData::Bf16(numbers(&row_bytes(device, tensor, rows)?));
         return oracle().upload(HostTensor { shape, data });
     }
     let mut host = oracle().alloc(tensor.dtype(), &shape)?;
     match tensor.dtype() {
-        DType::Fp8 => oracle().write_bytes(&row_bytes(gpu, tensor, rows)?, &mut host)?,
+        DType::Fp8 => oracle().write_bytes(&row_bytes(device, tensor, rows)?, &mut host)?,
         DType::Index => {
-            let bytes = row_bytes(gpu, tensor, rows)?;
+            let bytes = row_bytes(device, tensor, rows)?;
             oracle().write_index(&numbers(&bytes), &mut host)?;
         }
-        _ => oracle().write(&row_numbers(gpu, tensor, rows)?, &mut host)?,
+        _ => oracle().write(&row_numbers(device, tensor, rows)?, &mut host)?,
     }
     Ok(host)
 }
@@ -127,7 +130,12 @@ pub(crate) struct Sampled {
 }
 
 impl Sampled {
-    pub(crate) fn new(gpu: &Gpu, whole: &Batch, sampled: &[usize], cache: &CudaTensor<Gpu>) -> Result<Self> {
+    pub(crate) fn new<D: Device>(
+        device: &D,
+        whole: &Batch,
+        sampled: &[usize],
+        cache: &CudaTensor<D>,
+    ) -> Result<Self> {
         let mut renumbered: HashMap<i32, u32> = HashMap::new();
         let mut used = Vec::new();
         let mut page_lists = Vec::new();
@@ -151,7 +159,69 @@ impl Sampled {
             .map(|(&t, pages)| SequenceSlice { token_ids: &[0], computed_len: whole.visible(t) - 1, pages })
             .collect();
         let host = Batch::new(PAGE_SIZE, &sequences)?;
-        Ok(Self { batch: upload(&host)?, host, cache: rows(gpu, cache, &used)? })
+        Ok(Self { batch: upload(&host)?, host, cache: rows(device, cache, &used)? })
+    }
+}
+
+/// Token rows of a batch, each a sequence of its own, with only the cache rows that they select, on pages of one row.
+pub(crate) fn selected<D: Device>(
+    device: &D,
+    whole: &Batch,
+    sampled: &[usize],
+    indices: &[Vec<i32>],
+    cache: &CudaTensor<D>,
+) -> Result<(CpuBatch, CpuTensor<f64>)> {
+    let row_size = cache.shape()[2] * element_bytes(cache.dtype());
+    let mut pages: HashMap<usize, Vec<u8>> = HashMap::new();
+    // What nobody selects lies on page 0.
+    let mut bytes = vec![0; row_size];
+    let mut page_lists = Vec::new();
+    for (&t, indices) in sampled.iter().zip(indices) {
+        let mut list = vec![0_u32; whole.visible(t)];
+        for position in indices.iter().filter_map(|&position| usize::try_from(position).ok()) {
+            let slot = whole.slot(t, position);
+            let page = match pages.entry(slot / PAGE_SIZE) {
+                Entry::Occupied(page) => page.into_mut(),
+                Entry::Vacant(place) => place.insert(row_bytes(device, cache, &[slot / PAGE_SIZE])?),
+            };
+            list[position] = (bytes.len() / row_size) as u32;
+            bytes.extend(&page[slot % PAGE_SIZE * row_size..][..row_size]);
+        }
+        page_lists.push(list);
+    }
+    let sequences: Vec<SequenceSlice<'_>> = page_lists
+        .iter()
+        .map(|pages| SequenceSlice { token_ids: &[0], computed_len: pages.len() - 1, pages })
+        .collect();
+    let mut host = oracle().alloc(cache.dtype(), &[bytes.len() / row_size, 1, cache.shape()[2]])?;
+    match cache.dtype() {
+        DType::Fp8 => oracle().write_bytes(&bytes, &mut host)?,
+        _ => {
+            let values: Vec<f64> = numbers::<bf16>(&bytes).into_iter().map(f64::from).collect();
+            oracle().write(&values, &mut host)?;
+        }
+    }
+    Ok((upload(&Batch::new(1, &sequences)?)?, host))
+}
+
+/// What the oracle gave for a set of inputs, which stay the same from tile to tile.
+#[derive(Debug)]
+pub(crate) struct Memo<T>(RefCell<HashMap<usize, Rc<T>>>);
+
+impl<T> Default for Memo<T> {
+    fn default() -> Self {
+        Self(RefCell::default())
+    }
+}
+
+impl<T> Memo<T> {
+    pub(crate) fn get_or_make(&self, copy: usize, make: impl FnOnce() -> Result<T>) -> Result<Rc<T>> {
+        if let Some(known) = self.0.borrow().get(&copy) {
+            return Ok(known.clone());
+        }
+        let made = Rc::new(make()?);
+        self.0.borrow_mut().insert(copy, made.clone());
+        Ok(made)
     }
 }
 
@@ -177,7 +247,131 @@ fn element_bytes(dtype: DType) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
+    use dsa80_cuda::{Launch, Limits};
+    use dsa80_reference::Error;
+    use dsa80_reference::fp8::MlaRow;
+
     use super::*;
+    use crate::inputs::{Pages, Random};
+
+    /// Memory alone.
+    struct Memory(Limits);
+
+    impl Device for Memory {
+        type Buffer = Mutex<Vec<u8>>;
+
+        fn limits(&self) -> &Limits {
+            &self.0
+        }
+
+        fn alloc(&self, _name: &str, bytes: usize) -> Result<Self::Buffer> {
+            Ok(Mutex::new(vec![0; bytes]))
+        }
+
+        fn write(&self, buffer: &Self::Buffer, offset: usize, bytes: &[u8]) -> Result<()> {
+            buffer.lock().unwrap()[offset..][..bytes.len()].copy_from_slice(bytes);
+            Ok(())
+        }
+
+        fn read(&self, buffer: &Self::Buffer, offset: usize, bytes: &mut [u8]) -> Result<()> {
+            bytes.copy_from_slice(&buffer.lock().unwrap()[offset..][..bytes.len()]);
+            Ok(())
+        }
+
+        fn launch(&self, _launch: &Launch<'_, Self::Buffer>) -> Result<()> {
+            Err(Error::Backend { backend: "memory", message: "launches nothing".into() })
+        }
+    }
+
+    /// A tensor of small numbers, on the device and for the oracle.
+    fn pair(
+        device: &Memory,
+        dtype: DType,
+        shape: &[usize],
+        random: &mut Random,
+    ) -> (CudaTensor<Memory>, CpuTensor<f64>) {
+        let tensor = CudaTensor::alloc(device, "x", dtype, shape).unwrap();
+        let mut number = || random.below(257) as f32 / 64.0 - 2.0;
+        let bytes: Vec<u8> = match dtype {
+            DType::Act => (0..tensor.len()).flat_map(|_| bf16::from_f32(number()).to_le_bytes()).collect(),
+            DType::Float => (0..tensor.len()).flat_map(|_| number().to_le_bytes()).collect(),
+            // Codes below 2, and where scales or bf16 lie the same bytes: small normal numbers.
+            _ => (0..tensor.len()).map(|_| 0x38 + random.below(8) as u8).collect(),
+        };
+        device.write(tensor.buffer(), 0, &bytes).unwrap();
+        let all: Vec<usize> = (0..shape[0]).collect();
+        let host = rows(device, &tensor, &all).unwrap();
+        (tensor, host)
+    }
+
+    #[test]
+    fn sampled_rows_see_what_they_see_in_the_whole() {
+        let device = Memory(Limits::a100());
+        let mut random = Random::new(5);
+        let sequences = [(70, 2), (0, 130), (200, 1)];
+        let whole = Pages::new(12, &mut random).batch(&sequences).unwrap();
+        let tokens = whole.num_tokens();
+        let sampled = [0, 1, 2, 100, tokens - 1];
+        let (q_on_device, q) = pair(&device, DType::Act, &[tokens, 2, 16], &mut random);
+        let (weights_on_device, weights) = pair(&device, DType::Float, &[tokens, 2], &mut random);
+        for (dtype, width) in [(DType::Act, 16), (DType::Fp8, 20)] {
+            let (cache_on_device, cache) = pair(&device, dtype, &[12, PAGE_SIZE, width], &mut random);
+            let logits = |batch: &CpuBatch, rows: usize, q, weights, cache| {
+                let mut logits = oracle().alloc(DType::Float, &[rows, 201]).unwrap();
+                oracle().indexer_logits(batch, 0..rows, q, weights, cache, 0.25, &mut logits).unwrap();
+                oracle().read(&logits).unwrap()
+            };
+            let all = logits(&upload(&whole).unwrap(), tokens, &q, &weights, &cache);
+            let part = Sampled::new(&device, &whole, &sampled, &cache_on_device).unwrap();
+            let q = rows(&device, &q_on_device, &sampled).unwrap();
+            let weights = rows(&device, &weights_on_device, &sampled).unwrap();
+            let found = logits(&part.batch, sampled.len(), &q, &weights, &part.cache);
+            for (i, &t) in sampled.iter().enumerate() {
+                let visible = whole.visible(t);
+                assert_eq!(part.host.visible(i), visible);
+                assert_eq!(found[201 * i..][..visible], all[201 * t..][..visible], "token {t}");
+            }
+        }
+    }
+
+    #[test]
+    fn selected_rows_attend_to_the_same() {
+        const K: usize = 24;
+        let device = Memory(Limits::a100());
+        let mut random = Random::new(6);
+        let whole = Pages::new(12, &mut random).batch(&[(70, 2), (0, 130), (200, 1)]).unwrap();
+        let tokens = whole.num_tokens();
+        let sampled = [0, 1, 30, 100, tokens - 1];
+        let (q_on_device, q) = pair(&device, DType::Act, &[tokens, 2, 48], &mut random);
+        let indices: Vec<Vec<i32>> = (0..tokens)
+            .map(|t| {
+                let mut row = random.distinct(K, whole.visible(t));
+                row.resize(K, -1);
+                row
+            })
+            .collect();
+        let row = MlaRow { kv_lora_rank: 32, rope: 16 };
+        for (dtype, width) in [(DType::Act, 48), (DType::Fp8, row.row_bytes())] {
+            let (cache_on_device, cache) = pair(&device, dtype, &[12, PAGE_SIZE, width], &mut random);
+            let attend = |batch: &CpuBatch, q, cache, indices: &[Vec<i32>]| {
+                let mut table = oracle().alloc(DType::Index, &[indices.len(), K]).unwrap();
+                oracle().write_index(&indices.concat(), &mut table).unwrap();
+                let mut out = oracle().alloc(DType::Act, &[indices.len(), 2, 32]).unwrap();
+                oracle().sparse_mla(batch, q, cache, &table, 0.2, &mut out).unwrap();
+                oracle().read(&out).unwrap()
+            };
+            let all = attend(&upload(&whole).unwrap(), &q, &cache, &indices);
+            let of_sampled: Vec<Vec<i32>> = sampled.iter().map(|&t| indices[t].clone()).collect();
+            let (batch, cache) = selected(&device, &whole, &sampled, &of_sampled, &cache_on_device).unwrap();
+            let q = rows(&device, &q_on_device, &sampled).unwrap();
+            let found = attend(&batch, &q, &cache, &of_sampled);
+            for (i, &t) in sampled.iter().enumerate() {
+                assert_eq!(found[64 * i..][..64], all[64 * t..][..64], "token {t}");
+            }
+        }
+    }
 
     #[test]
     fn both_measures_count() {

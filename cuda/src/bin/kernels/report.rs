@@ -137,6 +137,13 @@ impl CaseResult {
         }
     }
 
+    /// For the eye while others run.
+    pub(crate) fn words(&self) -> String {
+        let goal = self.goal_here_us.map_or(String::new(), |goal| format!(" of {}", microseconds(goal)));
+        let (us, verdict) = (microseconds(self.timing.median_us), self.verdict());
+        format!("{us}{goal} us {verdict}, rel. L2 {:.1e}", self.accuracy.relative_l2)
+    }
+
     fn share(&self) -> String {
         if self.mma_share > self.read_share {
             format!("{:.0} % mma", 100.0 * self.mma_share)

@@ -49,7 +49,13 @@ pub(crate) fn run(machine: &Machine, only: Option<&str>, arch: &str, all_tiles: 
     compile_all(&compiler, entries.iter().map(|(_, entry)| &entry.program));
     let mut faults = Vec::new();
     for (Subject { kernel, class, tile }, entry) in &entries {
-        let taken = taken(&compiler, entry)?;
+        let taken = match taken(&compiler, entry) {
+            Ok(taken) => taken,
+            Err(error) => {
+                faults.push(format!("{error:#}"));
+                continue;
+            }
+        };
         let blocks = limits.resident_blocks(entry.threads, taken.registers, entry.shared_bytes);
         table.row([
             kernel.kernel.to_owned(),
@@ -104,6 +110,22 @@ pub(crate) fn unfit_for_a100(
         }
     }
     Ok(None)
+}
+
+/// Blocks and warps of each program that a multiprocessor of an A100 holds.
+pub(crate) fn resident(
+    compiler: &Compiler,
+    kernel: &Registered,
+    class: &str,
+    tile: &toml::Table,
+) -> anyhow::Result<Vec<(u32, u32)>> {
+    let entries = kernel.programs(class, tile).map_err(anyhow::Error::msg)?;
+    let resident = |entry: &ProgramEntry| {
+        let registers = taken(compiler, entry)?.registers;
+        let blocks = Limits::a100().resident_blocks(entry.threads, registers, entry.shared_bytes);
+        Ok((blocks, blocks * entry.threads.div_ceil(32)))
+    };
+    entries.iter().map(resident).collect()
 }
 
 fn taken(compiler: &Compiler, entry: &ProgramEntry) -> anyhow::Result<Resources> {

@@ -36,6 +36,12 @@ pub(crate) fn run(machine: &Machine, select: &Select, folder: &Path, dry_run: bo
     }
     let gpu = machine.open()?;
     let mut tiles = Tiles::for_gpu(&gpu.limits().name, machine.tiles.as_deref())?;
+    tiles.about = About {
+        gpu: gpu.limits().name.clone(),
+        note: "measured by `kernels sweep` where a median is given: the geometric mean over the cases; the margin is the runner-up's"
+            .to_owned(),
+    };
+    let path = folder.join(format!("{}.toml", short_name(&gpu.limits().name)));
     let for_a100 = Compiler::new(machine.sources(), (8, 0), None, None).map_err(NoMachine)?;
     let mut done: Vec<(&str, &str)> = Vec::new();
     for case in &selected {
@@ -79,15 +85,12 @@ pub(crate) fn run(machine: &Machine, select: &Select, folder: &Path, dry_run: bo
             tile: best.tile.clone(),
         };
         tiles.pin(case.kernel, case.class, pinned);
+        if !dry_run {
+            // A sweep that is broken off leaves what it has.
+            std::fs::write(&path, tiles.to_toml()?).with_context(|| path.display().to_string())?;
+        }
     }
-    tiles.about = About {
-        gpu: gpu.limits().name.clone(),
-        note: "measured by `kernels sweep` where a median is given: the geometric mean over the cases; the margin is the runner-up's"
-            .to_owned(),
-    };
     if !dry_run {
-        let path = folder.join(format!("{}.toml", short_name(&gpu.limits().name)));
-        std::fs::write(&path, tiles.to_toml()?).with_context(|| path.display().to_string())?;
         println!("written to {}", path.display());
     }
     Ok(())
@@ -108,6 +111,18 @@ fn sweep_class(gpu: &Gpu, cases: &[&Case], tiles: &Tiles) -> anyhow::Result<(tom
     let programs: Vec<ProgramEntry> =
         all.iter().filter_map(|tile| kernel.programs(first.class, tile).ok()).flatten().collect();
     compile_all(gpu.compiler(), programs.iter().map(|entry| &entry.program));
+    let mut timed = time_tiles(gpu, cases, tiles, &all)?;
+    // Candidates mostly differ from the safe tile in one part: the best parts together are one more.
+    let safe = kernel.safe(first.class).map_err(anyhow::Error::msg)?;
+    let combined = combine(&safe, &timed);
+    if !all.contains(&combined) && kernel.validate(first.class, &combined, &Limits::a100()).is_ok() {
+        timed.extend(time_tiles(gpu, cases, tiles, &[combined])?);
+    }
+    Ok((incumbent, timed))
+}
+
+/// The geometric mean of every tile over the cases.
+fn time_tiles(gpu: &Gpu, cases: &[&Case], tiles: &Tiles, all: &[toml::Table]) -> anyhow::Result<Vec<Timed>> {
     let mut logs: Vec<Option<f64>> = vec![Some(0.0); all.len()];
     for case in cases {
         eprintln!("{} {}: {} tiles", case.kernel, case.name, all.len());
@@ -136,8 +151,26 @@ fn sweep_class(gpu: &Gpu, cases: &[&Case], tiles: &Tiles) -> anyhow::Result<(tom
         }
     }
     let mean = |log: f64| (log / cases.len() as f64).exp();
-    let timed = all.into_iter().zip(logs).map(|(tile, log)| Timed { tile, us: log.map(mean) }).collect();
-    Ok((incumbent, timed))
+    Ok(all.iter().zip(logs).map(|(tile, log)| Timed { tile: tile.clone(), us: log.map(mean) }).collect())
+}
+
+/// For every key, the value of the fastest tile that differs from `base` in this key alone, or its own.
+fn combine(base: &toml::Table, timed: &[Timed]) -> toml::Table {
+    let mut combined = base.clone();
+    for (key, value) in &mut combined {
+        let alone = |tile: &toml::Table| {
+            tile.iter().all(|(other, value)| other == key || base.get(other) == Some(value))
+        };
+        let fastest = timed
+            .iter()
+            .filter(|timed| alone(&timed.tile))
+            .filter_map(|timed| Some((timed.us?, timed.tile.get(key)?)))
+            .min_by(|a, b| a.0.total_cmp(&b.0));
+        if let Some((_, best)) = fastest {
+            *value = best.clone();
+        }
+    }
+    combined
 }
 
 /// The fastest tile, or the incumbent where the fastest is not clearly faster; and how much slower the runner-up is.
@@ -169,6 +202,24 @@ mod tests {
         let (best, margin) = choose(&all[3].tile, &all).unwrap();
         assert_eq!(best, &all[1]);
         assert!((margin.unwrap() - 0.01).abs() < 1e-9);
+    }
+
+    #[test]
+    fn the_best_parts_are_combined() {
+        let tile = |keys: i64, stages: i64| -> toml::Table {
+            [("keys".to_owned(), keys.into()), ("stages".to_owned(), stages.into())].into_iter().collect()
+        };
+        let timed = |keys, stages, us| Timed { tile: tile(keys, stages), us };
+        let all = [
+            timed(1, 1, Some(10.0)),
+            timed(2, 1, Some(9.0)),
+            timed(3, 1, None),
+            timed(1, 2, Some(11.0)),
+            timed(1, 3, Some(8.0)),
+            timed(4, 4, Some(1.0)),
+        ];
+        assert_eq!(combine(&tile(1, 1), &all), tile(2, 3));
+        assert_eq!(combine(&tile(7, 7), &all), tile(7, 7));
     }
 
     #[test]

@@ -73,7 +73,9 @@ pub(crate) fn all() -> Vec<Case> {
         top_k::cases(),
         sparse_mla::cases(),
     ]
-    .into_iter().flatten().collect()
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// Rotated inputs reach this many times the L2.
