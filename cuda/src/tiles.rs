@@ -193,7 +193,8 @@ impl Tiles {
 impl Tiles {
     /// The tile of both kernels of `indexer_logits`, for keys in bf16 or in 8 bits.
     pub fn indexer_logits(&self, dims: IndexerLogitsDims, fp8: bool, limits: &Limits) -> IndexerLogitsTile {
-        let (decode, prefill) = if fp8 { ("decode_fp8", "prefill_fp8") } else { ("decode_bf16", "prefill_bf16") };
+        let (decode, prefill) =
+            if fp8 { ("decode_fp8", "prefill_fp8") } else { ("decode_bf16", "prefill_bf16") };
         let decode: IndexerLogitsTile = self.tile(decode, dims, limits);
         let prefill: IndexerLogitsTile = self.tile(prefill, dims, limits);
         IndexerLogitsTile { general: prefill.general, decode: decode.decode }
@@ -301,6 +302,24 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn the_indexers_kernels_have_a_tile_each() {
+        let (dims, limits) = (IndexerLogitsTile::glm_dims("decode_fp8"), Limits::a100());
+        let safe = IndexerLogitsTile::safe(dims);
+        let candidates = IndexerLogitsTile::candidates(dims, &limits);
+        let decode = candidates.iter().find(|tile| tile.decode != safe.decode).unwrap();
+        let prefill = candidates.iter().find(|tile| tile.general != safe.general).unwrap();
+        let mut tiles = Tiles::default();
+        for (class, tile) in [("decode_fp8", decode), ("prefill_fp8", prefill)] {
+            let tile = registry::to_table(tile).unwrap();
+            let pinned = Pinned { chosen: "by hand".into(), median_us: None, margin_percent: None, tile };
+            tiles.pin("indexer_logits", class, pinned);
+        }
+        let both = IndexerLogitsTile { general: prefill.general, decode: decode.decode };
+        assert_eq!(tiles.indexer_logits(dims, true, &limits), both);
+        assert_eq!(tiles.indexer_logits(dims, false, &limits), safe);
     }
 
     #[test]

@@ -1,15 +1,20 @@
 //! Launches captured once and replayed, and how long they take.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaEvent, CudaGraph};
 use dsa80_reference::Result;
 
-use super::{Gpu, driver_message, refuse};
+use super::{Gpu, Modules, driver_message, refuse};
 
 /// Captured launches. They read and write the buffers that they were captured with, which must outlive the graph.
-pub struct Graph(CudaGraph);
+pub struct Graph {
+    graph: CudaGraph,
+    // What it launches stays loaded.
+    _modules: Arc<Modules>,
+}
 
 impl Graph {
     /// Launches all of it; does not wait.
@@ -17,7 +22,7 @@ impl Graph {
     /// # Errors
     /// The driver refuses, or a launch before failed.
     pub fn launch(&self) -> Result<()> {
-        self.0.launch().map_err(|error| refuse(driver_message(error)))
+        self.graph.launch().map_err(|error| refuse(driver_message(error)))
     }
 }
 
@@ -47,7 +52,7 @@ impl Gpu {
         let graph =
             graph.map_err(failed)?.ok_or_else(|| refuse("nothing was launched to be captured".into()))?;
         graph.upload().map_err(failed)?;
-        Ok(Graph(graph))
+        Ok(Graph { graph, _modules: self.modules.clone() })
     }
 
     /// Microseconds of each of `times` runs of `work`, queued one after the other so that the GPU never waits for the host. Waits.

@@ -33,8 +33,7 @@ pub struct Gpu {
     driver_version: String,
     l2_bytes: usize,
     compiler: Compiler,
-    // Before the context, which unloads them.
-    modules: Mutex<HashMap<Program, Module>>,
+    modules: Arc<Modules>,
     history: Mutex<History>,
     capturing: AtomicBool,
     stream: Arc<CudaStream>,
@@ -61,6 +60,13 @@ pub struct Launched {
     pub threads: u32,
     /// Dynamic shared memory of a block, in bytes.
     pub shared_bytes: usize,
+}
+
+/// Every program that was loaded, kept as long as anything can launch it.
+#[derive(Debug)]
+struct Modules {
+    loaded: Mutex<HashMap<Program, Module>>,
+    stream: Arc<CudaStream>,
 }
 
 #[derive(Debug)]
@@ -129,7 +135,7 @@ impl Gpu {
             driver_version: format!("{}.{}", driver.0, driver.1),
             l2_bytes: l2_bytes.unsigned_abs() as usize,
             compiler,
-            modules: Mutex::default(),
+            modules: Arc::new(Modules { loaded: Mutex::default(), stream: stream.clone() }),
             history: Mutex::default(),
             capturing: AtomicBool::new(false),
             stream,
@@ -185,7 +191,7 @@ impl Gpu {
     /// The program does not compile or load.
     pub fn prepare(&self, program: &Program) -> Result<Arc<Compiled>> {
         self.bind()?;
-        let mut modules = lock(&self.modules);
+        let mut modules = lock(&self.modules.loaded);
         self.module(&mut modules, program).map(|module| module.compiled.clone())
     }
 
@@ -216,7 +222,7 @@ impl Gpu {
     }
 
     fn function(&self, launch: &Launch<'_, GpuBuffer>) -> Result<Function> {
-        let mut modules = lock(&self.modules);
+        let mut modules = lock(&self.modules.loaded);
         let module = self.module(&mut modules, launch.program)?;
         let known = module
             .functions
@@ -312,7 +318,7 @@ impl Device for Gpu {
         }
         let mut pointers = values.each_mut().map(|value| std::ptr::from_mut(value).cast::<c_void>());
         let [x, y, z] = launch.grid;
-        // SAFETY: the function belongs to a module that is never unloaded while `self` lives; count and sizes of the arguments were
+        // SAFETY: the function belongs to a module that `self` keeps loaded; count and sizes of the arguments were
         // compared with the parameters; what a kernel does with its pointers is the launcher's contract.
         unsafe {
             result::launch_kernel(
@@ -346,13 +352,13 @@ impl Device for Gpu {
     }
 }
 
-impl Drop for Gpu {
+impl Drop for Modules {
     fn drop(&mut self) {
         // A destructor has nobody to tell; a broken context has said so before.
-        if self.context.bind_to_thread().is_err() || self.stream.synchronize().is_err() {
+        if self.stream.context().bind_to_thread().is_err() || self.stream.synchronize().is_err() {
             return;
         }
-        for (_, module) in lock(&self.modules).drain() {
+        for (_, module) in lock(&self.loaded).drain() {
             // SAFETY: loaded once, unloaded once, and nothing of it runs any more.
             let _ = unsafe { result::module::unload(module.handle) };
         }

@@ -28,8 +28,8 @@ pub(crate) fn run(machine: &Machine, from: &str, to: &str, folder: &Path) -> any
     adapted.about = About {
         gpu: target.about.gpu.clone(),
         note: format!(
-            "not measured: what `kernels sweep` chose on an {}, where it fits, with occupancy and waves on an A100; one sweep on a real one \
-             replaces this file",
+            "chosen by occupancy and wave arithmetic for an A100 and not measured: what `kernels sweep` chose on an {}, where it fits; one \
+             sweep on a real one replaces this file",
             source.about.gpu
         ),
     };

@@ -56,7 +56,7 @@ pub(crate) enum Command {
         /// Also writes the results, with the environment, to a file
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
-        /// Fewer repetitions, and none of the cases that take long to set up
+        /// Fewer repetitions
         #[arg(long)]
         quick: bool,
         /// The commit that the results are of

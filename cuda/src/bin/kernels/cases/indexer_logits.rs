@@ -70,7 +70,6 @@ fn case(shape: Shape, goal_us: Option<f64>) -> Case {
         },
         goal_us,
         check: context <= 32768,
-        slow: false,
         make: Box::new(move |gpu, _| Ok(Box::new(Logits::new(gpu, shape)?))),
     }
 }

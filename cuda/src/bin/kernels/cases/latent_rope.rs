@@ -40,7 +40,6 @@ pub(super) fn cases() -> Vec<Case> {
             class: "any",
             goal_us: None,
             check: tokens <= 32,
-            slow: false,
             make: Box::new(move |gpu, _| Ok(Box::new(Latents::new(gpu, cache, tokens)?))),
         })
         .collect()

@@ -39,7 +39,6 @@ pub(super) fn cases() -> Vec<Case> {
             class: "any",
             goal_us: None,
             check: tokens <= 32,
-            slow: false,
             make: Box::new(move |gpu, _| Ok(Box::new(Keys::new(gpu, cache, tokens)?))),
         })
         .collect()

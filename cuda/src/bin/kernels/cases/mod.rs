@@ -24,8 +24,6 @@ pub(crate) struct Case {
     pub(crate) goal_us: Option<f64>,
     /// Part of `check`: small enough to be compared whole or nearly so.
     pub(crate) check: bool,
-    /// Left out of a quick run.
-    pub(crate) slow: bool,
     make: Make,
 }
 

@@ -114,7 +114,6 @@ fn case(shape: Shape, goal_us: Option<f64>) -> Case {
         class,
         goal_us,
         check: tokens <= 8,
-        slow: false,
         make: Box::new(move |gpu, tiles| Ok(Box::new(Attention::new(gpu, tiles, shape)?))),
     }
 }

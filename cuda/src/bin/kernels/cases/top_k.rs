@@ -42,7 +42,6 @@ pub(super) fn cases() -> Vec<Case> {
         class: if rows < 100 { "few" } else { "many" },
         goal_us: Some(goal_us),
         check: rows <= 32,
-        slow: false,
         make: Box::new(move |gpu, _| Ok(Box::new(Rows::new(gpu, rows, columns)?))),
     })
     .collect()
