@@ -1,8 +1,8 @@
 //! The CUDA kernels of dsa80: hand-written for sm_80, compiled at run time.
 //!
 //! `kernels/NAME.cu` is a kernel, `src/NAME.rs` its launcher: its [`Tile`], the candidates of a sweep, what it costs, and how it is
-//! launched on any [`Device`]. [`Cuda`] puts them behind the kernel contract. [`gpu`] is the device that a GPU is; the tests have another,
-//! which runs the same sources on the CPU.
+//! launched on any [`Device`], with the arguments of the kernel contract. [`gpu`] is the device that a GPU is; the tests have another,
+//! which runs the same sources on the CPU. [`Tiles`] are the tiles chosen for a GPU.
 
 pub mod batch;
 pub mod device;
