@@ -77,7 +77,9 @@ impl Cache {
         build: impl FnOnce() -> Result<Compiled>,
     ) -> Result<Compiled> {
         let path = self.folder.join(format!("{}.cubin", key.0));
-        if let Some(compiled) = std::fs::read(&path).ok().and_then(|bytes| decode(key, &bytes)) {
+        // Without a word on what it takes, an entry is as good as none.
+        let found = std::fs::read(&path).ok().and_then(|bytes| decode(key, &bytes));
+        if let Some(compiled) = found.filter(|compiled| !compiled.resources.is_empty()) {
             return Ok(compiled);
         }
         let compiled = build()?;
@@ -153,6 +155,15 @@ mod tests {
             std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
         let [file] = &files[..] else { panic!("one entry and no temporary file, found {files:?}") };
         file.clone()
+    }
+
+    #[test]
+    fn an_entry_that_says_nothing_of_its_resources_is_rebuilt() {
+        let folder = tempfile::tempdir().unwrap();
+        let (cache, key) = (Cache::new(folder.path().to_owned()), Key::of(["a"]));
+        let silent = Compiled { resources: Vec::new(), ..compiled() };
+        cache.get_or_build(&key, || Ok(silent)).unwrap();
+        assert_eq!(cache.get_or_build(&key, || Ok(compiled())).unwrap(), compiled());
     }
 
     #[test]

@@ -89,7 +89,9 @@ impl Compiler {
             "--generate-line-info",
             "--ptxas-options=-v",
         ];
+        // NVRTC has a cache of its own since 12.9. What comes out of it has no log, and the log says what a kernel takes.
+        let uncached = (self.nvrtc.version() >= (12, 9)).then_some("--no-cache");
         let defines = program.defines.iter().map(|(name, value)| format!("--define-macro={name}={value}"));
-        fixed.into_iter().map(str::to_owned).chain(defines).collect()
+        fixed.into_iter().chain(uncached).map(str::to_owned).chain(defines).collect()
     }
 }
