@@ -35,6 +35,7 @@ pub(crate) fn run(
         environment: Environment::of(&gpu, machine.device, git)?,
         ceilings: Ceilings::measure(&gpu)?,
         cases: Vec::new(),
+        notes: Vec::new(),
     };
     let mut failures = Vec::new();
     for case in &selected {

@@ -30,6 +30,11 @@ impl Accuracy {
         self.rows > 0 && self.relative_l2 <= self.relative_l2_limit && self.worst <= 1.0
     }
 
+    /// Whether the whole is near enough and elements alone are farther off than their bounds.
+    pub(crate) fn only_elements_exceed(&self) -> bool {
+        !self.ok() && self.relative_l2 <= self.relative_l2_limit && self.worst.is_finite()
+    }
+
     /// Compares; `bound(i)` is what element `i` may be off by. What is not finite must be equal.
     pub(crate) fn of(
         rows: usize,
