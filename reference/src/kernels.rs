@@ -320,7 +320,8 @@ pub trait Kernels: Send + Sized {
     /// `q` `[T, H, kv_lora_rank + rope]` `Act`; `cache` as [`latent_rope`](Self::latent_rope) wrote it, `Act`
     /// or `Fp8`; `topk_indices` `[T, k]` `Index`, -1 anywhere is a hole; `out` `[T, H, kv_lora_rank]` `Act`, rounded
     /// once at the end (tensor-core backends also round `p`, unnormalised, to bf16 before the second
-    /// product). A row with nothing selected gives zeros. An index outside the context is undefined.
+    /// product). A row with nothing selected gives zeros. An index outside the context is undefined, and so is one
+    /// that a row has twice.
     fn sparse_mla(
         &self,
         batch: &Self::Batch,
