@@ -76,6 +76,15 @@ pub struct ProgramEntry {
 }
 
 impl Program {
+    /// A source with constants that are numbers.
+    pub(crate) fn new(
+        source: &'static str,
+        defines: impl IntoIterator<Item = (&'static str, usize)>,
+    ) -> Self {
+        let defines = defines.into_iter().map(|(name, value)| (name, value.to_string())).collect();
+        Self { source, defines }
+    }
+
     /// The kernel's name: the source's, without its ending.
     pub fn kernel(&self) -> &'static str {
         self.source.strip_suffix(".cu").unwrap_or(self.source)

@@ -86,13 +86,20 @@ impl IndexerLogitsDims {
         if fp8 { self.dims + size_of::<f32>() } else { 2 * self.dims }
     }
 
-    fn defines(self, fp8: bool, shared_bytes: usize) -> Vec<(&'static str, String)> {
-        vec![
-            ("HEADS", self.heads.to_string()),
-            ("DIMS", self.dims.to_string()),
-            ("FP8", u8::from(fp8).to_string()),
-            ("TILE_SHARED_BYTES", shared_bytes.to_string()),
-        ]
+    fn program<const N: usize>(
+        self,
+        source: &'static str,
+        fp8: bool,
+        shared_bytes: usize,
+        tile: [(&'static str, usize); N],
+    ) -> Program {
+        let call = [
+            ("HEADS", self.heads),
+            ("DIMS", self.dims),
+            ("FP8", usize::from(fp8)),
+            ("TILE_SHARED_BYTES", shared_bytes),
+        ];
+        Program::new(source, call.into_iter().chain(tile))
     }
 }
 
@@ -103,18 +110,17 @@ impl GeneralTile {
 
     fn entry(&self, dims: IndexerLogitsDims, fp8: bool) -> ProgramEntry {
         let shared_bytes = self.shared_bytes(dims);
-        let mut defines = dims.defines(fp8, shared_bytes);
-        defines.extend([
-            ("TILE_WARPS", self.warps.to_string()),
-            ("TILE_GROUPS", self.groups.to_string()),
-            ("TILE_QUERIES", self.queries.to_string()),
-            ("TILE_STAGES", self.stages.to_string()),
-            ("TILE_QUERY_BLOCK", self.query_block.to_string()),
-            ("TILE_HEADS_AT_ONCE", self.heads_at_once.to_string()),
-            ("TILE_BLOCKS", self.blocks.to_string()),
-        ]);
+        let tile = [
+            ("TILE_WARPS", self.warps),
+            ("TILE_GROUPS", self.groups),
+            ("TILE_QUERIES", self.queries),
+            ("TILE_STAGES", self.stages),
+            ("TILE_QUERY_BLOCK", self.query_block),
+            ("TILE_HEADS_AT_ONCE", self.heads_at_once),
+            ("TILE_BLOCKS", self.blocks),
+        ];
         ProgramEntry {
-            program: Program { source: "indexer_logits.cu", defines },
+            program: dims.program("indexer_logits.cu", fp8, shared_bytes, tile),
             entry: KERNEL,
             threads: 32 * self.warps as u32,
             shared_bytes,
@@ -143,16 +149,15 @@ impl DecodeTile {
 
     fn entry(&self, dims: IndexerLogitsDims, fp8: bool, queries: usize) -> ProgramEntry {
         let shared_bytes = self.shared_bytes(dims, fp8, queries);
-        let mut defines = dims.defines(fp8, shared_bytes);
-        defines.extend([
-            ("TILE_WARPS", self.warps.to_string()),
-            ("TILE_STAGES", self.stages.to_string()),
-            ("TILE_QUERIES", queries.to_string()),
-            ("TILE_HEADS_AT_ONCE", self.heads_at_once.to_string()),
-            ("TILE_BLOCKS", self.blocks.to_string()),
-        ]);
+        let tile = [
+            ("TILE_WARPS", self.warps),
+            ("TILE_STAGES", self.stages),
+            ("TILE_QUERIES", queries),
+            ("TILE_HEADS_AT_ONCE", self.heads_at_once),
+            ("TILE_BLOCKS", self.blocks),
+        ];
         ProgramEntry {
-            program: Program { source: "indexer_logits_decode.cu", defines },
+            program: dims.program("indexer_logits_decode.cu", fp8, shared_bytes, tile),
             entry: DECODE,
             threads: 32 * self.warps as u32,
             shared_bytes,

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::batch::CudaBatch;
 use crate::device::{Arg, Device, Launch, Limits, Program, ProgramEntry};
-use crate::rows::{WEIGHTS, rotary_dim, slots, weight_type};
+use crate::rows::{self, WEIGHTS, require_rows, rotary_dim, slots, weight_type};
 use crate::tensor::CudaTensor;
 use crate::tile::{Cost, Tile, require, require_shared};
 
@@ -49,15 +49,13 @@ impl Tile for LayerNormRopeTile {
     }
 
     fn candidates(dims: Self::Dims, limits: &Limits) -> Vec<Self> {
-        let tiles = [1, 2, 4, 8].into_iter().flat_map(|warps| [4, 8].map(|vector| Self { warps, vector }));
-        tiles.filter(|tile| tile.validate(dims, limits).is_ok()).collect()
+        rows::candidates(dims, limits, |warps, vector| Self { warps, vector })
     }
 
     fn validate(&self, dims: Self::Dims, limits: &Limits) -> Result<()> {
         let LayerNormRopeDims { width, rope } = dims;
-        require(self, matches!(self.vector, 4 | 8), || "a vector has 4 or 8 columns".into())?;
         // A lane keeps five floats a column: 160 registers, which eight warps of 255 can have.
-        require(self, (1..=8).contains(&self.warps), || "a block has 1 to 8 warps".into())?;
+        require_rows(self, self.warps, self.vector)?;
         require(self, width > 0 && width % 16 == 0 && width <= 1024, || {
             format!("a key of {width} columns is not a multiple of 16 up to 1024, which a warp holds")
         })?;
@@ -194,32 +192,28 @@ pub fn layer_norm_rope<D: Device>(
 #[cfg(test)]
 mod tests {
     use super::{LayerNormRopeDims as Dims, LayerNormRopeTile as RowTile, *};
+    use crate::rows::tests::{assert_candidates_and_refusals, assert_distinct};
 
     const GLM: Dims = Dims { width: 128, rope: 64 };
 
     #[test]
     fn candidates_fit_an_a100_and_refusals_say_why() {
-        let limits = Limits::a100();
-        let (safe, candidates) = (RowTile::safe(GLM), RowTile::candidates(GLM, &limits));
-        assert!(candidates.contains(&safe) && candidates.len() == 8, "{candidates:?}");
-        for (tile, dims, reason) in [
-            (RowTile { vector: 2, ..safe }, GLM, "4 or 8 columns"),
-            (RowTile { warps: 9, ..safe }, GLM, "1 to 8 warps"),
-            (safe, Dims { width: 120, ..GLM }, "multiple of 16"),
-            (safe, Dims { width: 2048, ..GLM }, "up to 1024"),
-            (safe, Dims { rope: 63, ..GLM }, "63 rotary columns"),
-            (safe, Dims { rope: 130, ..GLM }, "inside 128"),
-        ] {
-            let error = tile.validate(dims, &limits).unwrap_err().to_string();
-            assert!(error.starts_with("layer_norm_rope: ") && error.contains(reason), "{error}");
-        }
+        let safe = RowTile::safe(GLM);
+        assert_candidates_and_refusals(
+            GLM,
+            &[
+                (RowTile { vector: 2, ..safe }, GLM, "4 or 8 columns"),
+                (RowTile { warps: 9, ..safe }, GLM, "1 to 8 warps"),
+                (safe, Dims { width: 120, ..GLM }, "multiple of 16"),
+                (safe, Dims { width: 2048, ..GLM }, "up to 1024"),
+                (safe, Dims { rope: 63, ..GLM }, "63 rotary columns"),
+                (safe, Dims { rope: 130, ..GLM }, "inside 128"),
+            ],
+        );
     }
 
     #[test]
     fn every_variant_is_a_program_of_its_own() {
-        let programs = programs(&RowTile::safe(GLM), GLM);
-        for (i, entry) in programs.iter().enumerate() {
-            assert!(programs[..i].iter().all(|other| other.program != entry.program), "{}", entry.variant);
-        }
+        assert_distinct(&programs(&RowTile::safe(GLM), GLM));
     }
 }

@@ -8,7 +8,7 @@ use crate::latent_rope::{self, LatentRopeDims, LatentRopeTile};
 use crate::layer_norm_rope::{self, LayerNormRopeDims, LayerNormRopeTile};
 use crate::sparse_mla::{self, SparseMlaDims, SparseMlaTile};
 use crate::sparse_mla_union::{self, SparseMlaUnionTile};
-use crate::sparse_mla_wide::{self, SparseMlaWideDims, SparseMlaWideTile};
+use crate::sparse_mla_wide::{self, SparseMlaWideTile};
 use crate::tile::Tile;
 use crate::top_k::{self, TopKRows, TopKTile};
 
@@ -87,11 +87,11 @@ impl PinnedTile for SparseMlaTile {
 impl PinnedTile for SparseMlaWideTile {
     const CLASSES: &'static [&'static str] = &["decode", "prefill"];
 
-    fn glm_dims(_class: &str) -> SparseMlaWideDims {
-        SparseMlaWideDims { kv_lora_rank: 512, rope: 64 }
+    fn glm_dims(_class: &str) -> SparseMlaDims {
+        SparseMlaDims { kv_lora_rank: 512, rope: 64 }
     }
 
-    fn programs(&self, dims: SparseMlaWideDims) -> Vec<ProgramEntry> {
+    fn programs(&self, dims: SparseMlaDims) -> Vec<ProgramEntry> {
         sparse_mla_wide::programs(self, dims)
     }
 }

@@ -2,8 +2,25 @@
 
 use dsa80_reference::{DType, DeviceTensor, Error, Result};
 
-use crate::device::Device;
+use crate::device::{Device, Limits};
 use crate::tensor::CudaTensor;
+use crate::tile::{Tile, require};
+
+/// The tiles of a sweep: blocks of `warps` rows, lanes that hold `vector` neighbouring columns.
+pub(crate) fn candidates<T: Tile>(
+    dims: T::Dims,
+    limits: &Limits,
+    tile: impl Fn(usize, usize) -> T,
+) -> Vec<T> {
+    let tiles = [1, 2, 4, 8].into_iter().flat_map(|warps| [4, 8].map(|vector| tile(warps, vector)));
+    tiles.filter(|tile| tile.validate(dims, limits).is_ok()).collect()
+}
+
+/// Fails unless `rows.cuh` has vectors of `vector` columns and a block of `warps` warps may have 255 registers a thread.
+pub(crate) fn require_rows<T: Tile>(tile: &T, warps: usize, vector: usize) -> Result<()> {
+    require(tile, matches!(vector, 4 | 8), || "a vector has 4 or 8 columns".into())?;
+    require(tile, (1..=8).contains(&warps), || "a block has 1 to 8 warps".into())
+}
 
 /// The types of dense weights.
 pub(crate) const WEIGHTS: [DType; 3] = [DType::Bf16, DType::F16, DType::F32];
@@ -48,4 +65,27 @@ pub(crate) fn slots<D: Device>(
         expected: "fewer than 2^31 slots".into(),
         found: (pages * page_size).to_string(),
     })
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use crate::device::{Limits, ProgramEntry};
+    use crate::tile::Tile;
+
+    /// An A100 takes every tile of the sweep, the safe one among them; what is refused says why.
+    pub(crate) fn assert_candidates_and_refusals<T: Tile>(dims: T::Dims, refusals: &[(T, T::Dims, &str)]) {
+        let limits = Limits::a100();
+        let candidates = T::candidates(dims, &limits);
+        assert!(candidates.contains(&T::safe(dims)) && candidates.len() == 8, "{candidates:?}");
+        for (tile, dims, reason) in refusals {
+            let error = tile.validate(*dims, &limits).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("{}: ", T::KERNEL)) && error.contains(reason), "{error}");
+        }
+    }
+
+    pub(crate) fn assert_distinct(programs: &[ProgramEntry]) {
+        for (i, entry) in programs.iter().enumerate() {
+            assert!(programs[..i].iter().all(|other| other.program != entry.program), "{}", entry.variant);
+        }
+    }
 }

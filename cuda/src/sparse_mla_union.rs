@@ -1,10 +1,11 @@
 //! `sparse_mla_union`: the cache rows that neighbouring tokens select together, for [`sparse_mla_wide`](crate::sparse_mla_wide).
 
-use dsa80_reference::{Batch, DType, Error, Result};
+use dsa80_reference::{Batch, Error, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::batch::CudaBatch;
 use crate::device::{Arg, Device, Launch, Limits, Program, ProgramEntry};
+use crate::sparse_mla_dims::selected;
 use crate::tensor::CudaTensor;
 use crate::tile::{Cost, Tile, require, require_shared};
 
@@ -145,9 +146,7 @@ pub fn sparse_mla_union<D: Device>(
 ) -> Result<()> {
     let host = batch.host();
     let tokens = host.num_tokens();
-    let [index_tokens, k] = topk_indices.dims(KERNEL, "topk_indices")?;
-    topk_indices.expect_dtype(KERNEL, "topk_indices", &[DType::Index], "indices")?;
-    topk_indices.expect(KERNEL, "topk_indices", index_tokens == tokens, || format!("[{tokens}, k]"))?;
+    let k = selected(KERNEL, topk_indices, tokens)?;
     let groups = tokens.div_ceil(group);
     if groups * group * k > workspace.capacity {
         return Err(Error::Capacity {

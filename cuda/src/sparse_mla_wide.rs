@@ -5,6 +5,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::batch::CudaBatch;
 use crate::device::{Arg, Device, Launch, Limits, Program, ProgramEntry};
+use crate::sparse_mla_dims::{SparseMlaDims, output, queries, selected};
+use crate::sparse_mla_merge::Partials;
 use crate::sparse_mla_union::{MAX_CACHE_ROWS, SparseMlaUnionWorkspace};
 use crate::tensor::CudaTensor;
 use crate::tile::{Tile, require, require_shared};
@@ -28,43 +30,34 @@ pub struct SparseMlaWideTile {
     pub l1: bool,
 }
 
-/// What the model fixes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SparseMlaWideDims {
-    /// Columns of the latent part, which are also the values.
-    pub kv_lora_rank: usize,
-    /// Columns of the rotary key part.
-    pub rope: usize,
-}
-
 impl SparseMlaWideTile {
-    fn shared_bytes(&self, dims: SparseMlaWideDims) -> usize {
-        let keys = self.stages * self.keys * 2 * (dims.kv_lora_rank + dims.rope + 8);
+    fn shared_bytes(&self, dims: SparseMlaDims) -> usize {
+        let keys = self.stages * self.keys * 2 * (dims.width() + 8);
         let exchange = 4 * QUERIES * self.keys;
         let (maxima, factors, members) = (2 * 4 * QUERIES, 4 * QUERIES, self.stages * self.keys);
         keys + exchange + maxima + factors + members
     }
 
-    fn program(&self, dims: SparseMlaWideDims, group: usize, split: bool) -> Program {
-        Program {
-            source: "sparse_mla_wide.cu",
-            defines: vec![
-                ("KV_LORA_RANK", dims.kv_lora_rank.to_string()),
-                ("ROPE_DIM", dims.rope.to_string()),
-                ("TILE_KEYS", self.keys.to_string()),
-                ("TILE_L1", u8::from(self.l1).to_string()),
-                ("TILE_STAGES", self.stages.to_string()),
-                ("TILE_TOKENS", group.to_string()),
-                ("TILE_SHARED_BYTES", self.shared_bytes(dims).to_string()),
-                ("SPLIT", u8::from(split).to_string()),
+    fn program(&self, dims: SparseMlaDims, group: usize, split: bool) -> Program {
+        Program::new(
+            "sparse_mla_wide.cu",
+            [
+                ("KV_LORA_RANK", dims.kv_lora_rank),
+                ("ROPE_DIM", dims.rope),
+                ("TILE_KEYS", self.keys),
+                ("TILE_L1", usize::from(self.l1)),
+                ("TILE_STAGES", self.stages),
+                ("TILE_TOKENS", group),
+                ("TILE_SHARED_BYTES", self.shared_bytes(dims)),
+                ("SPLIT", usize::from(split)),
             ],
-        }
+        )
     }
 }
 
 impl Tile for SparseMlaWideTile {
     const KERNEL: &'static str = KERNEL;
-    type Dims = SparseMlaWideDims;
+    type Dims = SparseMlaDims;
 
     fn safe(_dims: Self::Dims) -> Self {
         Self { keys: 64, stages: 2, l1: false }
@@ -80,24 +73,18 @@ impl Tile for SparseMlaWideTile {
     }
 
     fn validate(&self, dims: Self::Dims, limits: &Limits) -> Result<()> {
-        let SparseMlaWideDims { kv_lora_rank: rank, rope } = dims;
         require(self, matches!(self.keys, 32 | 64), || "a tile has 32 or 64 keys".into())?;
         require(self, (2..=8).contains(&self.stages) && self.keys * (self.stages - 1) >= QUERIES, || {
             format!("the {QUERIES} queries pass through all stages but the first, 8 at most")
         })?;
         // A thread holds an eighth of its warp's output columns and its part of the queries: 200 registers at 512 + 64.
-        require(self, rank > 0 && rank.is_multiple_of(16) && rank <= 512, || {
-            format!("a latent of {rank} columns is not a multiple of 16 up to 512")
-        })?;
-        require(self, rope > 0 && rope.is_multiple_of(16) && rope <= 64, || {
-            format!("{rope} rotary columns are not a multiple of 16 up to 64")
-        })?;
+        dims.require(self)?;
         require_shared(self, self.shared_bytes(dims), limits)
     }
 }
 
 /// Every variant of a tile.
-pub fn programs(tile: &SparseMlaWideTile, dims: SparseMlaWideDims) -> Vec<ProgramEntry> {
+pub fn programs(tile: &SparseMlaWideTile, dims: SparseMlaDims) -> Vec<ProgramEntry> {
     let variants = [1, 2, 4, 8].into_iter().flat_map(|group| [false, true].map(|split| (group, split)));
     variants
         .map(|(group, split)| ProgramEntry {
@@ -128,19 +115,6 @@ pub enum Selection<'a, D: Device> {
     },
 }
 
-/// Where partial results go: the selected rows are shared out among `splits` blocks.
-#[derive(Debug, Clone, Copy)]
-pub struct Partials<'a, D: Device> {
-    /// Blocks that share a token group's keys.
-    pub splits: usize,
-    /// `[T, H, splits, kv_lora_rank]` f32, unnormalised.
-    pub out: &'a D::Buffer,
-    /// `[T, H, splits]` f32: the maximum (log2) that the sums are relative to.
-    pub max: &'a D::Buffer,
-    /// `[T, H, splits]` f32: the sum of the weights.
-    pub sum: &'a D::Buffer,
-}
-
 /// `sparse_mla` of a bf16 cache, 64 query rows a block. With `partials` it writes those and not `out`.
 ///
 /// # Errors
@@ -153,19 +127,13 @@ pub fn sparse_mla_wide<D: Device>(
     cache: &CudaTensor<D>,
     selection: Selection<'_, D>,
     scale: f64,
-    partials: Option<Partials<'_, D>>,
+    partials: Option<&Partials<'_, D>>,
     out: &mut CudaTensor<D>,
 ) -> Result<()> {
     let host = batch.host();
     let tokens = host.num_tokens();
-    let [q_tokens, heads, width] = q.dims(KERNEL, "q")?;
-    q.expect_dtype(KERNEL, "q", &[DType::Act], "activations")?;
-    q.expect(KERNEL, "q", q_tokens == tokens, || format!("[{tokens}, H, kv_lora_rank + rope]"))?;
-    let [out_tokens, out_heads, rank] = out.dims(KERNEL, "out")?;
-    out.expect_dtype(KERNEL, "out", &[DType::Act], "activations")?;
-    out.expect(KERNEL, "out", (out_tokens, out_heads) == (tokens, heads) && rank <= width, || {
-        format!("[{tokens}, {heads}, kv_lora_rank] with kv_lora_rank at most {width}")
-    })?;
+    let (heads, width) = queries(KERNEL, q, tokens)?;
+    let dims = output(KERNEL, out, tokens, heads, width)?;
     let [pages, page_size, cache_width] = cache.dims(KERNEL, "cache")?;
     cache.expect_dtype(KERNEL, "cache", &[DType::Act], "bf16 rows")?;
     let max_rows = match selection {
@@ -180,10 +148,7 @@ pub fn sparse_mla_wide<D: Device>(
     )?;
     let (group, places, most) = match selection {
         Selection::Token(topk_indices) => {
-            let [index_tokens, k] = topk_indices.dims(KERNEL, "topk_indices")?;
-            topk_indices.expect_dtype(KERNEL, "topk_indices", &[DType::Index], "indices")?;
-            topk_indices
-                .expect(KERNEL, "topk_indices", index_tokens == tokens, || format!("[{tokens}, k]"))?;
+            let k = selected(KERNEL, topk_indices, tokens)?;
             (1, k, k)
         }
         Selection::Group { group, k, most, .. } => (group, group * k, most),
@@ -194,7 +159,6 @@ pub fn sparse_mla_wide<D: Device>(
         let (expected, found) = ("fewer than 2^31 - 1".to_owned(), lists.max(table).to_string());
         return Err(Error::Value { kernel: KERNEL, name: "places", expected, found });
     }
-    let dims = SparseMlaWideDims { kv_lora_rank: rank, rope: width - rank };
     tile.validate(dims, device.limits())?;
     if tokens == 0 || heads == 0 {
         return Ok(());
@@ -203,12 +167,8 @@ pub fn sparse_mla_wide<D: Device>(
         Selection::Token(topk_indices) => (Arg::Buffer(topk_indices.buffer()), Arg::Null),
         Selection::Group { union, .. } => (Arg::Buffer(union.entries()), Arg::Buffer(union.counts())),
     };
-    let (splits, partial_out, partial_max, partial_sum) = match partials {
-        None => (1, Arg::Null, Arg::Null, Arg::Null),
-        Some(Partials { splits, out, max, sum }) => {
-            (splits, Arg::Buffer(out), Arg::Buffer(max), Arg::Buffer(sum))
-        }
-    };
+    let splits = partials.map_or(1, |partials| partials.splits);
+    let [partial_out, partial_max, partial_sum] = Partials::args(partials);
     device.launch(&Launch {
         program: &tile.program(dims, group, partials.is_some()),
         entry: KERNEL,

@@ -10,7 +10,6 @@ use crate::device::Limits;
 use crate::indexer_logits::{IndexerLogitsDims, IndexerLogitsTile};
 use crate::registry::{self, PinnedTile, from_table};
 use crate::sparse_mla::{SparseMlaDims, SparseMlaTiles};
-use crate::sparse_mla_wide::SparseMlaWideDims;
 
 /// Every file of `tiles/`, by the GPU's short name.
 const EMBEDDED: &[(&str, &str)] = &[
@@ -202,13 +201,11 @@ impl Tiles {
 
     /// The tiles of all ways through `sparse_mla`.
     pub fn sparse_mla(&self, dims: SparseMlaDims, limits: &Limits) -> SparseMlaTiles {
-        let SparseMlaDims { kv_lora_rank, rope } = dims;
-        let wide = SparseMlaWideDims { kv_lora_rank, rope };
         SparseMlaTiles {
             decode: self.tile("decode", dims, limits),
             prefill: self.tile("prefill", dims, limits),
-            wide_decode: self.tile("decode", wide, limits),
-            wide_prefill: self.tile("prefill", wide, limits),
+            wide_decode: self.tile("decode", dims, limits),
+            wide_prefill: self.tile("prefill", dims, limits),
             union: self.tile("any", (), limits),
             ..SparseMlaTiles::safe(dims)
         }

@@ -264,10 +264,7 @@ impl TopKTile {
                 ]);
             }
         }
-        Program {
-            source: "top_k.cu",
-            defines: defines.into_iter().map(|(name, value)| (name, value.to_string())).collect(),
-        }
+        Program::new("top_k.cu", defines)
     }
 
     /// Rows that are split at most in a launch.

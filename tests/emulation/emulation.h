@@ -332,30 +332,12 @@ DEVICE float4 load_published_16(const float4* global) {
 }
 
 // How the device calls a kernel: parameters as the launcher gave them, and a letter for the type of each to compare with.
-template <typename T>
-constexpr char emulation_letter() {
-    return '?';
-}
-template <>
-constexpr char emulation_letter<int32_t>() {
-    return 'i';
-}
-template <>
-constexpr char emulation_letter<uint32_t>() {
-    return 'i';
-}
-template <>
-constexpr char emulation_letter<int64_t>() {
-    return 'l';
-}
-template <>
-constexpr char emulation_letter<uint64_t>() {
-    return 'l';
-}
-template <>
-constexpr char emulation_letter<float>() {
-    return 'f';
-}
+constexpr char emulation_letter(const volatile void*) { return '?'; }
+constexpr char emulation_letter(const int32_t*) { return 'i'; }
+constexpr char emulation_letter(const uint32_t*) { return 'i'; }
+constexpr char emulation_letter(const int64_t*) { return 'l'; }
+constexpr char emulation_letter(const uint64_t*) { return 'l'; }
+constexpr char emulation_letter(const float*) { return 'f'; }
 template <int... I>
 struct EmulationIndices {};
 template <int N, int... I>
@@ -367,7 +349,7 @@ struct EmulationCount<0, I...> {
 template <typename T>
 struct EmulationParameter {
     using type = T;
-    static constexpr char letter = emulation_letter<T>();
+    static constexpr char letter = emulation_letter(static_cast<T*>(nullptr));
 };
 template <typename T>
 struct EmulationParameter<const T> : EmulationParameter<T> {};

@@ -116,7 +116,11 @@ pub fn numbers(dtype: DType, bytes: &[u8]) -> Vec<f64> {
 /// The integers of a device tensor.
 pub fn read_index(device: &TestDevice, tensor: &CudaTensor<TestDevice>) -> Vec<i32> {
     assert_eq!(tensor.dtype(), DType::Index);
-    let bytes = read_bytes(device, tensor);
+    integers(&read_bytes(device, tensor))
+}
+
+/// The integers that bytes of device memory stand for.
+pub fn integers(bytes: &[u8]) -> Vec<i32> {
     bytes.chunks_exact(4).map(|x| i32::from_le_bytes([x[0], x[1], x[2], x[3]])).collect()
 }
 

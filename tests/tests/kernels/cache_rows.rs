@@ -1,7 +1,10 @@
-//! Caches that a kernel has written, against the intervals that their rows may lie in.
+//! Kernels that make a cache row of each token: what they have written, against the intervals that the rows may lie in.
 
+use dsa80_cuda::{CudaBatch, CudaTensor};
+use dsa80_reference::cpu::{CpuBatch, CpuTensor};
 use dsa80_reference::fp8::{self, IndexerPage, MLA_GROUP, MlaRow};
-use dsa80_tests::parity::{F32_UNIT, Interval, assert_close};
+use dsa80_reference::{DType, Kernels, Result};
+use dsa80_tests::parity::{self, BatchCase, F32_UNIT, Interval, Pair, TestDevice, Values, assert_close};
 use half::bf16;
 
 /// Rounding to bf16 flips where the oracle's value is close to a boundary: rarely, and by one step.
@@ -9,16 +12,115 @@ const RELATIVE_L2: f64 = 2.5e-3;
 /// A step of e4m3 is sixteen times one of bf16.
 const RELATIVE_L2_FP8: f64 = 16.0 * RELATIVE_L2;
 
-/// What a cache should hold.
-pub(crate) struct Expected<'a> {
-    pub(crate) slot_mapping: &'a [i64],
-    pub(crate) slots: usize,
-    /// `[T, width]`, before quantisation.
-    pub(crate) rows: &'a [Interval],
-    pub(crate) width: usize,
+/// A launch of such a kernel, in one of its variants.
+#[derive(Debug, Clone)]
+pub(crate) struct Case<V> {
+    pub(crate) batch: BatchCase,
+    pub(crate) variant: V,
+    pub(crate) fp8: bool,
+    pub(crate) values: Values,
+    pub(crate) seed: u64,
 }
 
-/// Layout of an 8-bit cache.
+impl<V> Case<V> {
+    /// The rotary table of the batch: any turns.
+    pub(crate) fn cos_sin(&self, device: &TestDevice, rope: usize) -> Pair {
+        let rows = self.batch.batch.num_tokens();
+        let turns = (0..rows * rope / 2).flat_map(|i| {
+            let (sin, cos) = (37.0 * Values::Normal.at(self.seed ^ 3, i)).sin_cos();
+            [cos, sin]
+        });
+        Pair::new(device, "cos_sin", DType::Float, &[rows, rope / 2, 2], &turns.collect::<Vec<_>>())
+    }
+
+    fn cache(&self, layout: Layout) -> (DType, [usize; 3]) {
+        let (dtype, row) = match self.fp8 {
+            false => (DType::Act, layout.width()),
+            true => (DType::Fp8, layout.row_bytes()),
+        };
+        (dtype, [self.batch.pages, self.batch.batch.page_size, row])
+    }
+
+    /// What `launch` leaves in a poisoned cache.
+    pub(crate) fn written(
+        &self,
+        device: &TestDevice,
+        layout: Layout,
+        launch: impl FnOnce(&CudaBatch<TestDevice>, &mut CudaTensor<TestDevice>) -> Result<()>,
+    ) -> Vec<u8> {
+        let (_, batch) = parity::batch(device, &self.batch.batch);
+        let (dtype, shape) = self.cache(layout);
+        let mut cache = parity::poisoned(device, "cache", dtype, &shape);
+        launch(&batch, &mut cache).unwrap();
+        parity::read_bytes(device, &cache)
+    }
+
+    /// Compares `found` with the cache of the oracle's `launch`, within `rows`: `[T, width]`, before quantisation.
+    pub(crate) fn check(
+        &self,
+        device: &TestDevice,
+        layout: Layout,
+        rows: &[Interval],
+        found: &[u8],
+        launch: impl FnOnce(&CpuBatch, &mut CpuTensor<f64>) -> Result<()>,
+    ) {
+        let oracle = parity::oracle();
+        let (batch, _) = parity::batch(device, &self.batch.batch);
+        let (dtype, shape) = self.cache(layout);
+        let mut cache = oracle.alloc(dtype, &shape).unwrap();
+        launch(&batch, &mut cache).unwrap();
+        let expected = Expected {
+            slot_mapping: &self.batch.batch.slot_mapping,
+            slots: self.batch.slots(),
+            rows,
+            width: layout.width(),
+        };
+        if self.fp8 {
+            expected.check_fp8(layout, found, &oracle.read_bytes(&cache).unwrap());
+        } else {
+            expected.check_act(&parity::numbers(DType::Act, found), &oracle.read(&cache).unwrap());
+        }
+    }
+}
+
+/// Four of seven tokens have no slot in the cache: `launch` writes the other three, whose rows have `act` bytes, or `fp8`.
+pub(crate) fn assert_rows_outside_are_skipped<V: Copy>(
+    variant: V,
+    (act, fp8): (usize, usize),
+    launch: impl Fn(&TestDevice, &Case<V>) -> Vec<u8>,
+) {
+    parity::small_cases(|device| {
+        for (is_fp8, row) in [(false, act), (true, fp8)] {
+            let mut batch = BatchCase::of(4, &[(3, 5), (0, 2)]);
+            let slots = batch.slots() as i64;
+            for (t, slot) in [(0, -1), (2, slots), (4, i64::MAX), (6, i64::MIN)] {
+                batch.batch.slot_mapping[t] = slot;
+            }
+            let case = Case { batch, variant, fp8: is_fp8, values: Values::Normal, seed: 5 };
+            let found = launch(device, &case);
+            let untouched = found.iter().filter(|&&byte| byte == 0xff).count();
+            let (written, bytes) = (found.len() - untouched, found.len());
+            assert!(written <= 3 * row, "{written} of {bytes} bytes");
+            assert!(written > 2 * row, "{written} of {bytes} bytes");
+        }
+    });
+}
+
+/// Fails unless an error has these words.
+pub(crate) fn expect(error: String, words: &[&str]) {
+    assert!(words.iter().all(|word| error.contains(word)), "{error}");
+}
+
+/// What a cache should hold.
+struct Expected<'a> {
+    slot_mapping: &'a [i64],
+    slots: usize,
+    /// `[T, width]`, before quantisation.
+    rows: &'a [Interval],
+    width: usize,
+}
+
+/// Columns of a row, and how they lie in an 8-bit cache.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Layout {
     Indexer(IndexerPage),
@@ -42,7 +144,7 @@ impl Expected<'_> {
     }
 
     /// Compares a bf16 cache with the oracle's: `[slots, width]`, poison where nothing was written.
-    pub(crate) fn check_act(&self, found: &[f64], oracle: &[f64]) {
+    fn check_act(&self, found: &[f64], oracle: &[f64]) {
         let tokens = self.tokens();
         let bound = |i: usize| {
             let Some(t) = tokens[i / self.width] else { return 0.0 };
@@ -54,7 +156,7 @@ impl Expected<'_> {
     }
 
     /// Compares an 8-bit cache with the oracle's, scales and codes; nothing else was written.
-    pub(crate) fn check_fp8(&self, layout: Layout, found: &[u8], oracle: &[u8]) {
+    fn check_fp8(&self, layout: Layout, found: &[u8], oracle: &[u8]) {
         let mut poison = vec![true; found.len()];
         let (mut values, mut expected, mut bounds) = (Vec::new(), Vec::new(), Vec::new());
         for (slot, token) in self.tokens().into_iter().enumerate() {
@@ -111,6 +213,20 @@ impl Expected<'_> {
 type Range = std::ops::Range<usize>;
 
 impl Layout {
+    fn width(self) -> usize {
+        match self {
+            Layout::Indexer(page) => page.width,
+            Layout::Mla(row) => row.kv_lora_rank + row.rope,
+        }
+    }
+
+    fn row_bytes(self) -> usize {
+        match self {
+            Layout::Indexer(page) => page.row_bytes(),
+            Layout::Mla(row) => row.row_bytes(),
+        }
+    }
+
     /// The bytes of a slot.
     fn bytes(self, slot: usize) -> Vec<usize> {
         match self {

@@ -9,7 +9,7 @@ use dsa80_tests::parity::{self, BatchCase, Batches, F32_UNIT, Interval, Pair, Te
 use proptest::prelude::*;
 use proptest::sample::select;
 
-use crate::cache_rows::{Expected, Layout};
+use crate::cache_rows::{self, Layout, assert_rows_outside_are_skipped, expect};
 
 const EPS: f64 = 1e-5;
 
@@ -34,14 +34,7 @@ const VARIANTS: &[Variant] = &[
     variant((144, 16), DType::Bf16, (4, 4)),
 ];
 
-#[derive(Debug, Clone)]
-struct Case {
-    batch: BatchCase,
-    variant: Variant,
-    fp8: bool,
-    values: Values,
-    seed: u64,
-}
+type Case = cache_rows::Case<Variant>;
 
 fn cases(variants: impl Strategy<Value = Variant>, size: usize) -> impl Strategy<Value = Case> {
     let batches =
@@ -55,34 +48,18 @@ struct Inputs {
     x: Pair,
     weight: Pair,
     cos_sin: Pair,
-    cache_dtype: DType,
-    cache_shape: [usize; 3],
 }
 
 impl Inputs {
     fn new(device: &TestDevice, case: &Case) -> Self {
         let LatentRopeDims { kv_lora_rank: rank, rope } = case.variant.dims;
-        let (rows, page_size, seed) = (case.batch.batch.num_tokens(), case.batch.batch.page_size, case.seed);
-        let turns = (0..rows * rope / 2).flat_map(|i| {
-            let (sin, cos) = (37.0 * Values::Normal.at(seed ^ 3, i)).sin_cos();
-            [cos, sin]
-        });
+        let (rows, seed) = (case.batch.batch.num_tokens(), case.seed);
         let x = case.values.take(seed, rows * (rank + rope));
         let weight: Vec<f64> = Values::Normal.take(seed ^ 1, rank).iter().map(|x| 1.0 + 0.5 * x).collect();
-        let (cache_dtype, row) =
-            if case.fp8 { (DType::Fp8, mla_row(case).row_bytes()) } else { (DType::Act, rank + rope) };
         Self {
             x: Pair::new(device, "x", DType::Act, &[rows, rank + rope], &x),
             weight: Pair::weight(device, "weight", case.variant.weight, &[rank], &weight),
-            cos_sin: Pair::new(
-                device,
-                "cos_sin",
-                DType::Float,
-                &[rows, rope / 2, 2],
-                &turns.collect::<Vec<_>>(),
-            ),
-            cache_dtype,
-            cache_shape: [case.batch.pages, page_size, row],
+            cos_sin: case.cos_sin(device, rope),
         }
     }
 
@@ -115,38 +92,25 @@ impl Inputs {
     }
 
     fn launch(&self, device: &TestDevice, case: &Case) -> Vec<u8> {
-        let (_, batch) = parity::batch(device, &case.batch.batch);
-        let mut cache = parity::poisoned(device, "cache", self.cache_dtype, &self.cache_shape);
         let (x, weight, cos_sin) = (&self.x.device, &self.weight.device, &self.cos_sin.device);
-        latent_rope(device, &case.variant.tile, &batch, x, weight, EPS, cos_sin, &mut cache).unwrap();
-        parity::read_bytes(device, &cache)
+        case.written(device, layout(case), |batch, cache| {
+            latent_rope(device, &case.variant.tile, batch, x, weight, EPS, cos_sin, cache)
+        })
     }
 }
 
-fn mla_row(case: &Case) -> MlaRow {
+fn layout(case: &Case) -> Layout {
     let LatentRopeDims { kv_lora_rank, rope } = case.variant.dims;
-    MlaRow { kv_lora_rank, rope }
+    Layout::Mla(MlaRow { kv_lora_rank, rope })
 }
 
 fn run(device: &TestDevice, case: Case) {
     let inputs = Inputs::new(device, &case);
     let found = parity::twice(device, || inputs.launch(device, &case));
-    let oracle = parity::oracle();
-    let (batch, _) = parity::batch(device, &case.batch.batch);
-    let mut cache = oracle.alloc(inputs.cache_dtype, &inputs.cache_shape).unwrap();
     let (x, weight, cos_sin) = (&inputs.x.host, &inputs.weight.host, &inputs.cos_sin.host);
-    oracle.latent_rope(&batch, x, weight, EPS, cos_sin, &mut cache).unwrap();
-    let expected = Expected {
-        slot_mapping: &case.batch.batch.slot_mapping,
-        slots: case.batch.slots(),
-        rows: &inputs.intervals(&case),
-        width: case.variant.dims.kv_lora_rank + case.variant.dims.rope,
-    };
-    if case.fp8 {
-        expected.check_fp8(Layout::Mla(mla_row(&case)), &found, &oracle.read_bytes(&cache).unwrap());
-    } else {
-        expected.check_act(&parity::numbers(DType::Act, &found), &oracle.read(&cache).unwrap());
-    }
+    case.check(device, layout(&case), &inputs.intervals(&case), &found, |batch, cache| {
+        parity::oracle().latent_rope(batch, x, weight, EPS, cos_sin, cache)
+    });
 }
 
 #[test]
@@ -193,25 +157,8 @@ fn planted_faults_are_seen() {
 
 #[test]
 fn rows_whose_slot_is_outside_the_cache_are_skipped() {
-    parity::small_cases(|device| {
-        for fp8 in [false, true] {
-            let mut batch = BatchCase::of(4, &[(3, 5), (0, 2)]);
-            let slots = batch.slots() as i64;
-            for (t, slot) in [(0, -1), (2, slots), (4, i64::MAX), (6, i64::MIN)] {
-                batch.batch.slot_mapping[t] = slot;
-            }
-            let case = Case { batch, variant: VARIANTS[0], fp8, values: Values::Normal, seed: 5 };
-            let found = Inputs::new(device, &case).launch(device, &case);
-            let untouched = found.iter().filter(|&&byte| byte == 0xff).count();
-            let row = if fp8 { 656 } else { 2 * 576 };
-            assert!(
-                untouched >= found.len() - 3 * row,
-                "{} of {} bytes",
-                found.len() - untouched,
-                found.len()
-            );
-            assert!(untouched < found.len() - 2 * row);
-        }
+    assert_rows_outside_are_skipped(VARIANTS[0], (2 * 576, 656), |device, case| {
+        Inputs::new(device, case).launch(device, case)
     });
 }
 
@@ -227,9 +174,6 @@ fn misfits_are_named() {
             latent_rope(device, &tile, &batch, x, weight, EPS, cos_sin, &mut cache).unwrap_err().to_string()
         };
         let cache = || tensor(DType::Act, &[4, 3, 24]);
-        let expect = |error: String, words: &[&str]| {
-            assert!(words.iter().all(|word| error.contains(word)), "{error}");
-        };
         expect(run(&tensor(DType::Act, &[2, 25]), &weight, &cos_sin, cache()), &["`x`", "[2, 16 + 8]"]);
         expect(run(&x, &tensor(DType::Act, &[16]), &cos_sin, cache()), &["`weight` holds activations"]);
         expect(run(&x, &weight, &tensor(DType::Act, &[2, 4, 2]), cache()), &["`cos_sin` holds activations"]);

@@ -9,7 +9,7 @@ use dsa80_tests::parity::{self, BatchCase, Batches, F32_UNIT, Interval, Pair, Te
 use proptest::prelude::*;
 use proptest::sample::select;
 
-use crate::cache_rows::{Expected, Layout};
+use crate::cache_rows::{self, Layout, assert_rows_outside_are_skipped, expect};
 
 const EPS: f64 = 1e-6;
 
@@ -41,14 +41,7 @@ const VARIANTS: &[Variant] = &[
     variant((272, 100), RopeLayout::Half, DType::Bf16, DType::F16, (2, 4)),
 ];
 
-#[derive(Debug, Clone)]
-struct Case {
-    batch: BatchCase,
-    variant: Variant,
-    fp8: bool,
-    values: Values,
-    seed: u64,
-}
+type Case = cache_rows::Case<Variant>;
 
 fn cases(variants: impl Strategy<Value = Variant>, size: usize) -> impl Strategy<Value = Case> {
     let batches = |page_sizes| Batches { page_sizes, max_seqs: 4, max_computed: size, max_chunk: size }.any();
@@ -66,38 +59,23 @@ struct Inputs {
     weight: Pair,
     bias: Pair,
     cos_sin: Pair,
-    cache_dtype: DType,
-    cache_shape: [usize; 3],
 }
 
 impl Inputs {
     fn new(device: &TestDevice, case: &Case) -> Self {
         let LayerNormRopeDims { width, rope } = case.variant.dims;
-        let (rows, page_size, seed) = (case.batch.batch.num_tokens(), case.batch.batch.page_size, case.seed);
+        let (rows, seed) = (case.batch.batch.num_tokens(), case.seed);
         let normals = |seed, scale: f64, offset: f64, n| -> Vec<f64> {
             Values::Normal.take(seed, n).iter().map(|x| offset + scale * x).collect()
         };
-        let turns = (0..rows * rope / 2).flat_map(|i| {
-            let (sin, cos) = (37.0 * Values::Normal.at(seed ^ 3, i)).sin_cos();
-            [cos, sin]
-        });
         let x = case.values.take(seed, rows * width);
         let weight = normals(seed ^ 1, 0.5, 1.0, width);
         let bias = normals(seed ^ 2, 0.3, 0.0, width);
-        let (cache_dtype, row) = if case.fp8 { (DType::Fp8, width + 4) } else { (DType::Act, width) };
         Self {
             x: Pair::new(device, "x", DType::Act, &[rows, width], &x),
             weight: Pair::weight(device, "weight", case.variant.weight, &[width], &weight),
             bias: Pair::weight(device, "bias", case.variant.bias, &[width], &bias),
-            cos_sin: Pair::new(
-                device,
-                "cos_sin",
-                DType::Float,
-                &[rows, rope / 2, 2],
-                &turns.collect::<Vec<_>>(),
-            ),
-            cache_dtype,
-            cache_shape: [case.batch.pages, page_size, row],
+            cos_sin: case.cos_sin(device, rope),
         }
     }
 
@@ -148,39 +126,28 @@ impl Inputs {
     }
 
     fn launch(&self, device: &TestDevice, case: &Case) -> Vec<u8> {
-        let (_, batch) = parity::batch(device, &case.batch.batch);
-        let mut cache = parity::poisoned(device, "cache", self.cache_dtype, &self.cache_shape);
-        let Variant { layout, tile, .. } = case.variant;
-        let Self { x, weight, bias, cos_sin, .. } = self;
+        let Variant { layout: pairs, tile, .. } = case.variant;
+        let Self { x, weight, bias, cos_sin } = self;
         let (x, weight, bias, cos_sin) = (&x.device, &weight.device, &bias.device, &cos_sin.device);
-        layer_norm_rope(device, &tile, &batch, x, weight, bias, EPS, layout, cos_sin, &mut cache).unwrap();
-        parity::read_bytes(device, &cache)
+        case.written(device, layout(case), |batch, cache| {
+            layer_norm_rope(device, &tile, batch, x, weight, bias, EPS, pairs, cos_sin, cache)
+        })
     }
+}
+
+fn layout(case: &Case) -> Layout {
+    Layout::Indexer(IndexerPage { page_size: case.batch.batch.page_size, width: case.variant.dims.width })
 }
 
 fn run(device: &TestDevice, case: Case) {
     let inputs = Inputs::new(device, &case);
     let found = parity::twice(device, || inputs.launch(device, &case));
-    let oracle = parity::oracle();
-    let (batch, _) = parity::batch(device, &case.batch.batch);
-    let mut cache = oracle.alloc(inputs.cache_dtype, &inputs.cache_shape).unwrap();
-    let Inputs { x, weight, bias, cos_sin, .. } = &inputs;
+    let Inputs { x, weight, bias, cos_sin } = &inputs;
     let (x, weight, bias, cos_sin) = (&x.host, &weight.host, &bias.host, &cos_sin.host);
-    let layout = case.variant.layout;
-    oracle.layer_norm_rope(&batch, x, weight, bias, EPS, layout, cos_sin, &mut cache).unwrap();
-    let width = case.variant.dims.width;
-    let expected = Expected {
-        slot_mapping: &case.batch.batch.slot_mapping,
-        slots: case.batch.slots(),
-        rows: &inputs.intervals(&case),
-        width,
-    };
-    if case.fp8 {
-        let page = IndexerPage { page_size: case.batch.batch.page_size, width };
-        expected.check_fp8(Layout::Indexer(page), &found, &oracle.read_bytes(&cache).unwrap());
-    } else {
-        expected.check_act(&parity::numbers(DType::Act, &found), &oracle.read(&cache).unwrap());
-    }
+    case.check(device, layout(&case), &inputs.intervals(&case), &found, |batch, cache| {
+        let pairs = case.variant.layout;
+        parity::oracle().layer_norm_rope(batch, x, weight, bias, EPS, pairs, cos_sin, cache)
+    });
 }
 
 #[test]
@@ -291,26 +258,8 @@ fn ties_of_8_bits_go_to_the_even_code() {
 
 #[test]
 fn rows_whose_slot_is_outside_the_cache_are_skipped() {
-    parity::small_cases(|device| {
-        for fp8 in [false, true] {
-            let mut batch = BatchCase::of(4, &[(3, 5), (0, 2)]);
-            let slots = batch.slots() as i64;
-            for (t, slot) in [(0, -1), (2, slots), (4, i64::MAX), (6, i64::MIN)] {
-                batch.batch.slot_mapping[t] = slot;
-            }
-            let case = Case { batch, variant: VARIANTS[0], fp8, values: Values::Normal, seed: 5 };
-            let inputs = Inputs::new(device, &case);
-            let found = inputs.launch(device, &case);
-            let untouched = found.iter().filter(|&&byte| byte == 0xff).count();
-            let row = if fp8 { 132 } else { 256 };
-            assert!(
-                untouched >= found.len() - 3 * row,
-                "{} of {} bytes",
-                found.len() - untouched,
-                found.len()
-            );
-            assert!(untouched < found.len() - 2 * row);
-        }
+    assert_rows_outside_are_skipped(VARIANTS[0], (256, 132), |device, case| {
+        Inputs::new(device, case).launch(device, case)
     });
 }
 
@@ -329,9 +278,6 @@ fn misfits_are_named() {
             outcome.unwrap_err().to_string()
         };
         let cache = || tensor(DType::Act, &[4, 3, 16]);
-        let expect = |error: String, words: &[&str]| {
-            assert!(words.iter().all(|word| error.contains(word)), "{error}");
-        };
         expect(run(&tensor(DType::Act, &[3, 16]), &weight, &cos_sin, cache()), &["`x`", "[2, D]"]);
         expect(run(&tensor(DType::Float, &[2, 16]), &weight, &cos_sin, cache()), &["`x` holds floats"]);
         expect(run(&x, &tensor(DType::Bf16, &[8]), &cos_sin, cache()), &["`weight`", "[16]"]);

@@ -1,12 +1,12 @@
 //! `sparse_mla` against the oracle.
 
-use dsa80_cuda::Tile;
 use dsa80_cuda::sparse_mla::{
     SparseMlaDims, SparseMlaTile, SparseMlaTiles, SparseMlaWorkspace, sparse_mla, sparse_mla_narrow,
 };
+use dsa80_cuda::{CudaBatch, CudaTensor, Tile};
 use dsa80_reference::fp8::{self, MLA_GROUP, MlaRow};
 use dsa80_reference::sampling::uniform;
-use dsa80_reference::{DType, Kernels};
+use dsa80_reference::{DType, Kernels, Result};
 use dsa80_tests::emulator::Fault;
 use dsa80_tests::parity::{self, BatchCase, Batches, F32_UNIT, Pair, TestDevice, Values};
 use half::bf16;
@@ -200,16 +200,21 @@ impl Case {
     }
 }
 
-type Launch = dyn Fn(&TestDevice, &Case, &Inputs, &mut dsa80_cuda::CudaTensor<TestDevice>);
-
-struct Inputs {
-    batch: dsa80_cuda::CudaBatch<TestDevice>,
-    q: Pair,
-    cache: Pair,
-    topk_indices: Pair,
+/// What a launch reads.
+struct Call<'a> {
+    workspace: &'a SparseMlaWorkspace<TestDevice>,
+    batch: &'a CudaBatch<TestDevice>,
+    q: &'a CudaTensor<TestDevice>,
+    cache: &'a CudaTensor<TestDevice>,
+    topk_indices: &'a CudaTensor<TestDevice>,
 }
 
-fn run_with(device: &TestDevice, case: &Case, launch: &Launch) {
+fn run_with(
+    device: &TestDevice,
+    case: &Case,
+    tiles: &SparseMlaTiles,
+    launch: impl Fn(&Call<'_>, &mut CudaTensor<TestDevice>) -> Result<()>,
+) {
     let (tokens, rank) = (case.batch.batch.num_tokens(), case.variant.dims.kv_lora_rank);
     let (host_batch, batch) = parity::batch(device, &case.batch.batch);
     let q_shape = [tokens, case.heads, case.width()];
@@ -224,10 +229,16 @@ fn run_with(device: &TestDevice, case: &Case, launch: &Launch) {
     oracle.sparse_mla(&host_batch, &q.host, &cache.host, &topk_indices.host, case.scale, &mut out).unwrap();
     let expected = oracle.read(&out).unwrap();
 
-    let inputs = Inputs { batch, q, cache, topk_indices };
     let found = parity::twice(device, || {
+        let workspace =
+            SparseMlaWorkspace::alloc(device, tiles, case.variant.dims, tokens, case.heads, case.k).unwrap();
+        let (q, cache, topk_indices) = (&q.device, &cache.device, &topk_indices.device);
+        let call = Call { workspace: &workspace, batch: &batch, q, cache, topk_indices };
         let mut out = parity::poisoned(device, "out", DType::Act, &out_shape);
-        launch(device, case, &inputs, &mut out);
+        // Twice with the same workspace: it is left as it was found.
+        for _ in 0..2 {
+            launch(&call, &mut out).unwrap();
+        }
         parity::read_bytes(device, &out)
     });
     let found = parity::numbers(DType::Act, &found);
@@ -247,18 +258,10 @@ fn tiles(tile: SparseMlaTile, dims: SparseMlaDims) -> SparseMlaTiles {
 }
 
 fn run(device: &TestDevice, case: Case) {
-    run_with(device, &case, &|device, case, inputs, out| {
-        let Variant { tile, dims, .. } = case.variant;
-        let tiles = tiles(tile, dims);
-        let tokens = case.batch.batch.num_tokens();
-        let workspace = SparseMlaWorkspace::alloc(device, &tiles, dims, tokens, case.heads, case.k).unwrap();
-        let Inputs { batch, q, cache, topk_indices } = inputs;
-        let (q, cache, topk_indices) = (&q.device, &cache.device, &topk_indices.device);
-        // Twice with the same workspace: it is left as it was found.
-        for _ in 0..2 {
-            sparse_mla_narrow(device, &tile, &workspace, batch, q, cache, topk_indices, case.scale, out)
-                .unwrap();
-        }
+    let Variant { tile, dims, .. } = case.variant;
+    run_with(device, &case, &tiles(tile, dims), |call, out| {
+        let Call { workspace, batch, q, cache, topk_indices } = call;
+        sparse_mla_narrow(device, &tile, workspace, batch, q, cache, topk_indices, case.scale, out)
     });
 }
 
@@ -295,6 +298,22 @@ fn nothing_selected_gives_zeros() {
     });
 }
 
+/// One warp's every step is a split of its own: more of them than one warp merges.
+fn many_splits() -> Case {
+    by_hand(VARIANTS[1], &[(350, 1)], 300, 1)
+}
+
+#[test]
+fn several_warps_merge_many_splits() {
+    parity::small_cases(|device| run(device, many_splits()));
+    let fault = Fault {
+        file: "sparse_mla_merge.cu",
+        find: "    __syncthreads();\n    if (warp != 0",
+        replace: "    if (warp != 0",
+    };
+    parity::catches(fault, Just(many_splits()), run);
+}
+
 /// The launcher of the contract: many heads, and tokens that share rows, beside what the narrow kernel does.
 #[test]
 fn every_way_agrees_with_the_oracle() {
@@ -307,16 +326,11 @@ fn every_way_agrees_with_the_oracle() {
         ] {
             let mut case = by_hand(VARIANTS[0], sequences, 40, 1);
             case.heads = heads;
-            run_with(device, &case, &move |device, case, inputs, out| {
-                let Variant { tile, dims, .. } = case.variant;
-                let tiles = SparseMlaTiles { wide_heads, union_tokens, union_quarters, ..tiles(tile, dims) };
-                let tokens = case.batch.batch.num_tokens();
-                let workspace =
-                    SparseMlaWorkspace::alloc(device, &tiles, dims, tokens, case.heads, case.k).unwrap();
-                let Inputs { batch, q, cache, topk_indices } = inputs;
-                let (q, cache, topk_indices) = (&q.device, &cache.device, &topk_indices.device);
-                sparse_mla(device, &tiles, &workspace, batch, q, cache, topk_indices, case.scale, out)
-                    .unwrap();
+            let Variant { tile, dims, .. } = case.variant;
+            let tiles = SparseMlaTiles { wide_heads, union_tokens, union_quarters, ..tiles(tile, dims) };
+            run_with(device, &case, &tiles, |call, out| {
+                let Call { workspace, batch, q, cache, topk_indices } = call;
+                sparse_mla(device, &tiles, workspace, batch, q, cache, topk_indices, case.scale, out)
             });
         }
     });

@@ -38,7 +38,7 @@ fn run(device: &TestDevice, case: Case) {
         let read = |buffer, places: usize| {
             let mut bytes = vec![0; 4 * places];
             device.read(buffer, 0, &mut bytes).unwrap();
-            bytes.chunks_exact(4).map(|x| i32::from_le_bytes([x[0], x[1], x[2], x[3]])).collect::<Vec<_>>()
+            parity::integers(&bytes)
         };
         let (entries, counts) =
             (read(workspace.entries(), groups * group * k), read(workspace.counts(), groups));

@@ -1,9 +1,9 @@
 //! `sparse_mla_wide` against the oracle: one token's rows, and the union of neighbours'.
 
+use dsa80_cuda::sparse_mla::SparseMlaDims;
+use dsa80_cuda::sparse_mla_merge::Partials;
 use dsa80_cuda::sparse_mla_union::{SparseMlaUnionTile, SparseMlaUnionWorkspace, sparse_mla_union};
-use dsa80_cuda::sparse_mla_wide::{
-    Partials, QUERIES, Selection, SparseMlaWideDims, SparseMlaWideTile, sparse_mla_wide,
-};
+use dsa80_cuda::sparse_mla_wide::{QUERIES, Selection, SparseMlaWideTile, sparse_mla_wide};
 use dsa80_cuda::{CudaTensor, Limits, Tile};
 use dsa80_reference::sampling::uniform;
 use dsa80_reference::{DType, Kernels};
@@ -15,20 +15,20 @@ use proptest::sample::select;
 pub(crate) const UNION_TILE: SparseMlaUnionTile = SparseMlaUnionTile { threads: 64, blocks: 1, window: 512 };
 
 /// Head dims with an even and an odd number of steps, full and short shares of the columns.
-const SMALL: &[SparseMlaWideDims] =
-    &[SparseMlaWideDims { kv_lora_rank: 32, rope: 16 }, SparseMlaWideDims { kv_lora_rank: 144, rope: 32 }];
+const SMALL: &[SparseMlaDims] =
+    &[SparseMlaDims { kv_lora_rank: 32, rope: 16 }, SparseMlaDims { kv_lora_rank: 144, rope: 32 }];
 
 const TILES: &[SparseMlaWideTile] = &[
     SparseMlaWideTile { keys: 64, stages: 2, l1: false },
     SparseMlaWideTile { keys: 32, stages: 4, l1: true },
 ];
 
-const GLM: SparseMlaWideDims = SparseMlaWideDims { kv_lora_rank: 512, rope: 64 };
+const GLM: SparseMlaDims = SparseMlaDims { kv_lora_rank: 512, rope: 64 };
 
 #[derive(Debug, Clone)]
 struct Case {
     batch: BatchCase,
-    dims: SparseMlaWideDims,
+    dims: SparseMlaDims,
     tile: SparseMlaWideTile,
     heads: usize,
     /// Tokens that share a block.
@@ -43,7 +43,7 @@ struct Case {
 }
 
 fn cases(
-    dims: &'static [SparseMlaWideDims],
+    dims: &'static [SparseMlaDims],
     tiles: &'static [SparseMlaWideTile],
     size: usize,
 ) -> impl Strategy<Value = Case> {
@@ -182,7 +182,8 @@ impl Inputs {
             sum: sums.buffer(),
         });
         let (q, cache) = (&self.q.device, &self.cache.device);
-        sparse_mla_wide(device, &tile, &batch, q, cache, selection, self.scale, partials, &mut out).unwrap();
+        sparse_mla_wide(device, &tile, &batch, q, cache, selection, self.scale, partials.as_ref(), &mut out)
+            .unwrap();
         let read = |tensor: &CudaTensor<TestDevice>| parity::read_bytes(device, tensor);
         if case.splits.is_none() { read(&out) } else { [read(&values), read(&maxima), read(&sums)].concat() }
     }

@@ -174,8 +174,7 @@ fn run(device: &TestDevice, case: Case) {
         top_k(device, &case.tile, &workspace, &batch, rows.clone(), &logits.device, &mut out).unwrap();
         parity::read_bytes(device, &out)
     });
-    let found: Vec<i32> =
-        found.chunks_exact(4).map(|x| i32::from_le_bytes([x[0], x[1], x[2], x[3]])).collect();
+    let found = parity::integers(&found);
     let (before, after) = (rows.start * case.k, rows.end * case.k);
     parity::assert_same("topk_indices", case.k, &found[before..after], &expected[before..after]);
     assert!(

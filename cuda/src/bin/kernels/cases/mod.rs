@@ -3,15 +3,14 @@
 mod indexer_logits;
 mod latent_rope;
 mod layer_norm_rope;
+mod rows;
 mod sparse_mla;
 mod top_k;
 
-use dsa80_cuda::{Cost, CudaTensor, Gpu, Tiles};
-use dsa80_reference::cpu::{CpuBatch, CpuTensor};
-use dsa80_reference::{Batch, DType, DeviceTensor, Error, Kernels, Result, SequenceSlice};
+use dsa80_cuda::{Cost, Gpu, Tiles};
+use dsa80_reference::{Error, Result};
 
-use crate::inputs::PAGE_SIZE;
-use crate::oracle::{self, Accuracy, half_ulp_bf16, oracle, spread};
+use crate::oracle::Accuracy;
 
 /// A shape of a kernel.
 pub(crate) struct Case {
@@ -108,57 +107,6 @@ pub(crate) fn tile(case: &Case, tiles: &Tiles) -> anyhow::Result<toml::Table> {
 pub(crate) fn registered(case: &Case) -> anyhow::Result<&'static dsa80_cuda::registry::Registered> {
     dsa80_cuda::registry::find(case.kernel)
         .ok_or_else(|| anyhow::anyhow!("{} is not in the registry", case.kernel))
-}
-
-/// Cache rows that a kernel wrote to `slots`, against those that the oracle wrote to `0..slots.len()`; `fp8_row` reads an 8-bit one.
-fn compare_rows(
-    gpu: &Gpu,
-    found: &CudaTensor<Gpu>,
-    slots: &[usize],
-    expected: &CpuTensor<f64>,
-    fp8_row: fn(&[u8], usize) -> Vec<f64>,
-) -> Result<Accuracy> {
-    let pages: Vec<usize> = (0..found.shape()[0]).collect();
-    let width = found.shape()[2];
-    let both = slots.iter().enumerate();
-    let (found, expected, is_fp8): (Vec<f64>, Vec<f64>, bool) = if found.dtype() == DType::Fp8 {
-        let (found, expected) = (oracle::row_bytes(gpu, found, &pages)?, oracle().read_bytes(expected)?);
-        let rows = both.flat_map(|(i, &slot)| fp8_row(&found, slot).into_iter().zip(fp8_row(&expected, i)));
-        let (found, expected) = rows.unzip();
-        (found, expected, true)
-    } else {
-        let (found, expected) = (oracle::row_numbers(gpu, found, &pages)?, oracle().read(expected)?);
-        let row = |cache: &[f64], slot: usize| cache[slot * width..][..width].to_vec();
-        let rows = both.flat_map(|(i, &slot)| row(&found, slot).into_iter().zip(row(&expected, i)));
-        let (found, expected) = rows.unzip();
-        (found, expected, false)
-    };
-    // A rounding that flips is one step: in bf16 of what two of them added up to, in e4m3 a seventh of the value or the smallest step.
-    let largest = expected.iter().fold(0.0_f64, |largest, value| largest.max(value.abs()));
-    let bound = |i: usize| match is_fp8 {
-        false => 6.0 * half_ulp_bf16(expected[i]) + largest / 512.0,
-        true => expected[i].abs() / 7.0 + largest / 224.0,
-    };
-    let limit = if is_fp8 { 4e-2 } else { 2.5e-3 };
-    Ok(Accuracy::of(slots.len(), limit, &found, &expected, bound))
-}
-
-/// The one sequence of `tokens` new tokens in slots `0..tokens`, and an oracle's cache for it like `cache`.
-fn oracle_cache(tokens: usize, cache: &CudaTensor<Gpu>) -> Result<(CpuBatch, CpuTensor<f64>)> {
-    let pages: Vec<u32> = (0..tokens.div_ceil(PAGE_SIZE) as u32).collect();
-    let token_ids = vec![0; tokens];
-    let batch =
-        Batch::new(PAGE_SIZE, &[SequenceSlice { token_ids: &token_ids, computed_len: 0, pages: &pages }])?;
-    let mut shape = cache.shape().to_vec();
-    shape[0] = pages.len();
-    Ok((oracle::upload(&batch)?, oracle().alloc(cache.dtype(), &shape)?))
-}
-
-/// Tokens of a batch to compare, and the slots of their cache rows.
-fn sampled_slots(batch: &Batch) -> (Vec<usize>, Vec<usize>) {
-    let rows = spread(256, batch.num_tokens());
-    let slots = rows.iter().map(|&t| batch.slot_mapping[t] as usize).collect();
-    (rows, slots)
 }
 
 /// `2048`, `8K`.
