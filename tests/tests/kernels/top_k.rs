@@ -220,6 +220,29 @@ fn agrees_with_the_oracle_at_glm_shapes() {
     });
 }
 
+/// A row of three windows, each of which has more words than the block has threads.
+fn large_windows() -> Case {
+    let filtered = Filtered { window: 2048, ..TILES[1].filtered };
+    Case {
+        batch: BatchCase::of(16, &[(4500, 1)]),
+        rows: (0, 16),
+        k: 100,
+        spare: 1,
+        scores: Scores::Of(Values::Normal),
+        seed: 7,
+        tile: TopKTile { filtered, ..TILES[1] },
+    }
+}
+
+#[test]
+fn windows_may_have_more_words_than_threads() {
+    parity::small_cases(|device| run(device, large_windows()));
+    let barrier = "        __syncthreads();\n    }\n}\n\n// Selects among what passed the pivots";
+    let fault =
+        Fault { file: "top_k.cu", find: barrier, replace: &barrier["        __syncthreads();\n".len()..] };
+    parity::catches(fault, Just(large_windows()), run);
+}
+
 #[test]
 fn planted_faults_are_seen() {
     for (find, replace) in [
