@@ -1,6 +1,6 @@
 //! `sparse_mla`: attention over the selected latent rows.
 //!
-//! Three ways lead to the same result. Eight heads fill the tensor core's columns in [`sparse_mla_narrow`], for every cache. From
+//! Three ways lead to the same result. Eight heads fill the tensor core's columns in `sparse_mla_narrow`, for every cache. From
 //! [`SparseMlaTiles::wide_heads`] heads on, 64 query rows share their keys in [`sparse_mla_wide`]. And in long chunks with fewer heads,
 //! neighbouring tokens that select much the same rows share those of [`sparse_mla_union`]; which tokens do is known on the device alone,
 //! so both kernels are launched, and each leaves the other's tokens alone.
@@ -11,8 +11,8 @@ use crate::batch::CudaBatch;
 use crate::device::{Device, Limits};
 pub use crate::sparse_mla_dims::SparseMlaDims;
 use crate::sparse_mla_merge::{Partials, sparse_mla_merge};
-use crate::sparse_mla_narrow::{Done, HEADS, Inputs, Shapes, launch};
-pub use crate::sparse_mla_narrow::{SparseMlaTile, programs, sparse_mla_narrow};
+use crate::sparse_mla_narrow::{Done, HEADS, Inputs, Shapes, sparse_mla_narrow};
+pub use crate::sparse_mla_narrow::{SparseMlaTile, programs};
 use crate::sparse_mla_union::{
     MAX_CACHE_ROWS, SparseMlaUnionTile, SparseMlaUnionWorkspace, sparse_mla_union,
 };
@@ -157,6 +157,9 @@ pub fn sparse_mla<D: Device>(
     let inputs = Inputs { batch, q, cache, topk_indices, scale };
     let shapes = inputs.check(out)?;
     let Shapes { tokens, heads, dims, k, cache_rows } = shapes;
+    if tokens * heads == 0 {
+        return Ok(());
+    }
     let shareable = cache.dtype() == DType::Act;
     if shareable && heads >= tiles.wide_heads {
         let splits = wide_splits(tokens * heads.div_ceil(QUERIES), k, device.limits());
@@ -180,7 +183,7 @@ pub fn sparse_mla<D: Device>(
     }
     let many = tokens * heads / HEADS > device.limits().multiprocessors as usize;
     let narrow = if many { &tiles.prefill } else { &tiles.decode };
-    launch(device, narrow, workspace, &inputs, shapes, done.as_ref(), out)
+    sparse_mla_narrow(device, narrow, workspace, &inputs, shapes, done.as_ref(), out)
 }
 
 /// Blocks that share the `k` rows of one of `rows` token groups in the wide kernel, of which a multiprocessor holds one.

@@ -195,28 +195,8 @@ pub(crate) struct Done<'a, D: Device> {
     pub most: usize,
 }
 
-/// [`sparse_mla`](crate::sparse_mla::sparse_mla) with the kernel for groups of 8 heads.
-///
-/// # Errors
-/// A shape, element type or tile that does not fit; a workspace that is too small; the device.
-pub fn sparse_mla_narrow<D: Device>(
-    device: &D,
-    tile: &SparseMlaTile,
-    workspace: &SparseMlaWorkspace<D>,
-    batch: &CudaBatch<D>,
-    q: &CudaTensor<D>,
-    cache: &CudaTensor<D>,
-    topk_indices: &CudaTensor<D>,
-    scale: f64,
-    out: &mut CudaTensor<D>,
-) -> Result<()> {
-    let inputs = Inputs { batch, q, cache, topk_indices, scale };
-    let shapes = inputs.check(out)?;
-    launch(device, tile, workspace, &inputs, shapes, None, out)
-}
-
-/// Of inputs that fit the contract, with these shapes, what is not `done`.
-pub(crate) fn launch<D: Device>(
+/// Attention of groups of 8 heads, at least one, of inputs that fit the contract: what is not `done`.
+pub(crate) fn sparse_mla_narrow<D: Device>(
     device: &D,
     tile: &SparseMlaTile,
     workspace: &SparseMlaWorkspace<D>,
@@ -229,9 +209,6 @@ pub(crate) fn launch<D: Device>(
     let Inputs { batch, q, cache, topk_indices, scale } = inputs;
     tile.validate(dims, device.limits())?;
     let groups = heads / HEADS;
-    if tokens * groups == 0 {
-        return Ok(());
-    }
     let splits = if done.is_some() { 1 } else { tile.splits(tokens * groups, k, device.limits()) };
     let partials = workspace.partials(tokens * heads, splits)?;
     let [partial_out, partial_max, partial_sum] = Partials::args(partials.as_ref());

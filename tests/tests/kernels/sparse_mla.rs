@@ -1,12 +1,10 @@
 //! `sparse_mla` against the oracle.
 
-use dsa80_cuda::sparse_mla::{
-    SparseMlaDims, SparseMlaTile, SparseMlaTiles, SparseMlaWorkspace, sparse_mla, sparse_mla_narrow,
-};
-use dsa80_cuda::{CudaBatch, CudaTensor, Tile};
+use dsa80_cuda::Tile;
+use dsa80_cuda::sparse_mla::{SparseMlaDims, SparseMlaTile, SparseMlaTiles, SparseMlaWorkspace, sparse_mla};
 use dsa80_reference::fp8::{self, MLA_GROUP, MlaRow};
 use dsa80_reference::sampling::uniform;
-use dsa80_reference::{DType, Kernels, Result};
+use dsa80_reference::{DType, Kernels};
 use dsa80_tests::emulator::Fault;
 use dsa80_tests::parity::{self, BatchCase, Batches, F32_UNIT, Pair, TestDevice, Values};
 use half::bf16;
@@ -200,21 +198,7 @@ impl Case {
     }
 }
 
-/// What a launch reads.
-struct Call<'a> {
-    workspace: &'a SparseMlaWorkspace<TestDevice>,
-    batch: &'a CudaBatch<TestDevice>,
-    q: &'a CudaTensor<TestDevice>,
-    cache: &'a CudaTensor<TestDevice>,
-    topk_indices: &'a CudaTensor<TestDevice>,
-}
-
-fn run_with(
-    device: &TestDevice,
-    case: &Case,
-    tiles: &SparseMlaTiles,
-    launch: impl Fn(&Call<'_>, &mut CudaTensor<TestDevice>) -> Result<()>,
-) {
+fn run_with(device: &TestDevice, case: &Case, tiles: &SparseMlaTiles) {
     let (tokens, rank) = (case.batch.batch.num_tokens(), case.variant.dims.kv_lora_rank);
     let (host_batch, batch) = parity::batch(device, &case.batch.batch);
     let q_shape = [tokens, case.heads, case.width()];
@@ -233,11 +217,11 @@ fn run_with(
         let workspace =
             SparseMlaWorkspace::alloc(device, tiles, case.variant.dims, tokens, case.heads, case.k).unwrap();
         let (q, cache, topk_indices) = (&q.device, &cache.device, &topk_indices.device);
-        let call = Call { workspace: &workspace, batch: &batch, q, cache, topk_indices };
         let mut out = parity::poisoned(device, "out", DType::Act, &out_shape);
         // Twice with the same workspace: it is left as it was found.
         for _ in 0..2 {
-            launch(&call, &mut out).unwrap();
+            sparse_mla(device, tiles, &workspace, &batch, q, cache, topk_indices, case.scale, &mut out)
+                .unwrap();
         }
         parity::read_bytes(device, &out)
     });
@@ -253,16 +237,19 @@ fn run_with(
     parity::assert_close("out", rank, &found, &expected, relative_l2, |i| bounds[i]);
 }
 
-fn tiles(tile: SparseMlaTile, dims: SparseMlaDims) -> SparseMlaTiles {
-    SparseMlaTiles { decode: tile, prefill: tile, union_tokens: 0, ..SparseMlaTiles::safe(dims) }
+/// Groups of 8 heads, however many there are.
+fn narrow(Variant { tile, dims, .. }: Variant) -> SparseMlaTiles {
+    SparseMlaTiles {
+        decode: tile,
+        prefill: tile,
+        wide_heads: usize::MAX,
+        union_tokens: 0,
+        ..SparseMlaTiles::safe(dims)
+    }
 }
 
 fn run(device: &TestDevice, case: Case) {
-    let Variant { tile, dims, .. } = case.variant;
-    run_with(device, &case, &tiles(tile, dims), |call, out| {
-        let Call { workspace, batch, q, cache, topk_indices } = call;
-        sparse_mla_narrow(device, &tile, workspace, batch, q, cache, topk_indices, case.scale, out)
-    });
+    run_with(device, &case, &narrow(case.variant));
 }
 
 #[test]
@@ -319,19 +306,18 @@ fn several_warps_merge_many_splits() {
 fn every_way_agrees_with_the_oracle() {
     parity::small_cases(|device| {
         // With half of a union's rows allowed, some groups go one way and some the other.
-        for (heads, sequences, wide_heads, union_tokens, union_quarters) in [
-            (32, &[(50, 1), (20, 2)][..], 24, 0, 0),
-            (8, &[(5, 3), (40, 20)][..], 24, 8, 5),
-            (8, &[(40, 24)][..], 24, 8, 4000),
+        for (heads, sequences, k, union_tokens, union_quarters) in [
+            (32, &[(50, 1), (20, 2)][..], 40, 0, 0),
+            (32, &[(300, 1)][..], 200, 0, 0),
+            (32, &[][..], 200, 0, 0),
+            (8, &[(5, 3), (40, 20)][..], 40, 8, 5),
+            (8, &[(40, 24)][..], 40, 8, 4000),
         ] {
-            let mut case = by_hand(VARIANTS[0], sequences, 40, 1);
+            let mut case = by_hand(VARIANTS[0], sequences, k, 1);
             case.heads = heads;
-            let Variant { tile, dims, .. } = case.variant;
-            let tiles = SparseMlaTiles { wide_heads, union_tokens, union_quarters, ..tiles(tile, dims) };
-            run_with(device, &case, &tiles, |call, out| {
-                let Call { workspace, batch, q, cache, topk_indices } = call;
-                sparse_mla(device, &tiles, workspace, batch, q, cache, topk_indices, case.scale, out)
-            });
+            let ways =
+                SparseMlaTiles { wide_heads: 24, union_tokens, union_quarters, ..narrow(case.variant) };
+            run_with(device, &case, &ways);
         }
     });
 }
@@ -376,8 +362,8 @@ fn misfits_are_named() {
     parity::small_cases(|device| {
         let (_, batch) = parity::batch(device, &BatchCase::of(3, &[(0, 2)]).batch);
         let tensor = |dtype, shape: &[usize]| parity::poisoned(device, "tensor", dtype, shape);
-        let Variant { dims, tile, .. } = VARIANTS[0];
-        let tiles = tiles(tile, dims);
+        let dims = VARIANTS[0].dims;
+        let tiles = narrow(VARIANTS[0]);
         let workspace = SparseMlaWorkspace::alloc(device, &tiles, dims, 2, 8, 5).unwrap();
         let run = |q: &_, cache: &_, topk: &_, mut out, words: &[&str]| {
             let error = sparse_mla(device, &tiles, &workspace, &batch, q, cache, topk, 1.0, &mut out);
