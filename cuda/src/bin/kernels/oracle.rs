@@ -49,7 +49,9 @@ impl Accuracy {
                 let distance = (found - expected).abs();
                 error += distance * distance;
                 norm += expected * expected;
-                worst = worst.max(if distance == 0.0 { 0.0 } else { distance / bound(i) });
+                let share = if distance == 0.0 { 0.0 } else { distance / bound(i) };
+                // A bound that is no number allows nothing.
+                worst = worst.max(if share.is_nan() { f64::INFINITY } else { share });
             } else if found != expected && !(found.is_nan() && expected.is_nan()) {
                 worst = f64::INFINITY;
             }
@@ -387,6 +389,7 @@ mod tests {
         assert!(!Accuracy::of(1, 0.2, &[f64::NAN], &[1.0], |_| 1.0).ok());
         assert!(!Accuracy::of(1, 0.2, &[1.0, 1.0], &[1.0], |_| 1.0).ok());
         assert!(!Accuracy::of(0, 0.2, &[], &[], |_| 1.0).ok());
+        assert!(!Accuracy::of(1, 1.0, &[1.0], &[1.5], |_| f64::NAN).ok());
     }
 
     #[test]
