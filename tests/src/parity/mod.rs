@@ -17,7 +17,7 @@ pub use batches::{BatchCase, Batches};
 pub use compare::{Measured, assert_close, assert_same, half_ulp_bf16};
 pub use devices::{TestDevice, twice};
 pub use interval::Interval;
-pub use runner::{catches, check, check_on_gpu, small_cases};
+pub use runner::{catches, check, check_on_gpu, large_cases, small_cases};
 pub use tensors::{Pair, batch, integers, numbers, poisoned, read, read_bytes, read_index};
 pub use values::Values;
 

@@ -34,6 +34,11 @@ pub fn small_cases(body: impl Fn(&TestDevice)) {
     devices::all().iter().for_each(body);
 }
 
+/// Runs `body` once on a GPU, if there is one: for written-out cases that are too large to emulate.
+pub fn large_cases(body: impl Fn(&TestDevice)) {
+    devices::gpu().iter().for_each(body);
+}
+
 /// Whether the tests see `fault`: `body` fails on some of `cases` (in emulation) with it in the kernel.
 #[track_caller]
 pub fn catches<S: Strategy>(fault: Fault<'_>, cases: S, body: impl Fn(&TestDevice, S::Value)) {

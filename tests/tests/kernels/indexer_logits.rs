@@ -1,5 +1,6 @@
 //! `indexer_logits` against the oracle.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use dsa80_cuda::indexer_logits::{
@@ -98,14 +99,15 @@ impl Inputs {
 }
 
 /// The slots that hold a key of some sequence.
-fn slots(case: &Case) -> impl Iterator<Item = usize> {
+fn slots(case: &Case) -> BTreeSet<usize> {
     let batch = &case.batch.batch;
-    batch.context_lens.iter().enumerate().flat_map(move |(seq, &context_len)| {
+    let slots = batch.context_lens.iter().enumerate().flat_map(|(seq, &context_len)| {
         (0..context_len as usize).map(move |position| {
             let page = batch.block_table[seq * batch.max_blocks + position / batch.page_size] as usize;
             page * batch.page_size + position % batch.page_size
         })
-    })
+    });
+    slots.collect()
 }
 
 fn act_cache(device: &TestDevice, case: &Case, change: fn(f64) -> f64) -> Pair {
@@ -205,6 +207,29 @@ fn more_sequences_than_a_warp_has_lanes() {
             run(device, Case { batch, rows, spare: 3, variant, fp8, q, weights, keys, seed: 9 });
         });
     }
+}
+
+/// What is promised at most. Far pages repeat near ones, which spares the test their memory.
+#[test]
+fn the_longest_context_the_widest_batch_and_the_most_rows() {
+    let glm = IndexerLogitsDims { heads: 32, dims: 128 };
+    let served = Variant { dims: glm, tile: IndexerLogitsTile::safe(glm) };
+    let wide: Vec<(usize, usize)> = (0..256).map(|i| (700 + i * 37 % 1301, 1 + i % 6)).collect();
+    parity::large_cases(|device| {
+        for (sequences, variant, fp8) in [
+            (&[(1_048_574, 2)][..], served, true),
+            (&[(1_048_570, 6)], served, false),
+            (&wide, served, true),
+            (&[(100, 8192)], VARIANTS[0], true),
+        ] {
+            let mut batch = BatchCase::of(64, sequences);
+            batch.pages = batch.pages.min(2000);
+            batch.batch.block_table.iter_mut().for_each(|page| *page %= batch.pages as i32);
+            let rows = 0..batch.batch.num_tokens();
+            let (q, weights, keys) = (Values::Normal, Values::Normal, Values::Normal);
+            run(device, Case { batch, rows, spare: 1, variant, fp8, q, weights, keys, seed: 5 });
+        }
+    });
 }
 
 #[test]

@@ -268,6 +268,27 @@ fn agrees_with_the_oracle_at_size() {
     parity::check_on_gpu("sparse_mla_at_size", cases(variants, 5000, 2048), run);
 }
 
+/// What is promised at most: 256 sequences with up to 6 rows each, 8192 rows of a prefill; 64 heads, too.
+#[test]
+fn the_widest_batch_and_the_most_rows() {
+    let glm = SparseMlaDims { kv_lora_rank: 512, rope: 64 };
+    let tile = SparseMlaTile::safe(glm);
+    let decode: Vec<(usize, usize)> = (0..256).map(|i| (300 + i * 37 % 401, 1 + i % 6)).collect();
+    let prefill = [(128, 128); 64];
+    parity::large_cases(|device| {
+        for (sequences, heads, k, fp8) in [
+            (&decode[..], 8, 256, false),
+            (&decode, 8, 256, true),
+            (&decode[..64], 64, 128, false),
+            (&prefill, 8, 64, false),
+            (&prefill, 8, 64, true),
+        ] {
+            let case = Case { heads, ..by_hand(Variant { dims: glm, fp8, tile }, sequences, k, 1) };
+            run_with(device, &case, &SparseMlaTiles::safe(glm));
+        }
+    });
+}
+
 /// A written-out case: three sequences, eight heads.
 fn by_hand(variant: Variant, sequences: &[(usize, usize)], k: usize, holes: usize) -> Case {
     let values = (Values::Normal, Values::Normal);

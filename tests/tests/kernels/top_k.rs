@@ -220,6 +220,19 @@ fn agrees_with_the_oracle_at_glm_shapes() {
     });
 }
 
+#[test]
+fn a_row_of_a_million() {
+    parity::large_cases(|device| {
+        for (rows, scores) in
+            [(TopKRows::Few, Scores::Of(Values::Normal)), (TopKRows::Many, Scores::Relu(0.5))]
+        {
+            let batch = BatchCase::of(64, &[(1_048_574, 2)]);
+            let tile = TopKTile::safe(rows);
+            run(device, Case { batch, rows: (0, 16), k: 2048, spare: 0, scores, seed: 6, tile });
+        }
+    });
+}
+
 /// A row of three windows, each of which has more words than the block has threads.
 fn large_windows() -> Case {
     let filtered = Filtered { window: 2048, ..TILES[1].filtered };
