@@ -1,7 +1,7 @@
 //! `sparse_mla`: attention over the selected latent rows.
 //!
 //! Three ways lead to the same result. Eight heads fill the tensor core's columns in `sparse_mla_narrow`, for every cache. From
-//! [`SparseMlaTiles::wide_heads`] heads on, 64 query rows share their keys in [`sparse_mla_wide`]. And in long chunks with fewer heads,
+//! [`SparseMlaTiles::wide_heads`] heads on, unless the step is tiny, 64 query rows share their keys in [`sparse_mla_wide`]. And in long chunks with fewer heads,
 //! neighbouring tokens that select much the same rows share those of [`sparse_mla_union`]; which tokens do is known on the device alone,
 //! so both kernels are launched, and each leaves the other's tokens alone.
 
@@ -33,8 +33,10 @@ pub struct SparseMlaTiles {
     pub wide_prefill: SparseMlaWideTile,
     /// Which rows they share.
     pub union: SparseMlaUnionTile,
-    /// From this many heads on, 64 query rows share their keys.
+    /// From this many heads on, 64 query rows share their keys,
     pub wide_heads: usize,
+    /// if the step has this many query rows (tokens times heads): fewer leave most of the device to the splits of a few blocks.
+    pub wide_queries: usize,
     /// From this many token rows a sequence on, tokens with fewer heads may share rows; 0 for never.
     pub union_tokens: usize,
     /// How many times the rows of one token the union of a group may have and still be worth masked products, in quarters.
@@ -52,9 +54,15 @@ impl SparseMlaTiles {
             wide_prefill: wide,
             union: SparseMlaUnionTile::safe(()),
             wide_heads: 24,
+            wide_queries: 256,
             union_tokens: 256,
             union_quarters: 12,
         }
+    }
+
+    /// Whether `heads` heads of `tokens` tokens share their keys in 64 query rows, if the cache is bf16.
+    pub fn is_wide(&self, tokens: usize, heads: usize) -> bool {
+        heads >= self.wide_heads && tokens * heads >= self.wide_queries
     }
 }
 
@@ -161,7 +169,7 @@ pub fn sparse_mla<D: Device>(
         return Ok(());
     }
     let shareable = cache.dtype() == DType::Act;
-    if shareable && heads >= tiles.wide_heads {
+    if shareable && tiles.is_wide(tokens, heads) {
         let splits = wide_splits(tokens * heads.div_ceil(QUERIES), k, device.limits());
         let wide = if splits > 1 { &tiles.wide_decode } else { &tiles.wide_prefill };
         let partials = workspace.partials(tokens * heads, splits)?;

@@ -327,17 +327,23 @@ fn several_warps_merge_many_splits() {
 fn every_way_agrees_with_the_oracle() {
     parity::small_cases(|device| {
         // With half of a union's rows allowed, some groups go one way and some the other.
-        for (heads, sequences, k, union_tokens, union_quarters) in [
-            (32, &[(50, 1), (20, 2)][..], 40, 0, 0),
-            (32, &[(300, 1)][..], 200, 0, 0),
-            (32, &[][..], 200, 0, 0),
-            (8, &[(5, 3), (40, 20)][..], 40, 8, 5),
-            (8, &[(40, 24)][..], 40, 8, 4000),
+        for (heads, sequences, k, wide_queries, union_tokens, union_quarters) in [
+            (32, &[(50, 1), (20, 2)][..], 40, 0, 0, 0),
+            (32, &[(300, 1)][..], 200, 0, 0, 0),
+            (32, &[(300, 1)][..], 200, 33, 0, 0),
+            (32, &[][..], 200, 0, 0, 0),
+            (8, &[(5, 3), (40, 20)][..], 40, 0, 8, 5),
+            (8, &[(40, 24)][..], 40, 0, 8, 4000),
         ] {
             let mut case = by_hand(VARIANTS[0], sequences, k, 1);
             case.heads = heads;
-            let ways =
-                SparseMlaTiles { wide_heads: 24, union_tokens, union_quarters, ..narrow(case.variant) };
+            let ways = SparseMlaTiles {
+                wide_heads: 24,
+                wide_queries,
+                union_tokens,
+                union_quarters,
+                ..narrow(case.variant)
+            };
             run_with(device, &case, &ways);
         }
     });
