@@ -10,22 +10,25 @@
 
 constexpr int WARPS = TILE_WARPS, STAGES = TILE_STAGES, THREADS = 32 * WARPS;
 constexpr int KEYS = 16, HEADS = 8;
-constexpr int WIDTH = KV_LORA_RANK + ROPE_DIM, STEPS = WIDTH / 16, VALUE_TILES = KV_LORA_RANK / 16, Q_CHUNKS = WIDTH / 8;
+// Half a step of rotary columns is filled up with zeros.
+constexpr int WIDTH = KV_LORA_RANK + ROPE_DIM, STEPS = (WIDTH + 15) / 16, VALUE_TILES = KV_LORA_RANK / 16;
+constexpr int Q_CHUNKS = WIDTH / 8, Q_USED = STEPS * 2;
 #if FP8
 constexpr int GROUP = 128, GROUPS = (KV_LORA_RANK + GROUP - 1) / GROUP, ROPE_OFFSET = KV_LORA_RANK + 4 * GROUPS;
-constexpr int CHUNKS = (ROPE_OFFSET + 2 * ROPE_DIM + 15) / 16;
+constexpr int CHUNKS = (ROPE_OFFSET + 2 * ROPE_DIM + 15) / 16, USED = (ROPE_OFFSET + 2 * (STEPS * 16 - KV_LORA_RANK) + 15) / 16;
 // Eight bytes of four heads' four lanes meet 32 banks.
-constexpr int Q_STRIDE = (2 * WIDTH + 127) / 128 * 128 + 32;
+constexpr int Q_STRIDE = (STEPS * 32 + 127) / 128 * 128 + 32;
 #else
-constexpr int CHUNKS = WIDTH / 8, Q_STRIDE = (CHUNKS | 1) * 16;
+constexpr int CHUNKS = WIDTH / 8, USED = Q_USED, Q_STRIDE = (USED | 1) * 16;
 #endif
 // An odd number of 16-byte chunks from row to row: `ldmatrix` then meets no bank twice.
-constexpr int ROW_BYTES = CHUNKS * 16, STRIDE = (CHUNKS | 1) * 16;
+constexpr int ROW_BYTES = CHUNKS * 16, STRIDE = (USED | 1) * 16;
 // From head to head of a warp's output: lanes of four heads and eight columns meet 32 banks.
 constexpr int O_STRIDE = (KV_LORA_RANK + 31) / 32 * 32 + 4;
 constexpr float LAG = 8.0f;
 
-static_assert(KV_LORA_RANK % 16 == 0 && ROPE_DIM % 16 == 0, "whole steps of an mma");
+static_assert(KV_LORA_RANK % 16 == 0 && ROPE_DIM % 8 == 0, "whole steps of an mma, and half a one");
+static_assert(USED - CHUNKS <= 1 && Q_USED - Q_CHUNKS <= 1, "what is filled up is one chunk");
 static_assert(STAGES >= 2, "one block is read while the next arrives");
 
 struct Shared {
@@ -254,15 +257,26 @@ DEVICE void store_tile(float* exchange, const float (&o)[4], const float (&facto
 
 #endif
 
-// Eight heads' queries, by `COPIERS` lanes of which this is the `copier`-th.
+// The queries of `heads` heads, and zeros for the others, by `COPIERS` lanes of which this is the `copier`-th.
 template <int COPIERS>
-DEVICE void copy_queries(uint8_t* rows, const uint16_t* q, int copier) {
+DEVICE void copy_queries(uint8_t* rows, const uint16_t* q, int heads, int copier) {
 #pragma unroll
     for (int first = 0; first < HEADS * Q_CHUNKS; first += COPIERS) {
-        const int i = first + copier;
-        if (first + COPIERS <= HEADS * Q_CHUNKS || i < HEADS * Q_CHUNKS)
-            cp_async_16(rows + i / Q_CHUNKS * Q_STRIDE + i % Q_CHUNKS * 16, q + i * 8);
+        const int i = first + copier, head = i / Q_CHUNKS;
+        if (first + COPIERS > HEADS * Q_CHUNKS && i >= HEADS * Q_CHUNKS) break;
+        uint8_t* to = rows + head * Q_STRIDE + i % Q_CHUNKS * 16;
+        if (WHOLE_GROUPS)
+            cp_async_16(to, q + i * 8);
+        else
+            cp_async_16_or_zero(to, head < heads ? q + i * 8 : q, head < heads);
     }
+}
+
+// Zeros where `COUNT` rows end in half a step: no copy writes there.
+template <int COUNT, int ROW_STRIDE>
+DEVICE void fill_up(uint8_t* rows, int chunk, int filler, int fillers) {
+    for (int row = filler; row < COUNT; row += fillers)
+        *reinterpret_cast<uint4*>(rows + row * ROW_STRIDE + chunk * 16) = make_uint4(0, 0, 0, 0);
 }
 
 // One block of keys: `reference` is what the weights of this lane's two heads are relative to, `sum` adds up those of the lane's keys.
@@ -310,7 +324,7 @@ DEVICE void attend(float (&o)[VALUE_TILES][4], float (&reference)[2], float (&su
 }
 
 // `q` [T, H, WIDTH]; `cache` rows of ROW_BYTES; `topk_indices` [T, k]; `out` [T, H, KV_LORA_RANK], or with SPLIT the partial results of
-// a range of blocks as `sparse_mla.cuh` describes them. Where `union_counts` is not null, tokens in groups of `union_tokens` whose count is
+// a range of blocks as `sparse_mla.cuh` describes them; without WHOLE_GROUPS the last group of heads may be short. Where `union_counts` is not null, tokens in groups of `union_tokens` whose count is
 // at most `union_most` are left alone. Grid: tokens, groups of heads, splits.
 KERNEL void __launch_bounds__(THREADS, 1)
 sparse_mla(const uint16_t* q, const uint8_t* cache, const int32_t* topk_indices, const int32_t* seq_ids, const int32_t* block_table,
@@ -321,6 +335,7 @@ sparse_mla(const uint16_t* q, const uint8_t* cache, const int32_t* topk_indices,
     const int token = blockIdx.x, splits = gridDim.z, split = blockIdx.z;
     if (union_counts != nullptr && union_counts[token / union_tokens] <= union_most) return;
     const int64_t first_head = static_cast<int64_t>(token) * heads + blockIdx.y * HEADS;
+    const int my_heads = WHOLE_GROUPS ? HEADS : min(HEADS, heads - static_cast<int>(blockIdx.y) * HEADS);
 
     const int all_blocks = (k + KEYS - 1) / KEYS;
     Blocks blocks;
@@ -334,9 +349,11 @@ sparse_mla(const uint16_t* q, const uint8_t* cache, const int32_t* topk_indices,
     uint8_t(*ring)[KEYS][STRIDE] = shared.rows[warp];
     // Of each stage, which keys it holds: 16 bits.
     uint32_t held[STAGES];
+    if constexpr (USED > CHUNKS) fill_up<STAGES * KEYS, STRIDE>(ring[0][0], CHUNKS, lane, 32);
     const uint16_t* my_q = q + first_head * WIDTH;
 #if FP8
-    copy_queries<THREADS>(shared.queries[0], my_q, threadIdx.x);
+    if constexpr (Q_USED > Q_CHUNKS) fill_up<HEADS, Q_STRIDE>(shared.queries[0], Q_CHUNKS, threadIdx.x, THREADS);
+    copy_queries<THREADS>(shared.queries[0], my_q, my_heads, threadIdx.x);
     cp_async_commit();
     blocks.look_up();
 #pragma unroll
@@ -350,7 +367,7 @@ sparse_mla(const uint16_t* q, const uint8_t* cache, const int32_t* topk_indices,
 #else
     // Queries pass through the last stage.
     uint8_t* staging = ring[STAGES - 1][0];
-    copy_queries<32>(staging, my_q, lane);
+    copy_queries<32>(staging, my_q, my_heads, lane);
     cp_async_commit();
     blocks.look_up();
 #pragma unroll
@@ -415,7 +432,7 @@ sparse_mla(const uint16_t* q, const uint8_t* cache, const int32_t* topk_indices,
         for (int w = 0; w < WARPS; ++w) total = fmaf(shared.sums[w][head], exp2_approx(shared.maxima[w][head] - base), total);
         factor[h] = exp2_approx(reference[h] - base);
 #if SPLIT
-        if (warp == 0 && lane < 4) {
+        if (warp == 0 && lane < 4 && (WHOLE_GROUPS || head < my_heads)) {
             partial_max[(first_head + head) * splits + split] = most;
             partial_sum[(first_head + head) * splits + split] = total;
         }
@@ -431,7 +448,7 @@ sparse_mla(const uint16_t* q, const uint8_t* cache, const int32_t* topk_indices,
 #pragma unroll 8
     for (int item = 0; item < ITEMS; ++item) {
         const int i = item * THREADS + threadIdx.x, head = i / FOURS, column = i % FOURS * 4;
-        if (HEADS * FOURS % THREADS != 0 && head >= HEADS) break;
+        if ((HEADS * FOURS % THREADS != 0 || !WHOLE_GROUPS) && head >= my_heads) break;
         const float* part = reinterpret_cast<const float*>(shared.rows) + head * O_STRIDE + column;
         float4 v = *reinterpret_cast<const float4*>(part);
 #pragma unroll

@@ -1,6 +1,6 @@
 //! `sparse_mla`: attention over the selected latent rows.
 //!
-//! Three ways lead to the same result. Eight heads fill the tensor core's columns in `sparse_mla_narrow`, for every cache. From
+//! Three ways lead to the same result. Eight heads fill the tensor core's columns in `sparse_mla_narrow`, for every cache and all dims. From
 //! [`SparseMlaTiles::wide_heads`] heads on, unless the step is tiny, 64 query rows share their keys in [`sparse_mla_wide`]. And in long chunks with fewer heads,
 //! neighbouring tokens that select much the same rows share those of [`sparse_mla_union`]; which tokens do is known on the device alone,
 //! so both kernels are launched, and each leaves the other's tokens alone.
@@ -146,8 +146,7 @@ pub fn cost(tokens: usize, heads: usize, k: usize, dims: SparseMlaDims, fp8: boo
     }
 }
 
-/// The kernel of the contract's [`sparse_mla`](dsa80_reference::Kernels::sparse_mla), for multiples of 8 heads; the rows
-/// that a token selects must be distinct.
+/// The kernel of the contract's [`sparse_mla`](dsa80_reference::Kernels::sparse_mla). Any number of heads; multiples of 8 lose nothing.
 ///
 /// # Errors
 /// A shape, element type or tile that does not fit; a workspace that is too small; the device.
@@ -168,7 +167,7 @@ pub fn sparse_mla<D: Device>(
     if tokens * heads == 0 {
         return Ok(());
     }
-    let shareable = cache.dtype() == DType::Act;
+    let shareable = cache.dtype() == DType::Act && dims.rope.is_multiple_of(16);
     if shareable && tiles.is_wide(tokens, heads) {
         let splits = wide_splits(tokens * heads.div_ceil(QUERIES), k, device.limits());
         let wide = if splits > 1 { &tiles.wide_decode } else { &tiles.wide_prefill };

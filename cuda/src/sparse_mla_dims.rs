@@ -29,14 +29,14 @@ impl SparseMlaDims {
         if fp8 { self.row().row_bytes() } else { 2 * self.width() }
     }
 
-    /// Fails unless they are whole steps of the tensor core, as many as the registers of a warp hold.
-    pub(crate) fn require<T: Tile>(self, tile: &T) -> Result<()> {
+    /// Fails unless they are whole steps of the tensor core (or end in a part of one, of `columns`), as many as the registers of a warp hold.
+    pub(crate) fn require<T: Tile>(self, tile: &T, columns: usize) -> Result<()> {
         let Self { kv_lora_rank: rank, rope } = self;
         require(tile, rank > 0 && rank.is_multiple_of(16) && rank <= 512, || {
             format!("a latent of {rank} columns is not a multiple of 16 up to 512")
         })?;
-        require(tile, rope > 0 && rope.is_multiple_of(16) && rope <= 64, || {
-            format!("{rope} rotary columns are not a multiple of 16 up to 64")
+        require(tile, rope > 0 && rope.is_multiple_of(columns) && rope <= 64, || {
+            format!("{rope} rotary columns are not a multiple of {columns} up to 64")
         })
     }
 }

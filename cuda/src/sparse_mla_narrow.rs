@@ -1,4 +1,4 @@
-//! `sparse_mla` for eight heads, which fill the tensor core's columns: for every cache.
+//! `sparse_mla` for groups of eight heads, which fill the tensor core's columns: for every cache.
 
 use dsa80_reference::{DType, DeviceTensor, Result};
 use serde::{Deserialize, Serialize};
@@ -15,7 +15,7 @@ use crate::tile::{Tile, require, require_shared};
 
 const KERNEL: &str = "sparse_mla";
 
-/// Heads of a block.
+/// Heads of a block; the last may have fewer.
 pub(crate) const HEADS: usize = 8;
 
 /// Keys of a warp's step.
@@ -38,21 +38,32 @@ pub struct SparseMlaTile {
     pub through_l1: bool,
 }
 
+/// What is compiled apart.
+#[derive(Debug, Clone, Copy)]
+struct Variant {
+    fp8: bool,
+    /// Several blocks share a token's rows.
+    split: bool,
+    /// The heads are a multiple of 8.
+    whole_groups: bool,
+}
+
 impl SparseMlaTile {
     fn threads(&self) -> u32 {
         32 * self.warps as u32
     }
 
     fn shared_bytes(&self, dims: SparseMlaDims, fp8: bool) -> usize {
-        // An odd number of 16-byte chunks from row to row.
-        let stride = 16 * ((dims.row_bytes(fp8) / 16) | 1);
+        // Whole steps of 16 columns, and an odd number of 16-byte chunks from row to row.
+        let columns = SparseMlaDims { rope: dims.rope.next_multiple_of(16), ..dims };
+        let stride = 16 * (columns.row_bytes(fp8).div_ceil(16) | 1);
         let rows = self.warps * self.stages * KEYS * stride;
-        let queries = if fp8 { HEADS * ((2 * dims.width()).next_multiple_of(128) + 32) } else { 0 };
+        let queries = if fp8 { HEADS * ((2 * columns.width()).next_multiple_of(128) + 32) } else { 0 };
         let maxima_and_sums = 2 * 4 * HEADS * self.warps;
         rows + queries + maxima_and_sums
     }
 
-    fn program(&self, dims: SparseMlaDims, fp8: bool, split: bool) -> Program {
+    fn program(&self, dims: SparseMlaDims, Variant { fp8, split, whole_groups }: Variant) -> Program {
         Program::new(
             "sparse_mla.cu",
             [
@@ -60,6 +71,7 @@ impl SparseMlaTile {
                 ("ROPE_DIM", dims.rope),
                 ("FP8", usize::from(fp8)),
                 ("SPLIT", usize::from(split)),
+                ("WHOLE_GROUPS", usize::from(whole_groups)),
                 ("TILE_WARPS", self.warps),
                 ("TILE_STAGES", self.stages),
                 ("TILE_THROUGH_L1", usize::from(self.through_l1)),
@@ -128,24 +140,27 @@ impl Tile for SparseMlaTile {
         })?;
         require(self, (2..=4).contains(&self.stages), || "a warp holds 2 to 4 steps".into())?;
         require(self, (1..=16).contains(&self.split_blocks), || "1 to 16 blocks are resident".into())?;
-        dims.require(self)?;
+        dims.require(self, 8)?;
         require_shared(self, self.shared_bytes(dims, false).max(self.shared_bytes(dims, true)), limits)
     }
 }
 
 /// Every variant of a tile, and what adds up its splits.
 pub fn programs(tile: &SparseMlaTile, dims: SparseMlaDims) -> Vec<ProgramEntry> {
-    let variants = [false, true].into_iter().flat_map(|fp8| [false, true].map(|split| (fp8, split)));
+    let each = [false, true];
+    let variants = each.into_iter().flat_map(|fp8| each.map(|split| (fp8, split)));
     variants
-        .map(|(fp8, split)| ProgramEntry {
-            program: tile.program(dims, fp8, split),
+        .flat_map(|(fp8, split)| each.map(|whole_groups| Variant { fp8, split, whole_groups }))
+        .map(|variant| ProgramEntry {
+            program: tile.program(dims, variant),
             entry: KERNEL,
             threads: tile.threads(),
-            shared_bytes: tile.shared_bytes(dims, fp8),
+            shared_bytes: tile.shared_bytes(dims, variant.fp8),
             variant: format!(
-                "{} cache{}",
-                if fp8 { "8-bit" } else { "bf16" },
-                if split { ", split" } else { "" }
+                "{} cache{}{}",
+                if variant.fp8 { "8-bit" } else { "bf16" },
+                if variant.split { ", split" } else { "" },
+                if variant.whole_groups { "" } else { ", some heads" }
             ),
         })
         .chain(sparse_mla_merge::programs(dims))
@@ -177,9 +192,6 @@ impl<D: Device> Inputs<'_, D> {
         let Self { batch, q, cache, topk_indices, .. } = self;
         let tokens = batch.host().num_tokens();
         let (heads, width) = queries(KERNEL, q, tokens)?;
-        q.expect(KERNEL, "q", heads.is_multiple_of(HEADS), || {
-            format!("[{tokens}, H, kv_lora_rank + rope] with a multiple of {HEADS} heads")
-        })?;
         let dims = output(KERNEL, out, tokens, heads, width)?;
         let cache_rows = slots(KERNEL, cache, batch.host().page_size, width, dims.row().row_bytes())?;
         let k = selected(KERNEL, topk_indices, tokens)?;
@@ -195,7 +207,7 @@ pub(crate) struct Done<'a, D: Device> {
     pub most: usize,
 }
 
-/// Attention of groups of 8 heads, at least one, of inputs that fit the contract: what is not `done`.
+/// Attention of groups of up to 8 heads, at least one, of inputs that fit the contract: what is not `done`.
 pub(crate) fn sparse_mla_narrow<D: Device>(
     device: &D,
     tile: &SparseMlaTile,
@@ -208,13 +220,14 @@ pub(crate) fn sparse_mla_narrow<D: Device>(
     let Shapes { tokens, heads, dims, k, .. } = shapes;
     let Inputs { batch, q, cache, topk_indices, scale } = inputs;
     tile.validate(dims, device.limits())?;
-    let groups = heads / HEADS;
+    let groups = heads.div_ceil(HEADS);
     let splits = if done.is_some() { 1 } else { tile.splits(tokens * groups, k, device.limits()) };
     let partials = workspace.partials(tokens * heads, splits)?;
     let [partial_out, partial_max, partial_sum] = Partials::args(partials.as_ref());
     let fp8 = cache.dtype() == DType::Fp8;
+    let variant = Variant { fp8, split: partials.is_some(), whole_groups: heads.is_multiple_of(HEADS) };
     device.launch(&Launch {
-        program: &tile.program(dims, fp8, partials.is_some()),
+        program: &tile.program(dims, variant),
         entry: KERNEL,
         grid: [tokens as u32, groups as u32, splits as u32],
         threads: tile.threads(),

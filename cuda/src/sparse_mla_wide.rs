@@ -78,7 +78,7 @@ impl Tile for SparseMlaWideTile {
             format!("the {QUERIES} queries pass through all stages but the first, 8 at most")
         })?;
         // A thread holds an eighth of its warp's output columns and its part of the queries: 200 registers at 512 + 64.
-        dims.require(self)?;
+        dims.require(self, 16)?;
         require_shared(self, self.shared_bytes(dims), limits)
     }
 }
