@@ -61,7 +61,7 @@ KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
             const Lookup at = keys.lookup(warp_key + i * GROUP_KEYS + Keys::key_of_lane());
             RawKeys raw;
             raw.load(keys, at);
-            groups[i].expand<true>(raw);
+            groups[i].expand<true>(raw, static_cast<uint32_t>(first_row) >> 31);
             scales[i] = FP8 ? scale * __ldg(keys.scale(at)) : scale;
         }
 

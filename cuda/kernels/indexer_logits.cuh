@@ -195,7 +195,8 @@ struct RawKeys {
     }
 };
 
-// 32 keys as MMA operands. IN_ORDER: in the order of the dims; otherwise 8-bit keys swap the second and the third of every four.
+// 32 keys as MMA operands. IN_ORDER: in the order of the dims; otherwise 8-bit keys swap the second and the third of every four. `zero` is 0,
+// which the compiler must not know: it would keep bf16 keys in the registers they were loaded to, and copy them before every product.
 struct KeyGroup {
     uint32_t steps[4 * DIM_GROUPS][2][4];
 
@@ -205,7 +206,7 @@ struct KeyGroup {
     }
 
     template <bool IN_ORDER>
-    DEVICE void expand(const RawKeys& raw) {
+    DEVICE void expand(const RawKeys& raw, uint32_t zero) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -224,8 +225,8 @@ struct KeyGroup {
                         }
                     }
                 } else {
-                    set(2 * j, i, vector.x, vector.y);
-                    set(2 * j + 1, i, vector.z, vector.w);
+                    set(2 * j, i, vector.x | zero, vector.y | zero);
+                    set(2 * j + 1, i, vector.z | zero, vector.w | zero);
                 }
             }
         }

@@ -92,7 +92,7 @@ KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
                 const float key_scale = FP8 ? scale * stages[stage].scales[lane] : scale;
                 stage = stage == TILE_STAGES - 1 ? 0 : stage + 1;
                 KeyGroup groups[1];
-                groups[0].expand<false>(raw);
+                groups[0].expand<false>(raw, static_cast<uint32_t>(first_row) >> 31);
 
                 const int key = group * GROUP_KEYS + Keys::key_of_lane();
 #pragma unroll 1
