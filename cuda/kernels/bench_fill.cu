@@ -53,3 +53,9 @@ fill_fp8(uint8_t* out, int64_t count, int32_t seed, int32_t period, int32_t f32_
         out[at] = static_cast<uint8_t>(value);
     }
 }
+
+// Random words.
+KERNEL void __launch_bounds__(256) fill_words(uint32_t* out, int64_t count, int32_t seed) {
+    const int64_t stride = int64_t(gridDim.x) * blockDim.x;
+    for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < count; at += stride) out[at] = scramble(at, seed);
+}

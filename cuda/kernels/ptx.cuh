@@ -142,6 +142,13 @@ DEVICE float exp2_approx(float x) {
     return out;
 }
 
+// 1 / x, to a unit in the last place; subnormals are flushed, so 0 for 2^126 and more.
+DEVICE float reciprocal_approx(float x) {
+    float out;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+}
+
 // The larger of x and 0; NaN stays.
 DEVICE float relu(float x) {
     float out;

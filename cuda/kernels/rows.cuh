@@ -47,14 +47,17 @@ DEVICE float f16_to_float(uint32_t bits) {
     return __uint_as_float(__float_as_uint(scaled) | ((bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u) | (bits & 0x8000u) << 16);
 }
 
-// COUNT values of a weight of type TYPE from `column` on, widened.
+// COUNT values of a weight of type TYPE from element `column` on, widened.
 template <int TYPE, int COUNT>
-DEVICE void load_weights(const void* weight, int column, float (&values)[COUNT]) {
+DEVICE void load_weights(const void* weight, int64_t column, float (&values)[COUNT]) {
     if constexpr (TYPE == F32) {
         uint32_t words[COUNT];
         load_words(static_cast<const uint32_t*>(weight) + column, words);
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) values[i] = __uint_as_float(words[i]);
+    } else if constexpr (COUNT == 1) {
+        const uint32_t bits = static_cast<const uint16_t*>(weight)[column];
+        values[0] = TYPE == BF16 ? bf16_low(bits) : f16_to_float(bits);
     } else {
         uint32_t words[COUNT / 2];
         load_words(static_cast<const uint16_t*>(weight) + column, words);
@@ -63,6 +66,41 @@ DEVICE void load_weights(const void* weight, int column, float (&values)[COUNT])
             values[2 * i] = TYPE == BF16 ? bf16_low(words[i]) : f16_to_float(words[i] & 0xffffu);
             values[2 * i + 1] = TYPE == BF16 ? bf16_high(words[i]) : f16_to_float(words[i] >> 16);
         }
+    }
+}
+
+// COUNT neighbouring bf16, 1 or as many as `load_words` takes, as they lie in memory: a lone one in the lower half of its word.
+template <int COUNT>
+DEVICE void load_bf16(const uint16_t* global, uint32_t (&words)[(COUNT + 1) / 2]) {
+    if constexpr (COUNT == 1) {
+        words[0] = *global;
+    } else {
+        load_words(global, words);
+    }
+}
+
+template <int COUNT>
+DEVICE void store_bf16(uint16_t* global, const uint32_t (&words)[(COUNT + 1) / 2]) {
+    if constexpr (COUNT == 1) {
+        *global = static_cast<uint16_t>(words[0]);
+    } else {
+        store_words(global, words);
+    }
+}
+
+template <int COUNT>
+DEVICE void widen_bf16(const uint32_t (&words)[(COUNT + 1) / 2], float (&values)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) values[i] = i % 2 == 0 ? bf16_low(words[i / 2]) : bf16_high(words[i / 2]);
+}
+
+template <int COUNT>
+DEVICE void narrow_to_bf16(const float (&values)[COUNT], uint32_t (&words)[(COUNT + 1) / 2]) {
+    if constexpr (COUNT == 1) {
+        words[0] = float_to_bf16(values[0]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < COUNT / 2; ++i) words[i] = pack_bf16(values[2 * i], values[2 * i + 1]);
     }
 }
 

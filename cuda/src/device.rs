@@ -110,6 +110,8 @@ pub enum Arg<'a, B> {
     I64(i64),
     /// `float`.
     F32(f32),
+    /// `double`.
+    F64(f64),
 }
 
 /// One kernel launch.

@@ -4,15 +4,38 @@
 //! launched on any [`Device`], with the arguments of the kernel contract. [`gpu`] is the device that a GPU is; the tests have another,
 //! which runs the same sources on the CPU. [`Tiles`] are the tiles chosen for a GPU.
 
+pub mod absorb;
 pub mod batch;
+mod cuda;
 pub mod device;
+pub mod embed;
 pub mod gpu;
 pub mod indexer_logits;
+pub mod int4;
 pub mod latent_rope;
 pub mod layer_norm_rope;
+pub mod linear;
+pub mod linear_few;
+pub mod linear_many;
+pub mod lm_head;
+pub mod linear_int4;
+pub mod linear_int4_wide;
+pub mod moe;
+pub mod moe_int4;
+mod moe_int4_experts;
+mod moe_int4_grouped;
+pub mod moe_int4_pairs;
+mod moe_sort;
 mod probe;
 pub mod registry;
+pub mod repack_int4;
+pub mod rms_norm;
+pub mod rope;
+pub mod rope_table;
+pub mod router;
 mod rows;
+pub mod sample;
+pub mod silu_mul;
 pub mod sources;
 pub mod sparse_mla;
 mod sparse_mla_dims;
@@ -26,8 +49,10 @@ pub mod tiles;
 pub mod top_k;
 
 pub use batch::CudaBatch;
+pub use cuda::Cuda;
 pub use device::{Arg, Device, Launch, Limits, Program, ProgramEntry};
 pub use gpu::{Gpu, GpuBuffer};
+pub use int4::{HostPackedInt4, Int4Rows, Int4Shape, PackedInt4};
 pub use probe::{CudaDevice, ProbeError, devices};
 pub use sources::Sources;
 pub use tensor::CudaTensor;

@@ -17,9 +17,7 @@ pub struct CudaDevice {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ProbeError {
     /// There is no driver library to load.
-    #[error(
-        "no CUDA driver: libcuda could not be loaded; install the NVIDIA driver, or use another --device"
-    )]
+    #[error("no CUDA driver: libcuda could not be loaded; install the NVIDIA driver")]
     NoDriver,
     /// The driver answered with an error.
     #[error("the CUDA driver answered: {0}")]

@@ -1,11 +1,27 @@
 //! Every kernel that has tiles, for what treats them alike: tile files, the compile check, sweeps.
 
-use dsa80_reference::Result;
+use dsa80_reference::{Result, RopeLayout};
 
 use crate::device::{Limits, ProgramEntry};
+use crate::absorb::{self, AbsorbTile, AbsorbTokens};
+use crate::linear::LinearTokens;
+use crate::moe_int4::{self, MoeInt4Dims, MoeInt4Tile, MoeLoad};
+use crate::moe_int4_pairs::{self, MoeInt4PairsTile};
+use crate::linear_few::{self, LinearFewTile};
+use crate::linear_many::{self, LinearTile};
+use crate::embed::{self, EmbedDims, EmbedTile};
 use crate::indexer_logits::{self, IndexerLogitsDims, IndexerLogitsTile};
 use crate::latent_rope::{self, LatentRopeDims, LatentRopeTile};
 use crate::layer_norm_rope::{self, LayerNormRopeDims, LayerNormRopeTile};
+use crate::linear_int4::{self, LinearInt4Tile, LinearInt4Tokens};
+use crate::linear_int4_wide::{self, LinearInt4WideTile};
+use crate::repack_int4::{self, RepackInt4Tile};
+use crate::rms_norm::{self, RmsNormDims, RmsNormTile};
+use crate::rope::{self, RopeDims, RopeTile};
+use crate::rope_table::{self, RopeTableTile};
+use crate::router::{self, RouterDims, RouterTile};
+use crate::sample::{self, SampleTile};
+use crate::silu_mul::{self, SiluMulTile};
 use crate::sparse_mla::{self, SparseMlaDims, SparseMlaTile};
 use crate::sparse_mla_union::{self, SparseMlaUnionTile};
 use crate::sparse_mla_wide::{self, SparseMlaWideTile};
@@ -22,6 +38,84 @@ pub trait PinnedTile: Tile {
 
     /// Every program that the launcher may launch with this tile.
     fn programs(&self, dims: Self::Dims) -> Vec<ProgramEntry>;
+}
+
+impl PinnedTile for EmbedTile {
+    const CLASSES: &'static [&'static str] = &["any"];
+
+    fn glm_dims(_class: &str) -> EmbedDims {
+        EmbedDims { width: 6144 }
+    }
+
+    fn programs(&self, dims: EmbedDims) -> Vec<ProgramEntry> {
+        embed::programs(self, dims)
+    }
+}
+
+impl PinnedTile for RopeTableTile {
+    const CLASSES: &'static [&'static str] = &["any"];
+
+    fn glm_dims(_class: &str) {}
+
+    fn programs(&self, (): ()) -> Vec<ProgramEntry> {
+        rope_table::programs(self)
+    }
+}
+
+impl PinnedTile for RmsNormTile {
+    const CLASSES: &'static [&'static str] = &["few", "many"];
+
+    fn glm_dims(_class: &str) -> RmsNormDims {
+        RmsNormDims { width: 6144 }
+    }
+
+    fn programs(&self, dims: RmsNormDims) -> Vec<ProgramEntry> {
+        rms_norm::programs(self, dims)
+    }
+}
+
+impl PinnedTile for RopeTile {
+    const CLASSES: &'static [&'static str] = &["any"];
+
+    fn glm_dims(_class: &str) -> RopeDims {
+        RopeDims { heads: 8, width: 256, offset: 192, rope: 64, layout: RopeLayout::Interleaved }
+    }
+
+    fn programs(&self, dims: RopeDims) -> Vec<ProgramEntry> {
+        rope::programs(self, dims)
+    }
+}
+
+impl PinnedTile for RouterTile {
+    const CLASSES: &'static [&'static str] = &["any"];
+
+    fn glm_dims(_class: &str) -> RouterDims {
+        RouterDims { experts: 256, groups: 1 }
+    }
+
+    fn programs(&self, dims: RouterDims) -> Vec<ProgramEntry> {
+        router::programs(self, dims)
+    }
+}
+
+impl PinnedTile for SampleTile {
+    const CLASSES: &'static [&'static str] = &["any"];
+
+    fn glm_dims(_class: &str) {}
+
+    fn programs(&self, (): ()) -> Vec<ProgramEntry> {
+        sample::programs(self)
+    }
+}
+
+impl PinnedTile for SiluMulTile {
+    const CLASSES: &'static [&'static str] = &["any"];
+
+    fn glm_dims(_class: &str) {}
+
+    fn programs(&self, (): ()) -> Vec<ProgramEntry> {
+        silu_mul::programs(self)
+    }
 }
 
 impl PinnedTile for LayerNormRopeTile {
@@ -106,6 +200,106 @@ impl PinnedTile for SparseMlaUnionTile {
     }
 }
 
+impl PinnedTile for LinearFewTile {
+    const CLASSES: &'static [&'static str] = &["up_to_8", "up_to_32"];
+
+    fn glm_dims(class: &str) -> LinearTokens {
+        LinearTokens::named(class)
+    }
+
+    fn programs(&self, tokens: LinearTokens) -> Vec<ProgramEntry> {
+        linear_few::programs(self, tokens)
+    }
+}
+
+impl PinnedTile for LinearTile {
+    const CLASSES: &'static [&'static str] = &["middle", "many"];
+
+    fn glm_dims(class: &str) -> LinearTokens {
+        LinearTokens::named(class)
+    }
+
+    fn programs(&self, _tokens: LinearTokens) -> Vec<ProgramEntry> {
+        linear_many::programs(self)
+    }
+}
+
+impl PinnedTile for AbsorbTile {
+    const CLASSES: &'static [&'static str] = &["few", "many"];
+
+    fn glm_dims(class: &str) -> AbsorbTokens {
+        if class == "few" { AbsorbTokens::Few } else { AbsorbTokens::Many }
+    }
+
+    fn programs(&self, _tokens: AbsorbTokens) -> Vec<ProgramEntry> {
+        absorb::programs(self)
+    }
+}
+
+impl PinnedTile for RepackInt4Tile {
+    const CLASSES: &'static [&'static str] = &["any"];
+
+    fn glm_dims(_class: &str) {}
+
+    fn programs(&self, (): ()) -> Vec<ProgramEntry> {
+        repack_int4::programs(self)
+    }
+}
+
+impl PinnedTile for LinearInt4Tile {
+    const CLASSES: &'static [&'static str] = &["tokens_8", "tokens_16", "tokens_32"];
+
+    fn glm_dims(class: &str) -> LinearInt4Tokens {
+        match class {
+            "tokens_8" => LinearInt4Tokens::UpTo8,
+            "tokens_16" => LinearInt4Tokens::UpTo16,
+            _ => LinearInt4Tokens::UpTo32,
+        }
+    }
+
+    fn programs(&self, _tokens: LinearInt4Tokens) -> Vec<ProgramEntry> {
+        linear_int4::programs(self)
+    }
+}
+
+impl PinnedTile for LinearInt4WideTile {
+    const CLASSES: &'static [&'static str] = &["medium", "many"];
+
+    fn glm_dims(_class: &str) {}
+
+    fn programs(&self, (): ()) -> Vec<ProgramEntry> {
+        linear_int4_wide::programs(self)
+    }
+}
+
+impl PinnedTile for MoeInt4Tile {
+    const CLASSES: &'static [&'static str] = &["few", "some", "many"];
+
+    fn glm_dims(class: &str) -> MoeInt4Dims {
+        MoeInt4Dims::glm(match class {
+            "few" => MoeLoad::Few,
+            "some" => MoeLoad::Some,
+            _ => MoeLoad::Many,
+        })
+    }
+
+    fn programs(&self, dims: MoeInt4Dims) -> Vec<ProgramEntry> {
+        moe_int4::programs(self, dims)
+    }
+}
+
+impl PinnedTile for MoeInt4PairsTile {
+    const CLASSES: &'static [&'static str] = &["any"];
+
+    fn glm_dims(_class: &str) -> MoeInt4Dims {
+        MoeInt4Dims::glm(MoeLoad::Few)
+    }
+
+    fn programs(&self, dims: MoeInt4Dims) -> Vec<ProgramEntry> {
+        moe_int4_pairs::programs(self, dims)
+    }
+}
+
 /// A [`PinnedTile`] without its type: tiles are what a tile file holds.
 #[derive(Debug, Clone, Copy)]
 pub struct Registered {
@@ -121,6 +315,16 @@ pub struct Registered {
 
 /// The kernels, in the order of a model's layer.
 pub const KERNELS: &[Registered] = &[
+    Registered::of::<LinearFewTile>(),
+    Registered::of::<LinearTile>(),
+    Registered::of::<AbsorbTile>(),
+    Registered::of::<EmbedTile>(),
+    Registered::of::<RopeTableTile>(),
+    Registered::of::<RmsNormTile>(),
+    Registered::of::<RopeTile>(),
+    Registered::of::<RouterTile>(),
+    Registered::of::<SiluMulTile>(),
+    Registered::of::<SampleTile>(),
     Registered::of::<LayerNormRopeTile>(),
     Registered::of::<LatentRopeTile>(),
     Registered::of::<IndexerLogitsTile>(),
@@ -128,6 +332,11 @@ pub const KERNELS: &[Registered] = &[
     Registered::of::<SparseMlaTile>(),
     Registered::of::<SparseMlaWideTile>(),
     Registered::of::<SparseMlaUnionTile>(),
+    Registered::of::<MoeInt4PairsTile>(),
+    Registered::of::<MoeInt4Tile>(),
+    Registered::of::<RepackInt4Tile>(),
+    Registered::of::<LinearInt4Tile>(),
+    Registered::of::<LinearInt4WideTile>(),
 ];
 
 /// The kernel of that name.

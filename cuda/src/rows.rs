@@ -22,6 +22,11 @@ pub(crate) fn require_rows<T: Tile>(tile: &T, warps: usize, vector: usize) -> Re
     require(tile, (1..=8).contains(&warps), || "a block has 1 to 8 warps".into())
 }
 
+/// Neighbouring columns that are loaded at once where every row has `width` of them: 16 bytes of bf16, or what divides the row.
+pub(crate) fn vector(width: usize) -> usize {
+    [8, 4, 2].into_iter().find(|vector| width.is_multiple_of(*vector)).unwrap_or(1)
+}
+
 /// The types of dense weights.
 pub(crate) const WEIGHTS: [DType; 3] = [DType::Bf16, DType::F16, DType::F32];
 

@@ -6,8 +6,12 @@ use std::path::Path;
 use dsa80_reference::{Error, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::absorb::{AbsorbTile, AbsorbTokens};
 use crate::device::Limits;
 use crate::indexer_logits::{IndexerLogitsDims, IndexerLogitsTile};
+use crate::linear::{LinearTiles, LinearTokens};
+use crate::linear_int4::{LinearInt4Tiles, LinearInt4Tokens};
+use crate::moe_int4::{MoeInt4Dims, MoeInt4Tiles, MoeLoad};
 use crate::registry::{self, PinnedTile, from_table};
 use crate::sparse_mla::{SparseMlaDims, SparseMlaTiles};
 
@@ -197,6 +201,45 @@ impl Tiles {
         let decode: IndexerLogitsTile = self.tile(decode, dims, limits);
         let prefill: IndexerLogitsTile = self.tile(prefill, dims, limits);
         IndexerLogitsTile { general: prefill.general, decode: decode.decode }
+    }
+
+    /// The tiles of `linear` and `lm_head`, for every number of tokens.
+    pub fn linear(&self, limits: &Limits) -> LinearTiles {
+        let [up_to_8, up_to_32] = [LinearTokens::UpTo8, LinearTokens::UpTo32]
+            .map(|tokens| self.tile(tokens.class(), tokens, limits));
+        let [middle, many] =
+            [LinearTokens::Middle, LinearTokens::Many].map(|tokens| self.tile(tokens.class(), tokens, limits));
+        LinearTiles { up_to_8, up_to_32, middle, many }
+    }
+
+    /// The tile of `absorb_query` and `absorb_output`, for few tokens and for many.
+    pub fn absorb(&self, limits: &Limits) -> AbsorbTile {
+        let few: AbsorbTile = self.tile("few", AbsorbTokens::Few, limits);
+        let many: AbsorbTile = self.tile("many", AbsorbTokens::Many, limits);
+        AbsorbTile { few: few.few, many: many.many }
+    }
+
+    /// The tiles of both ways through `linear_int4`.
+    pub fn linear_int4(&self, limits: &Limits) -> LinearInt4Tiles {
+        LinearInt4Tiles {
+            few_8: self.tile("tokens_8", LinearInt4Tokens::UpTo8, limits),
+            few_16: self.tile("tokens_16", LinearInt4Tokens::UpTo16, limits),
+            few_32: self.tile("tokens_32", LinearInt4Tokens::UpTo32, limits),
+            medium: self.tile("medium", (), limits),
+            many: self.tile("many", (), limits),
+            ..LinearInt4Tiles::safe()
+        }
+    }
+
+    /// The tiles of all ways through `moe_int4`.
+    pub fn moe_int4(&self, dims: MoeInt4Dims, limits: &Limits) -> MoeInt4Tiles {
+        let of = |load| MoeInt4Dims { load, ..dims };
+        MoeInt4Tiles {
+            pairs: self.tile("any", dims, limits),
+            few: self.tile("few", of(MoeLoad::Few), limits),
+            some: self.tile("some", of(MoeLoad::Some), limits),
+            many: self.tile("many", of(MoeLoad::Many), limits),
+        }
     }
 
     /// The tiles of all ways through `sparse_mla`.

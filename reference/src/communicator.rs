@@ -1,6 +1,9 @@
 //! Collectives between the ranks of a tensor-parallel group.
 
-use crate::error::Result;
+use std::sync::OnceLock;
+
+use crate::error::{Error, Result};
+use crate::tensor::DeviceTensor;
 
 /// The collectives that the model needs, over tensors of one backend. Every rank calls the same ones in the
 /// same order.
@@ -33,4 +36,87 @@ pub trait Communicator<T>: Send {
     /// Breaks the group: collectives that wait, and all later ones, fail on every rank with `reason`.
     /// Dropping a communicator does the same.
     fn abort(&self, reason: &str);
+}
+
+/// The group of one rank, on any backend: its tensors are the whole already.
+#[derive(Debug, Default)]
+pub struct SingleRank {
+    broken: OnceLock<String>,
+}
+
+impl SingleRank {
+    fn check(&self) -> Result<()> {
+        match self.broken.get() {
+            None => Ok(()),
+            Some(reason) => Err(Error::Communicator { rank: 0, world_size: 1, reason: reason.clone() }),
+        }
+    }
+}
+
+impl<T: DeviceTensor> Communicator<T> for SingleRank {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn world_size(&self) -> usize {
+        1
+    }
+
+    fn all_reduce(&self, _tensor: &mut T) -> Result<()> {
+        self.check()
+    }
+
+    /// Refuses: what a backend's memory holds only its own kernels can copy, and one rank has nothing to put together.
+    fn all_gather(&self, _shard: &T, _out: &mut T) -> Result<()> {
+        self.check()?;
+        let reason = "one rank gathers nothing: its shard is the whole".into();
+        Err(Error::Communicator { rank: 0, world_size: 1, reason })
+    }
+
+    fn broadcast(&self, _tensor: &mut T, root: usize) -> Result<()> {
+        self.check()?;
+        if root == 0 {
+            return Ok(());
+        }
+        let expected = "a rank below 1".into();
+        Err(Error::Value { kernel: "broadcast", name: "root", expected, found: root.to_string() })
+    }
+
+    fn barrier(&self) -> Result<()> {
+        self.check()
+    }
+
+    fn abort(&self, reason: &str) {
+        // The first reason is the cause.
+        let _ = self.broken.set(format!("rank 0: {reason}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::{Cpu, CpuTensor};
+    use crate::kernels::Kernels;
+    use crate::tensor::DType;
+
+    #[test]
+    fn a_single_rank_leaves_tensors_alone_until_it_is_aborted() {
+        let cpu = Cpu::<f32>::new();
+        let rank: &dyn Communicator<CpuTensor<f32>> = &SingleRank::default();
+        let mut tensor = cpu.alloc(DType::Float, &[2]).unwrap();
+        cpu.write(&[1.0, 2.0], &mut tensor).unwrap();
+        rank.all_reduce(&mut tensor).unwrap();
+        rank.broadcast(&mut tensor, 0).unwrap();
+        rank.barrier().unwrap();
+        assert_eq!((rank.rank(), rank.world_size()), (0, 1));
+        assert_eq!(cpu.read(&tensor).unwrap(), [1.0, 2.0]);
+        let shard = tensor.clone();
+        assert!(matches!(rank.all_gather(&shard, &mut tensor), Err(Error::Communicator { .. })));
+        assert!(matches!(rank.broadcast(&mut tensor, 1), Err(Error::Value { .. })));
+        rank.abort("out of pages");
+        rank.abort("again");
+        for failed in [rank.barrier(), rank.all_reduce(&mut tensor), rank.broadcast(&mut tensor, 0)] {
+            assert!(failed.unwrap_err().to_string().contains("rank 0: out of pages"));
+        }
+    }
 }

@@ -171,6 +171,14 @@ DEVICE float log2f(float x) { return __builtin_log2f(x); }
 DEVICE float rintf(float x) { return __builtin_rintf(x); }
 DEVICE float ceilf(float x) { return __builtin_ceilf(x); }
 DEVICE float floorf(float x) { return __builtin_floorf(x); }
+DEVICE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+DEVICE double rint(double x) { return __builtin_rint(x); }
+DEVICE double ceil(double x) { return __builtin_ceil(x); }
+DEVICE double fabs(double x) { return __builtin_fabs(x); }
+DEVICE double exp(double x) { return __builtin_exp(x); }
+DEVICE double log(double x) { return __builtin_log(x); }
+DEVICE int64_t __double_as_longlong(double x) { return emulation_bits<int64_t>(x); }
+DEVICE double __longlong_as_double(int64_t x) { return emulation_bits<double>(x); }
 DEVICE bool isnan(float x) { return __builtin_isnan(x); }
 DEVICE bool isinf(float x) { return __builtin_isinf(x); }
 
@@ -313,6 +321,10 @@ DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 DEVICE uint32_t pack_bf16(float low, float high) { return emulation_pack_bf16(low, high); }
 DEVICE uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) { return emulation_fma_bf16x2(a, b, c); }
 DEVICE float exp2_approx(float x) { return emulation_exp2(x); }
+DEVICE float reciprocal_approx(float x) {
+    const float out = 1.0f / x;
+    return fabsf(out) < 0x1p-126f ? __uint_as_float(__float_as_uint(out) & 0x80000000u) : out;
+}
 DEVICE float relu(float x) { return x < 0.0f ? 0.0f : x; }
 
 template <int LUT>
@@ -338,6 +350,7 @@ constexpr char emulation_letter(const uint32_t*) { return 'i'; }
 constexpr char emulation_letter(const int64_t*) { return 'l'; }
 constexpr char emulation_letter(const uint64_t*) { return 'l'; }
 constexpr char emulation_letter(const float*) { return 'f'; }
+constexpr char emulation_letter(const double*) { return 'd'; }
 template <int... I>
 struct EmulationIndices {};
 template <int N, int... I>

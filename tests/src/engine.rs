@@ -8,9 +8,23 @@ use dsa80_model::checkpoint::Checkpoint;
 use dsa80_model::engine::{
     EngineHandle, EngineStats, Event, EventStream, FinishReason, TokenLogprobs, Usage,
 };
-use dsa80_model::launch::{LaunchOptions, launch};
+use dsa80_model::launch::{Device, LaunchOptions, launch};
 
 use crate::fixture;
+
+/// The device that engines are tested on: `DSA80_TEST_DEVICE`, or the CPU. Never the best one there is: what a test shows must not
+/// depend on the machine.
+pub fn device() -> Device {
+    match std::env::var("DSA80_TEST_DEVICE") {
+        Ok(name) => name.parse().unwrap_or_else(|error| panic!("DSA80_TEST_DEVICE: {error}")),
+        Err(_) => Device::Cpu,
+    }
+}
+
+/// Default options, on [`device`].
+pub fn options() -> LaunchOptions {
+    LaunchOptions { device: device(), ..LaunchOptions::default() }
+}
 
 /// The checkpoint that is served by default.
 ///

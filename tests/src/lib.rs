@@ -4,6 +4,8 @@ pub mod distance;
 pub mod emulator;
 pub mod engine;
 pub mod fixture;
+pub mod judge;
+pub mod layers;
 pub mod naive;
 pub mod parity;
 pub mod prompt;

@@ -16,12 +16,18 @@ use tokio::sync::oneshot;
 use crate::engine::default_checkpoint;
 
 /// How a server is started.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct ServerOptions {
     /// The engine's side.
     pub launch: LaunchOptions,
     /// The HTTP side.
     pub http: dsa80_serve::ServerOptions,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        Self { launch: crate::engine::options(), http: dsa80_serve::ServerOptions::default() }
+    }
 }
 
 impl ServerOptions {

@@ -12,8 +12,9 @@ use dsa80_model::checkpoint::Checkpoint;
 use dsa80_model::runner::{INDEX_LOGITS, Rank};
 use dsa80_reference::SequenceSlice;
 use dsa80_reference::cpu::{Cpu, Real, ThreadCommunicator};
-use dsa80_tests::distance::{LogprobDelta, argmax, largest, mean, percentile, share_within};
+use dsa80_tests::distance::{LogprobDelta, argmax, largest, mean, share_within};
 use dsa80_tests::fixture::{self, Fixture};
+use dsa80_tests::judge::{self, limits};
 use dsa80_tests::prompt::{self, Run};
 
 /// Two scores closer than this may change places in float32.
@@ -22,18 +23,7 @@ const SELECTION_GAP: f64 = 1e-5;
 const GREEDY_MARGIN: f64 = 1e-3;
 
 fn load<F: Real>(fixture: &Fixture, page_size: usize) -> Rank<Cpu<F>> {
-    load_on(Cpu::new(), fixture, page_size)
-}
-
-fn load_on<F: Real>(cpu: Cpu<F>, fixture: &Fixture, page_size: usize) -> Rank<Cpu<F>> {
-    let checkpoint = Checkpoint::open(&fixture.dir).unwrap();
-    let communicator = ThreadCommunicator::group(cpu, 1).remove(0);
-    let limits = limits(fixture, page_size);
-    Rank::load(cpu, Box::new(communicator), &checkpoint, &limits, INDEX_LOGITS).unwrap()
-}
-
-fn limits(fixture: &Fixture, page_size: usize) -> dsa80_model::engine::StepLimits {
-    prompt::limits(fixture.tokens.len() + fixture.greedy.len(), page_size, fixture.vocab_size)
+    judge::load(Cpu::new(), fixture, page_size).unwrap()
 }
 
 /// The bounds of "computes what HF computes": log-probabilities, selections.
@@ -201,29 +191,14 @@ fn the_oracle_in_f64_is_hf_in_f64() {
     }
 }
 
-/// The bounds that a bf16 backend has to meet: 1.25 times HF bfloat16's own mean distance from HF float64,
-/// 1.5 times its p99.
 #[test]
 fn the_oracle_rounding_to_bf16_is_about_as_far_as_hf_in_bf16() {
     for fixture in fixture::all().unwrap() {
-        let mut rank = load_on(Cpu::<f32>::rounding_to_bf16(), &fixture, 16);
+        let mut rank = judge::load(Cpu::<f32>::rounding_to_bf16(), &fixture, 16).unwrap();
         let pages = prompt::scattered_pages(&limits(&fixture, 16), 0);
         let len = fixture.tokens.len();
         let run = prompt::run(&mut rank, &fixture.tokens, &pages, 16, &prompt::pieces(len, len)).unwrap();
-        let delta = LogprobDelta::new(&run.logits, &fixture.logits, &fixture.tokens).target;
-        let scale = &fixture.scale.bf16;
-        let p99 = percentile(&delta, 0.99);
-        println!(
-            "{:>20}: |delta logprob| mean {:.3} p99 {p99:.3} (HF bfloat16 {:.3} {:.3})",
-            fixture.name,
-            mean(&delta),
-            scale.mean,
-            scale.p99,
-        );
-        // Not the same numbers as float32 by accident: rounding must happen.
-        assert!(mean(&delta) > 1e-4, "{}: nothing was rounded", fixture.name);
-        assert!(mean(&delta) <= 1.25 * scale.mean, "{}: mean {}", fixture.name, mean(&delta));
-        assert!(p99 <= 1.5 * scale.p99, "{}: p99 {p99}", fixture.name);
+        judge::as_bf16(&fixture, "one piece", &run);
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use dsa80_model::engine::EngineStats;
 use dsa80_model::launch::LaunchOptions;
-use dsa80_tests::engine::eventually;
+use dsa80_tests::engine::{eventually, options};
 use dsa80_tests::server::{ServerOptions, TestServer};
 use futures::StreamExt;
 use futures::future::join_all;
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 /// Short steps, so that a request can go away between two of them; one request runs, others wait.
 fn one_at_a_time() -> LaunchOptions {
-    LaunchOptions { max_num_seqs: 1, max_num_batched_tokens: 32, ..LaunchOptions::default() }
+    LaunchOptions { max_num_seqs: 1, max_num_batched_tokens: 32, ..options() }
 }
 
 fn start(launch: LaunchOptions) -> TestServer {
@@ -72,7 +72,7 @@ async fn a_client_that_leaves_before_the_first_token_frees_its_request() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_leaves_in_the_middle_of_a_stream_frees_all_choices() {
-    let server = start(LaunchOptions::default());
+    let server = start(options());
     let more = json!({"stream": true, "max_tokens": 4000, "n": 3, "seed": 1});
     let mut body = request(&server, 20, more).send().await.unwrap().bytes_stream();
     for _ in 0..4 {
@@ -86,7 +86,7 @@ async fn a_client_that_leaves_in_the_middle_of_a_stream_frees_all_choices() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_burst_beyond_the_queue_is_told_to_come_back() {
-    let server = start(LaunchOptions { max_waiting: 6, max_num_seqs: 2, ..LaunchOptions::default() });
+    let server = start(LaunchOptions { max_waiting: 6, max_num_seqs: 2, ..options() });
     let burst = join_all((0..40).map(|_| request(&server, 40, json!({})).send())).await;
     let (mut served, mut refused) = (0, 0);
     for response in burst {
@@ -123,7 +123,7 @@ async fn a_burst_beyond_the_queue_is_told_to_come_back() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_stops_says_so_and_finishes_what_it_has() {
-    let server = start(LaunchOptions::default());
+    let server = start(options());
     let health = reqwest::get(server.url("/health")).await.unwrap();
     assert_eq!(
         (health.status().as_u16(), health.json::<Value>().await.unwrap()["status"].clone()),

@@ -8,6 +8,7 @@ use dsa80_model::checkpoint::Checkpoint;
 use dsa80_model::engine::{Event, FinishReason, Request};
 use dsa80_model::launch::{Device, LaunchOptions, launch};
 use dsa80_reference::SamplingParams;
+use dsa80_tests::engine::options;
 use dsa80_tests::fixture::{self, Fixture};
 
 fn default_checkpoint() -> Arc<Checkpoint> {
@@ -24,9 +25,11 @@ fn refusal(options: &LaunchOptions) -> String {
 
 #[test]
 fn refusals_name_the_option_and_what_would_fit() {
-    let options = LaunchOptions::default;
+    let options = || LaunchOptions { device: Device::Cpu, ..LaunchOptions::default() };
+    let on_gpus = |tp| LaunchOptions { device: Device::Cuda, tp, ..options() };
     let cases = [
-        (LaunchOptions { device: Device::Cuda, ..options() }, "--device cuda is not in this build"),
+        (on_gpus(2), "tensor parallelism over 2 GPUs is not there yet"),
+        (on_gpus(3), "degrees that divide this model: 1, 2, 4, 8"),
         (LaunchOptions { device: Device::Wgpu, ..options() }, "--device wgpu is not in this build"),
         (LaunchOptions { tp: 3, ..options() }, "degrees that divide this model: 1, 2, 4, 8"),
         (LaunchOptions { tp: 0, ..options() }, "tensor parallelism over 0 ranks is not possible"),
@@ -42,7 +45,7 @@ fn refusals_name_the_option_and_what_would_fit() {
             LaunchOptions { max_model_len: Some(512), num_pages: Some(4), page_size: 64, ..options() },
             "longest context that would fit is 256 tokens",
         ),
-        (LaunchOptions { kv_cache_bytes: 1, ..options() }, "longest context that would fit is 0 tokens"),
+        (LaunchOptions { kv_cache_bytes: Some(1), ..options() }, "longest context that would fit is 0 tokens"),
     ];
     for (options, expected) in cases {
         let message = refusal(&options);
@@ -50,9 +53,24 @@ fn refusals_name_the_option_and_what_would_fit() {
     }
 }
 
+/// What to do about it is in the message; where there is a GPU, the model is launched.
+#[test]
+fn without_a_gpu_cuda_says_what_is_missing() {
+    let on_cuda = LaunchOptions { device: Device::Cuda, ..LaunchOptions::default() };
+    match launch(&default_checkpoint(), &on_cuda) {
+        Ok(engine) => engine.shutdown(Duration::ZERO),
+        Err(error) => {
+            let message = error.to_string();
+            assert!(message.starts_with("--device cuda: ") && message.contains("--device cpu"), "{message}");
+            let missing = ["install the NVIDIA driver", "lists no GPU", "new enough", "cuda/requirements.txt"];
+            assert!(missing.iter().any(|words| message.contains(words)), "{message}");
+        }
+    }
+}
+
 #[test]
 fn contexts_are_cut_to_what_the_caches_hold() {
-    let options = LaunchOptions { num_pages: Some(3), page_size: 32, ..LaunchOptions::default() };
+    let options = LaunchOptions { num_pages: Some(3), page_size: 32, ..options() };
     let engine = launch(&default_checkpoint(), &options).unwrap();
     assert_eq!(engine.max_model_len(), 96);
     engine.shutdown(Duration::ZERO);
@@ -66,7 +84,7 @@ fn the_engine_continues_as_hf_does() {
         let clear = fixture.greedy_margin.iter().take_while(|margin| **margin > 1e-3).count();
         assert!(clear > 4, "{}: {clear} clear tokens", fixture.name);
         let checkpoint = Arc::new(Checkpoint::open(&fixture.dir).unwrap());
-        let options = LaunchOptions { max_num_batched_tokens: 50, ..LaunchOptions::default() };
+        let options = LaunchOptions { device: Device::Cpu, max_num_batched_tokens: 50, ..options() };
         let engine = launch(&checkpoint, &options).unwrap();
         assert_eq!(greedy(&engine, &fixture)[..clear], fixture.greedy[..clear], "{}", fixture.name);
         // Once more, now that the prefix cache knows the prompt.

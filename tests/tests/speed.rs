@@ -5,8 +5,7 @@
 use std::time::{Duration, Instant};
 
 use dsa80_model::engine::{EngineHandle, Event, Request};
-use dsa80_model::launch::LaunchOptions;
-use dsa80_tests::engine::start;
+use dsa80_tests::engine::{options, start};
 
 /// Tokens a second over `streams` requests at once, from the moment when all of them have their first token.
 fn decode_rate(engine: &EngineHandle, streams: usize, tokens: usize) -> f64 {
@@ -31,7 +30,7 @@ fn decode_rate(engine: &EngineHandle, streams: usize, tokens: usize) -> f64 {
 /// Three tries, because other work may share the machine.
 #[test]
 fn the_default_model_decodes_at_conversational_speed() {
-    let engine = start(&LaunchOptions::default()).unwrap();
+    let engine = start(&options()).unwrap();
     for (streams, tokens, least) in [(1, 128, 100.0), (8, 64, 200.0)] {
         let rates: Vec<f64> = (0..3).map(|_| decode_rate(&engine, streams, tokens)).collect();
         let best = rates.iter().copied().fold(0.0, f64::max);

@@ -379,6 +379,7 @@ fn encode(arg: &Arg<'_, GpuBuffer>) -> (u64, u8) {
         Arg::I32(value) => (u64::from(value.cast_unsigned()), 4),
         Arg::I64(value) => (value.cast_unsigned(), 8),
         Arg::F32(value) => (u64::from(value.to_bits()), 4),
+        Arg::F64(value) => (value.to_bits(), 8),
     }
 }
 

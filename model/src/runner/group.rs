@@ -60,6 +60,22 @@ where
         }
         Ok(Self { first, others, limits })
     }
+
+    /// Loads a model that is one rank; see [`Rank::load_and_settle`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load_alone(
+        RankParts { kernels, communicator }: RankParts<K>,
+        weights: &dyn WeightSource,
+        widest: &StepLimits,
+        index_logits: usize,
+        settle: impl FnOnce(&K) -> Result<StepLimits, LaunchError>,
+    ) -> Result<Self, LaunchError> {
+        let (first, limits) =
+            Rank::load_and_settle(kernels, communicator, weights, widest, index_logits, settle)?;
+        Ok(Self { first, others: Vec::new(), limits })
+    }
 }
 
 /// Starts the thread of a rank other than 0: it loads, says how that went, then makes steps until its sender

@@ -44,6 +44,24 @@ impl<K: Kernels> Rank<K> {
         limits: &StepLimits,
         index_logits: usize,
     ) -> Result<Self, LaunchError> {
+        let settle = |_: &K| Ok(*limits);
+        Self::load_and_settle(kernels, communicator, weights, limits, index_logits, settle)
+            .map(|(rank, _)| rank)
+    }
+
+    /// [`load`](Self::load), with limits that `settle` chooses, within the `widest`, when all but the caches is in memory: so that they can
+    /// take what is left.
+    ///
+    /// # Errors
+    /// As for [`load`](Self::load), and what `settle` reports.
+    pub fn load_and_settle(
+        kernels: K,
+        communicator: Box<dyn Communicator<K::Tensor>>,
+        weights: &dyn WeightSource,
+        widest: &StepLimits,
+        index_logits: usize,
+        settle: impl FnOnce(&K) -> Result<StepLimits, LaunchError>,
+    ) -> Result<(Self, StepLimits), LaunchError> {
         let config = Arc::new(weights.config().clone());
         let shard = Shard { rank: communicator.rank(), world_size: communicator.world_size() };
         let shape = RankShape::new(&config, shard.world_size);
@@ -51,20 +69,16 @@ impl<K: Kernels> Rank<K> {
         let layers = (0..config.num_hidden_layers)
             .map(|index| Ok(Layer::upload(&kernels, weights.load_layer(index, shard)?)?))
             .collect::<Result<_, LaunchError>>()?;
-        let max_blocks = limits.max_model_len.div_ceil(limits.page_size);
+        let max_blocks = widest.max_model_len.div_ceil(widest.page_size);
         let index_logits = index_logits
-            .clamp(limits.max_model_len, limits.max_model_len.saturating_mul(limits.max_batch_tokens));
-        Ok(Self {
-            caches: Caches::alloc(&kernels, &config, limits.num_pages, limits.page_size)?,
-            workspace: Workspace::alloc(&kernels, &shape, limits.max_batch_tokens, index_logits)?,
-            device_batch: kernels.alloc_batch(limits.max_batch_tokens, limits.max_batch_seqs, max_blocks)?,
-            kernels,
-            communicator,
-            config,
-            shape,
-            ends,
-            layers,
-        })
+            .clamp(widest.max_model_len, widest.max_model_len.saturating_mul(widest.max_batch_tokens));
+        let workspace = Workspace::alloc(&kernels, &shape, widest.max_batch_tokens, index_logits)?;
+        let device_batch = kernels.alloc_batch(widest.max_batch_tokens, widest.max_batch_seqs, max_blocks)?;
+        let limits = settle(&kernels)?;
+        let caches = Caches::alloc(&kernels, &config, limits.num_pages, limits.page_size)?;
+        let rank =
+            Self { kernels, communicator, config, shape, ends, layers, caches, workspace, device_batch };
+        Ok((rank, limits))
     }
 
     /// Runs `batch` through all layers and writes its cache rows.

@@ -14,7 +14,7 @@ pub(super) struct ModelArgs {
     #[arg(long, value_name = "DIR", env = "DSA80_MODEL")]
     pub(super) model: Option<PathBuf>,
 
-    /// Where to run it: auto, cpu, wgpu or cuda.
+    /// Where to run it: auto (a GPU that the kernels run on, else the CPU, and says why), cpu, wgpu or cuda.
     #[arg(long, default_value = "auto")]
     device: Device,
 
@@ -43,7 +43,8 @@ pub(super) struct ModelArgs {
     #[arg(long, value_name = "N", conflicts_with = "kv_cache_memory")]
     num_pages: Option<usize>,
 
-    /// Memory for the caches of all ranks, such as 512M or 4G.
+    /// Memory for the caches of all ranks, such as 512M or 4G; by default 256M, and on a GPU nine tenths of what the
+    /// weights leave free.
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     kv_cache_memory: Option<usize>,
 
@@ -68,7 +69,7 @@ impl ModelArgs {
             max_num_batched_tokens: self.max_num_batched_tokens.unwrap_or(default.max_num_batched_tokens),
             page_size: self.page_size.unwrap_or(default.page_size),
             num_pages: self.num_pages,
-            kv_cache_bytes: self.kv_cache_memory.unwrap_or(default.kv_cache_bytes),
+            kv_cache_bytes: self.kv_cache_memory,
             max_waiting: self.max_queued_requests.unwrap_or(default.max_waiting),
             enable_prefix_caching: !self.no_prefix_caching,
         }

@@ -5,9 +5,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
-use dsa80_cuda::CudaDevice;
 use dsa80_model::checkpoint::{Checkpoint, LoadingBar, Shard};
-use dsa80_model::launch::{Device, launch};
+use dsa80_model::launch::launch;
 
 use super::args::ModelArgs;
 use crate::embedded;
@@ -34,9 +33,6 @@ pub(super) fn load(args: &ModelArgs) -> anyhow::Result<ServedModel> {
     let bytes = checkpoint.shard_bytes(Shard { rank: 0, world_size: options.tp }).unwrap_or(0);
     let bar = LoadingBar::new(bytes.saturating_mul(options.tp as u64));
     let checkpoint = Arc::new(checkpoint.with_progress(Arc::new(bar)));
-    if matches!(options.device, Device::Auto | Device::Cuda) {
-        say_what_cuda_finds();
-    }
     let engine = launch(&checkpoint, &options)?;
     tracing::info!(
         model = name,
@@ -45,18 +41,4 @@ pub(super) fn load(args: &ModelArgs) -> anyhow::Result<ServedModel> {
         "the model is loaded"
     );
     Ok(ServedModel { text: Arc::new(text), engine })
-}
-
-/// So that nobody wonders why a GPU stays idle.
-fn say_what_cuda_finds() {
-    match dsa80_cuda::devices() {
-        Ok(devices) => {
-            for CudaDevice { ordinal, name, compute_capability: (major, minor) } in devices {
-                tracing::info!(
-                    "CUDA device {ordinal}: {name} (sm_{major}{minor}); this build has no CUDA kernels to run on it"
-                );
-            }
-        }
-        Err(reason) => tracing::debug!("{reason}"),
-    }
 }

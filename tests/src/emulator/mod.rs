@@ -181,6 +181,7 @@ impl Device for Emulator {
                 Arg::I32(value) => Argument::I32(value),
                 Arg::I64(value) => Argument::I64(value),
                 Arg::F32(value) => Argument::F32(value),
+                Arg::F64(value) => Argument::F64(value),
             })
             .collect();
         let shape = runtime::Shape {

@@ -185,6 +185,7 @@ pub(super) enum Argument<'a> {
     I32(i32),
     I64(i64),
     F32(f32),
+    F64(f64),
 }
 
 impl Argument<'_> {
@@ -195,6 +196,7 @@ impl Argument<'_> {
             Argument::I32(_) => 'i',
             Argument::I64(_) => 'l',
             Argument::F32(_) => 'f',
+            Argument::F64(_) => 'd',
         }
     }
 
@@ -208,6 +210,7 @@ impl Argument<'_> {
             Argument::I32(value) => word[..4].copy_from_slice(&value.to_ne_bytes()),
             Argument::I64(value) => word = value.to_ne_bytes(),
             Argument::F32(value) => word[..4].copy_from_slice(&value.to_ne_bytes()),
+            Argument::F64(value) => word = value.to_ne_bytes(),
         }
         u64::from_ne_bytes(word)
     }
@@ -259,7 +262,7 @@ impl Kernel {
         let letters: String = arguments.iter().map(Argument::letter).collect();
         if letters != self.parameters {
             return Err(format!(
-                "arguments {letters} for parameters {} (p pointer, i 32, l 64 bits, f float)",
+                "arguments {letters} for parameters {} (p pointer, i 32, l 64 bits, f float, d double)",
                 self.parameters
             ));
         }

@@ -109,6 +109,7 @@ fn launch_on<D: Device>(
             Arg::I32(value) => Arg::I32(value),
             Arg::I64(value) => Arg::I64(value),
             Arg::F32(value) => Arg::F32(value),
+            Arg::F64(value) => Arg::F64(value),
         })
         .collect();
     device.launch(&Launch {
@@ -139,7 +140,8 @@ pub(super) fn all() -> Vec<TestDevice> {
     emulator().into_iter().chain(gpu()).collect()
 }
 
-fn emulator() -> Option<TestDevice> {
+/// The emulator, if the tests may use it.
+pub fn emulator() -> Option<TestDevice> {
     static TOLD: Once = Once::new();
     if !wanted("emulator") {
         return None;
@@ -162,7 +164,7 @@ pub(super) fn faulty(faults: &[Fault<'_>]) -> Option<TestDevice> {
 }
 
 /// A GPU, if the tests may use one.
-pub(super) fn gpu() -> Option<TestDevice> {
+pub fn gpu() -> Option<TestDevice> {
     static TOLD: Once = Once::new();
     if !wanted("gpu") {
         return None;

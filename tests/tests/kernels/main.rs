@@ -2,11 +2,27 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
+mod absorb;
 mod attention;
 mod cache_rows;
+mod embed;
+mod experts;
 mod indexer_logits;
+mod int4_weights;
 mod latent_rope;
 mod layer_norm_rope;
+mod linear;
+mod linear_int4;
+mod lm_head;
+mod repack_int4;
+mod moe;
+mod moe_int4;
+mod rms_norm;
+mod rope;
+mod rope_table;
+mod router;
+mod sample;
+mod silu_mul;
 mod sparse_mla;
 mod sparse_mla_union;
 mod sparse_mla_wide;

@@ -1,6 +1,6 @@
 //! Inputs, made on the device where they are large.
 
-use dsa80_cuda::{Arg, CudaBatch, CudaTensor, Device, Gpu, GpuBuffer, Launch, Program};
+use dsa80_cuda::{Arg, CudaBatch, CudaTensor, Device, Gpu, GpuBuffer, Int4Shape, Launch, PackedInt4, Program};
 use dsa80_reference::fp8::{IndexerPage, MlaRow};
 use dsa80_reference::{Batch, DType, Result, SequenceSlice};
 
@@ -184,6 +184,29 @@ pub(crate) fn mla_cache(
             fp8(gpu, "MLA cache", &shape, seed, row.row_bytes(), scales, rotary)
         }
     }
+}
+
+/// `count` packed weights of random nibbles and zero points, with bf16 scales about 0 of this deviation.
+pub(crate) fn packed_int4(
+    gpu: &Gpu,
+    shape: Int4Shape,
+    count: usize,
+    seed: u64,
+    deviation: f32,
+) -> Result<PackedInt4<Gpu>> {
+    let packed = PackedInt4::alloc(gpu, "weight", shape, count)?;
+    let words = |buffer, bytes: usize, seed: u64| {
+        let count = Arg::I64((bytes / size_of::<u32>()) as i64);
+        fill(gpu, "fill_words", &[Arg::Buffer(buffer), count, Arg::I32(seed as i32)])
+    };
+    words(packed.weight(), count * shape.weight_bytes(), 3 * seed)?;
+    if let Some(zeros) = packed.zeros() {
+        words(zeros, count * shape.zeros_bytes(), 3 * seed + 1)?;
+    }
+    let scales = Arg::I64((count * shape.scales_bytes() / size_of::<u16>()) as i64);
+    let (seed, deviation) = (Arg::I32(3 * seed as i32 + 2), Arg::F32(deviation));
+    fill(gpu, "fill_bf16", &[Arg::Buffer(packed.scales()), scales, seed, deviation])?;
+    Ok(packed)
 }
 
 fn fp8(

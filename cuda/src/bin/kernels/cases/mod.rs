@@ -1,9 +1,23 @@
 //! What is timed: one module a kernel, one case a shape.
 
+mod absorb;
+mod embed;
 mod indexer_logits;
 mod latent_rope;
 mod layer_norm_rope;
+mod linear_int4;
+mod linear;
+mod lm_head;
+mod moe_int4;
+mod plain;
+mod repack_int4;
+mod rms_norm;
+mod rope;
+mod rope_table;
+mod router;
 mod rows;
+mod sample;
+mod silu_mul;
 mod sparse_mla;
 mod top_k;
 
@@ -64,11 +78,24 @@ impl Case {
 /// Every case, in the order of a model's layer.
 pub(crate) fn all() -> Vec<Case> {
     [
+        embed::cases(),
+        rope_table::cases(),
+        rms_norm::cases(),
+        rope::cases(),
+        router::cases(),
+        silu_mul::cases(),
+        sample::cases(),
+        linear::cases(),
+        absorb::cases(),
+        lm_head::cases(),
         layer_norm_rope::cases(),
         latent_rope::cases(),
         indexer_logits::cases(),
         top_k::cases(),
         sparse_mla::cases(),
+        moe_int4::cases(),
+        repack_int4::cases(),
+        linear_int4::cases(),
     ]
     .into_iter()
     .flatten()

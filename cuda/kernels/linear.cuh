@@ -1,0 +1,103 @@
+// What the kernels of a dense weight share: vectors on their way to shared memory, a weight's exact bf16 pieces, outputs.
+//
+// A weight is never rounded: a bf16 is one piece, an f16 is the sum of two bf16 numbers, an f32 of three. Each piece is the upper half of
+// what is left, so the rest is exact and no piece overflows; only bits of an f32 below 2^-133 are lost. One bf16 MMA for every piece.
+//
+// Constants: WEIGHT_TYPE; VECTORS (rows of x and of the weight are whole and aligned vectors of 16 bytes, or elements are copied one by one).
+#pragma once
+
+#include "rows.cuh"
+
+constexpr int PIECES = WEIGHT_TYPE == BF16 ? 1 : WEIGHT_TYPE == F16 ? 2 : 3;
+constexpr int WEIGHT_BYTES = WEIGHT_TYPE == F32 ? 4 : 2;
+
+template <int BYTES>
+struct Bits {
+    using type = uint16_t;
+};
+template <>
+struct Bits<4> {
+    using type = uint32_t;
+};
+
+// 16 bytes of a row of `columns` elements of BYTES bytes, from `column` on, to shared memory; zeros beyond its end and where not `valid`.
+template <int BYTES>
+DEVICE void copy_vector(void* shared, const void* row, int column, int columns, bool valid) {
+    if constexpr (VECTORS) {
+        const uint8_t* from = static_cast<const uint8_t*>(row);
+        const bool inside = valid && column < columns;
+        cp_async_16_or_zero(shared, from + (inside ? column * BYTES : 0), inside);
+    } else {
+        // One at a time: this is for odd widths, which are small.
+        using Element = typename Bits<BYTES>::type;
+#pragma unroll 1
+        for (int i = 0; i < 16 / BYTES; ++i) {
+            const bool inside = valid && column + i < columns;
+            static_cast<Element*>(shared)[i] = inside ? static_cast<const Element*>(row)[column + i] : Element(0);
+        }
+    }
+}
+
+// The pieces of two numbers, each pair of pieces in a register.
+DEVICE void split(float low, float high, uint32_t (&pieces)[PIECES]) {
+#pragma unroll
+    for (int i = 0; i < PIECES; ++i) {
+        pieces[i] = __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
+        low -= bf16_low(pieces[i]);
+        high -= bf16_high(pieces[i]);
+    }
+}
+
+// The pieces of two neighbouring 16-bit elements.
+DEVICE void split(uint32_t pair, uint32_t (&pieces)[PIECES]) {
+    if constexpr (WEIGHT_TYPE == BF16) {
+        pieces[0] = pair;
+    } else {
+        split(f16_to_float(pair & 0xffffu), f16_to_float(pair >> 16), pieces);
+    }
+}
+
+// COUNT neighbouring outputs of a row of `features`, from `feature` on: rounded to bf16, or floats.
+template <int COUNT>
+DEVICE void store_outputs(void* row, int feature, int features, bool floats, bool aligned, const float (&values)[COUNT]) {
+    if (floats) {
+        float* to = static_cast<float*>(row) + feature;
+        if (aligned && feature + COUNT <= features) {
+            uint32_t words[COUNT];
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) words[i] = __float_as_uint(values[i]);
+            store_words(to, words);
+        } else {
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i)
+                if (feature + i < features) to[i] = values[i];
+        }
+    } else {
+        uint16_t* to = static_cast<uint16_t*>(row) + feature;
+        if (aligned && feature + COUNT <= features) {
+            uint32_t words[COUNT / 2];
+#pragma unroll
+            for (int i = 0; i < COUNT / 2; ++i) words[i] = pack_bf16(values[2 * i], values[2 * i + 1]);
+            store_words(to, words);
+        } else {
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i)
+                if (feature + i < features) to[i] = float_to_bf16(values[i]);
+        }
+    }
+}
+
+// What a block that shares an output with others does once its part is written: true in the last of `blocks` to arrive, which then sees
+// every part; `arrivals` is left zero.
+DEVICE bool arrive_last(uint32_t* arrivals, uint32_t blocks, uint32_t& flag) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        flag = atomicAdd(arrivals, 1u) + 1 == blocks;
+        if (flag) *arrivals = 0;
+    }
+    __syncthreads();
+    const bool last = flag != 0;
+    if (last) __threadfence();
+    return last;
+}

@@ -1,0 +1,182 @@
+// out = x W^T for a packed INT4 weight and few tokens: the weight streams once from global memory past them.
+//
+// A block has TILE_ROW_TILES tiles of 16 features and a share of the inputs; its warps take turns at the tiles of 64 inputs, several of
+// them under way at a time. Whatever a lane needs of a tile it copies to shared memory itself, 16 bytes of the weight and 16 consecutive
+// bytes of a token at a time, so no thread waits for another until the warps add up.
+//
+// Constants: those of linear_int4.cuh.
+// Tile: TILE_WARPS; TILE_ROW_TILES of a block; TILE_TOKEN_TILES of 8 tokens; TILE_STAGES k tiles of a warp under way.
+#include "linear_int4.cuh"
+
+constexpr int R = TILE_ROW_TILES, N = TILE_TOKEN_TILES;
+
+// What a warp needs for a k tile, a place a lane.
+struct Stage {
+    uint4 weight[R][32];
+    uint4 x[N][2][32];
+    Int4Scale<SCALE_TYPE> scales[R][GROUPS_PER_TILE][32];
+    // The four zero points among which a lane's are.
+    uint32_t zeros[R][GROUPS_PER_TILE][32];
+};
+
+union WarpShared {
+    Stage stages[TILE_STAGES];
+    // What warps hand to each other in the end: accumulator fragments.
+    float4 sums[R * N][32];
+};
+
+struct Shared {
+    WarpShared warps[TILE_WARPS];
+};
+static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
+
+struct Inputs {
+    const uint16_t* x;
+    Int4Weight weight;
+    int tokens, in_features, row_tile, token;
+
+    // Starts the copies of k tile `k_tile`.
+    DEVICE void load(Stage& stage, int k_tile) const {
+        const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            // A block's last tiles may be beyond the weight: they are read again and their results dropped.
+            const int tile = min(row_tile + r, weight.row_tiles - 1);
+            cp_async_16(&stage.weight[r][lane], weight.words + (static_cast<int64_t>(tile) * weight.k_tiles + k_tile) * 32 + lane);
+        }
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int row = token + 8 * n + g, input = 64 * k_tile + 32 * h + 8 * t;
+                if constexpr (ALIGNED) {
+                    const bool valid = row < tokens && input < in_features;
+                    const int64_t place = static_cast<int64_t>(row) * in_features + input;
+                    cp_async_16_or_zero_l1(&stage.x[n][h][lane], x + (valid ? place : 0), valid);
+                } else {
+                    stage.x[n][h][lane] = activations(x, row, input, tokens, in_features);
+                }
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            const int tile = min(row_tile + r, weight.row_tiles - 1);
+#pragma unroll
+            for (int part = 0; part < GROUPS_PER_TILE; ++part) {
+                const int64_t index = weight.group_index(tile, k_tile, part);
+                const auto* scale = static_cast<const Int4Scale<SCALE_TYPE>*>(weight.scales) + index + g;
+                if constexpr (SCALE_TYPE == F32) {
+                    cp_async_8(&stage.scales[r][part][lane], scale);
+                } else {
+                    cp_async_4(&stage.scales[r][part][lane], scale);
+                }
+                if constexpr (ZERO_POINTS) cp_async_4(&stage.zeros[r][part][lane], weight.zeros + index + g / 4 * 4);
+            }
+        }
+    }
+};
+
+// The products of a k tile on top of the sums.
+DEVICE void multiply(const Stage& stage, float (&sums)[R][N][4]) {
+    const uint32_t lane = threadIdx.x % 32, g = lane / 4;
+    uint4 x[N][2];
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) x[n][h] = stage.x[n][h][lane];
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+        const uint4 four = stage.weight[r][lane];
+        const uint32_t words[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int part = 0; part < GROUPS_PER_TILE; ++part) {
+            uint32_t low = INT4_OFFSET_SYMMETRIC, high = INT4_OFFSET_SYMMETRIC;
+            if constexpr (ZERO_POINTS) {
+                const uint32_t zeros = stage.zeros[r][part][lane] >> (8 * (g % 4));
+                low = int4_offset(zeros), high = int4_offset(zeros >> 4);
+            }
+            float products[N][4] = {};
+#pragma unroll
+            for (int word = part * WORDS_PER_GROUP; word < (part + 1) * WORDS_PER_GROUP; ++word) {
+                uint32_t a[4];
+                int4_fragment(words[word], low, high, a);
+#pragma unroll
+                for (int n = 0; n < N; ++n) {
+                    const uint4 eight = x[n][word / 2];
+                    const uint32_t b[2] = {word % 2 == 0 ? eight.x : eight.z, word % 2 == 0 ? eight.y : eight.w};
+                    mma_bf16(products[n], a, b);
+                }
+            }
+            const float2 scale = stage.scales[r][part][lane].widen();
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sums[r][n][i] += (i < 2 ? scale.x : scale.y) * products[n][i];
+            }
+        }
+    }
+}
+
+KERNEL void __launch_bounds__(TILE_WARPS * 32, TILE_BLOCKS)
+linear_int4(const uint16_t* __restrict__ x,    // [tokens, in_features] bf16
+            const uint4* __restrict__ words,   // [row_tiles, k_tiles, 32]
+            const void* __restrict__ scales,   // [row_tiles, groups, 8] pairs
+            const uint8_t* __restrict__ zeros, // [row_tiles, groups, 8], or null
+            void* __restrict__ out,            // [tokens, out_features] bf16 or f32
+            float4* __restrict__ partials,     // [token blocks, row blocks, splits, R * N, 32], where there are splits
+            uint32_t* __restrict__ tickets,    // [token blocks, row blocks], zero
+            int tokens, int in_features, int out_features, int groups, int group_size, int k_tiles_per_split) {
+    Shared& shared = shared_memory<Shared>();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const Int4Weight weight{words, scales, zeros, (out_features + 15) / 16, (in_features + 63) / 64, groups, group_size};
+    const int row_tile = blockIdx.x * R, token = blockIdx.z * (8 * N);
+    const Inputs inputs{x, weight, tokens, in_features, row_tile, token};
+    const int end = min(static_cast<int>(blockIdx.y + 1) * k_tiles_per_split, weight.k_tiles);
+    const int first = blockIdx.y * k_tiles_per_split + warp;
+
+    WarpShared& own = shared.warps[warp];
+#pragma unroll
+    for (int s = 0; s < TILE_STAGES; ++s) {
+        const int k_tile = first + s * TILE_WARPS;
+        if (k_tile < end) inputs.load(own.stages[s], k_tile);
+        cp_async_commit();
+    }
+    float sums[R][N][4] = {};
+    int stage = 0;
+    for (int k_tile = first; k_tile < end; k_tile += TILE_WARPS) {
+        cp_async_wait<TILE_STAGES - 1>();
+        multiply(own.stages[stage], sums);
+        const int next = k_tile + TILE_STAGES * TILE_WARPS;
+        if (next < end) inputs.load(own.stages[stage], next);
+        cp_async_commit();
+        stage = stage == TILE_STAGES - 1 ? 0 : stage + 1;
+    }
+
+    // Lanes may be done with the stages at different times.
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) own.sums[r * N + n][lane] = make_float4(sums[r][n][0], sums[r][n][1], sums[r][n][2], sums[r][n][3]);
+    }
+    __syncthreads();
+    const int splits = gridDim.y, group = blockIdx.z * gridDim.x + blockIdx.x;
+    float4* all = partials + static_cast<int64_t>(group) * splits * (R * N * 32);
+    for (int fragment = warp; fragment < R * N; fragment += TILE_WARPS) {
+        float4 sum = shared.warps[0].sums[fragment][lane];
+#pragma unroll
+        for (int w = 1; w < TILE_WARPS; ++w) add(sum, shared.warps[w].sums[fragment][lane]);
+        if (splits == 1) {
+            store_fragment(out, sum, (row_tile + fragment / N) * 16, token + fragment % N * 8, out_features, tokens);
+        } else {
+            all[(blockIdx.y * (R * N) + fragment) * 32 + lane] = sum;
+        }
+    }
+    if (splits == 1 || !is_last_block(tickets + group, splits)) return;
+    for (int fragment = warp; fragment < R * N; fragment += TILE_WARPS) {
+        float4 sum = load_published_16(all + fragment * 32 + lane);
+        for (int split = 1; split < splits; ++split) add(sum, load_published_16(all + (split * (R * N) + fragment) * 32 + lane));
+        store_fragment(out, sum, (row_tile + fragment / N) * 16, token + fragment % N * 8, out_features, tokens);
+    }
+}

@@ -1,0 +1,208 @@
+// out = x W^T for a packed INT4 weight and many tokens: blocks of features x tokens, whose operands pass through shared memory in
+// TILE_STAGES steps of 64 inputs.
+//
+// Warps lie TILE_WARPS_ROWS along the features and TILE_WARPS_TOKENS along the tokens, each with TILE_ROW_TILES tiles of 16 features and
+// TILE_TOKEN_TILES of 8 tokens. A warp unpacks a group's (or a step's) fragments once, then goes through its tokens: the products of one
+// group live for two tiles of tokens only, so that their scaled sums can have the registers.
+//
+// Constants: those of linear_int4.cuh.
+#include "linear_int4.cuh"
+
+constexpr int R = TILE_ROW_TILES, N = TILE_TOKEN_TILES;
+constexpr int ROW_TILES = TILE_WARPS_ROWS * R, TOKENS = TILE_WARPS_TOKENS * N * 8, THREADS = TILE_WARPS_ROWS * TILE_WARPS_TOKENS * 32;
+// Tiles of tokens at a time: enough independent products to keep the tensor core busy, no more registers than that takes.
+constexpr int M = R >= 3 ? 1 : 2;
+static_assert(N % M == 0, "whole turns");
+
+// A step's operands.
+struct Stage {
+    uint4 weight[ROW_TILES][32];
+    // 16-byte pieces of a token's 64 activations: piece i lies at i ^ 4 in odd rows, so that two rows' fragments meet all banks.
+    uint4 x[TOKENS][8];
+    Int4Scale<SCALE_TYPE> scales[ROW_TILES][GROUPS_PER_TILE][8];
+    uint32_t zeros[ROW_TILES][GROUPS_PER_TILE][2];
+};
+
+struct Shared {
+    Stage stages[TILE_STAGES];
+};
+static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
+
+// A thread's part of the copies of a block's steps.
+struct Loader {
+    const uint16_t* x;
+    Int4Weight weight;
+    int tokens, in_features, row_tile, token;
+
+    // Starts those of k tile `k_tile`.
+    DEVICE void start(Stage& stage, int k_tile) const {
+        constexpr int WARPS = THREADS / 32, TOKENS_AT_ONCE = THREADS / 8;
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        // One address each, and steps of as many rows as there are threads: more addresses would not fit the registers.
+        const uint4* words = weight.words + (static_cast<int64_t>(row_tile + warp) * weight.k_tiles + k_tile) * 32 + lane;
+        const int rows_left = weight.row_tiles - row_tile - warp;
+#pragma unroll
+        for (int i = 0; i < (ROW_TILES + WARPS - 1) / WARPS; ++i) {
+            const bool valid = i * WARPS < rows_left;
+            if (ROW_TILES % WARPS == 0 || warp + i * WARPS < ROW_TILES) {
+                cp_async_16_or_zero(&stage.weight[warp + i * WARPS][lane], valid ? words : weight.words, valid);
+            }
+            words += static_cast<int64_t>(WARPS) * weight.k_tiles * 32;
+        }
+        const int row = threadIdx.x / 8, piece = threadIdx.x % 8, input = 64 * k_tile + 8 * piece;
+        if constexpr (ALIGNED) {
+            const uint16_t* eight = x + static_cast<int64_t>(token + row) * in_features + input;
+            const int tokens_left = input < in_features ? tokens - token - row : 0;
+#pragma unroll
+            for (int i = 0; i < (TOKENS + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE; ++i) {
+                const bool valid = i * TOKENS_AT_ONCE < tokens_left;
+                const int to = row + i * TOKENS_AT_ONCE;
+                if (TOKENS % TOKENS_AT_ONCE == 0 || to < TOKENS) {
+                    cp_async_16_or_zero(&stage.x[to][piece ^ 4 * (to % 2)], valid ? eight : x, valid);
+                }
+                eight += TOKENS_AT_ONCE * in_features;
+            }
+        } else {
+            for (int to = row; to < TOKENS; to += TOKENS_AT_ONCE) {
+                stage.x[to][piece ^ 4 * (to % 2)] = activations(x, token + to, input, tokens, in_features);
+            }
+        }
+        constexpr int PAIRS = ROW_TILES * GROUPS_PER_TILE * 8;
+#pragma unroll
+        for (int base = 0; base < PAIRS; base += THREADS) {
+            const uint32_t i = base + threadIdx.x, tile = i / 8 / GROUPS_PER_TILE, part = i / 8 % GROUPS_PER_TILE;
+            if (PAIRS % THREADS != 0 && i >= PAIRS) break;
+            const int64_t index = weight.group_index(min(row_tile + static_cast<int>(tile), weight.row_tiles - 1), k_tile, part) + i % 8;
+            const auto* scale = static_cast<const Int4Scale<SCALE_TYPE>*>(weight.scales) + index;
+            if constexpr (SCALE_TYPE == F32) {
+                cp_async_8(&stage.scales[tile][part][i % 8], scale);
+            } else {
+                cp_async_4(&stage.scales[tile][part][i % 8], scale);
+            }
+            if constexpr (ZERO_POINTS) {
+                if (i % 4 == 0) cp_async_4(&stage.zeros[tile][part][i % 8 / 4], weight.zeros + index);
+            }
+        }
+    }
+};
+
+// The products of a step on top of the sums.
+DEVICE void multiply(const Stage& stage, int row_tile, int token, float (&sums)[R][N][4]) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    uint4 words[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) words[r] = stage.weight[row_tile + r][lane];
+#pragma unroll
+    for (int part = 0; part < GROUPS_PER_TILE; ++part) {
+        uint32_t a[R][WORDS_PER_GROUP][4];
+        float2 scales[R];
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            uint32_t low = INT4_OFFSET_SYMMETRIC, high = INT4_OFFSET_SYMMETRIC;
+            if constexpr (ZERO_POINTS) {
+                const uint32_t zeros = stage.zeros[row_tile + r][part][g / 4] >> (8 * (g % 4));
+                low = int4_offset(zeros), high = int4_offset(zeros >> 4);
+            }
+            const uint32_t all[4] = {words[r].x, words[r].y, words[r].z, words[r].w};
+#pragma unroll
+            for (int i = 0; i < WORDS_PER_GROUP; ++i) int4_fragment(all[part * WORDS_PER_GROUP + i], low, high, a[r][i]);
+            scales[r] = stage.scales[row_tile + r][part][g].widen();
+        }
+#pragma unroll
+        for (int n = 0; n < N; n += M) {
+            float products[M][R][4] = {};
+            uint4 x[M][WORDS_PER_GROUP / 2];
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+#pragma unroll
+                for (int h = 0; h < WORDS_PER_GROUP / 2; ++h) {
+                    const int piece = 4 * (part + h) + t;
+                    x[m][h] = stage.x[token + 8 * (n + m) + g][piece ^ 4 * (g % 2)];
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < WORDS_PER_GROUP; ++i) {
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    const uint4 eight = x[m][i / 2];
+                    const uint32_t b[2] = {i % 2 == 0 ? eight.x : eight.z, i % 2 == 0 ? eight.y : eight.w};
+#pragma unroll
+                    for (int r = 0; r < R; ++r) mma_bf16(products[m][r], a[r][i], b);
+                }
+            }
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+#pragma unroll
+                for (int r = 0; r < R; ++r) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) sums[r][n + m][i] += (i < 2 ? scales[r].x : scales[r].y) * products[m][r][i];
+                }
+            }
+        }
+    }
+}
+
+KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
+linear_int4_wide(const uint16_t* __restrict__ x,    // [tokens, in_features] bf16
+                 const uint4* __restrict__ words,   // [row_tiles, k_tiles, 32]
+                 const void* __restrict__ scales,   // [row_tiles, groups, 8] pairs
+                 const uint8_t* __restrict__ zeros, // [row_tiles, groups, 8], or null
+                 void* __restrict__ out,            // [tokens, out_features] bf16 or f32
+                 float4* __restrict__ partials,     // [token blocks, row blocks, splits, R * N, THREADS], where there are splits
+                 uint32_t* __restrict__ tickets,    // [token blocks, row blocks], zero
+                 int tokens, int in_features, int out_features, int groups, int group_size, int k_tiles_per_split) {
+    Shared& shared = shared_memory<Shared>();
+    const Int4Weight weight{words, scales, zeros, (out_features + 15) / 16, (in_features + 63) / 64, groups, group_size};
+    const int row_tile = blockIdx.x * ROW_TILES, token = blockIdx.y * TOKENS;
+    const Loader loader{x, weight, tokens, in_features, row_tile, token};
+    const int first = blockIdx.z * k_tiles_per_split, end = min(first + k_tiles_per_split, weight.k_tiles);
+    const int warp = threadIdx.x / 32, own_row_tile = warp / TILE_WARPS_TOKENS * R, own_token = warp % TILE_WARPS_TOKENS * (8 * N);
+
+#pragma unroll
+    for (int s = 0; s < TILE_STAGES - 1; ++s) {
+        if (first + s < end) loader.start(shared.stages[s], first + s);
+        cp_async_commit();
+    }
+    float sums[R][N][4] = {};
+    int stage = 0;
+    for (int k_tile = first; k_tile < end; ++k_tile) {
+        cp_async_wait<TILE_STAGES - 2>();
+        // This step's operands are there, and the step before's are no longer read.
+        __syncthreads();
+        const int ahead = k_tile + TILE_STAGES - 1, free = stage == 0 ? TILE_STAGES - 1 : stage - 1;
+        if (ahead < end) loader.start(shared.stages[free], ahead);
+        cp_async_commit();
+        multiply(shared.stages[stage], own_row_tile, own_token, sums);
+        stage = stage == TILE_STAGES - 1 ? 0 : stage + 1;
+    }
+
+    const int splits = gridDim.z, group = blockIdx.y * gridDim.x + blockIdx.x;
+    if (splits == 1) {
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const float4 sum = make_float4(sums[r][n][0], sums[r][n][1], sums[r][n][2], sums[r][n][3]);
+                store_fragment(out, sum, (row_tile + own_row_tile + r) * 16, token + own_token + 8 * n, out_features, tokens);
+            }
+        }
+        return;
+    }
+    float4* all = partials + static_cast<int64_t>(group) * splits * (R * N * THREADS) + threadIdx.x;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            const float4 sum = make_float4(sums[r][n][0], sums[r][n][1], sums[r][n][2], sums[r][n][3]);
+            all[(static_cast<int>(blockIdx.z) * (R * N) + r * N + n) * THREADS] = sum;
+        }
+    }
+    if (!is_last_block(tickets + group, splits)) return;
+#pragma unroll 1
+    for (int i = 0; i < R * N; ++i) {
+        float4 sum = load_published_16(all + i * THREADS);
+#pragma unroll 1
+        for (int split = 1; split < splits; ++split) add(sum, load_published_16(all + (split * (R * N) + i) * THREADS));
+        store_fragment(out, sum, (row_tile + own_row_tile + i / N) * 16, token + own_token + 8 * (i % N), out_features, tokens);
+    }
+}

@@ -1,0 +1,229 @@
+// Products of tiles: TILE_TOKENS rows of x with TILE_FEATURES features of a dense weight, 64 columns a step, through a ring of
+// TILE_STAGES steps in shared memory. TILE_TOKEN_WARPS x TILE_FEATURE_WARPS warps share a tile. TILE_AHEAD: a warp holds two parts of a step.
+//
+// Constants: those of linear.cuh; TRANSPOSED: a weight lies as [columns, features], and is turned on its way to the tensor cores.
+#pragma once
+
+#include "linear.cuh"
+
+constexpr int COLUMNS = 64;
+constexpr int THREADS = 32 * TILE_TOKEN_WARPS * TILE_FEATURE_WARPS;
+constexpr int WARP_TOKENS = TILE_TOKENS / TILE_TOKEN_WARPS, WARP_FEATURES = TILE_FEATURES / TILE_FEATURE_WARPS;
+constexpr int M = WARP_TOKENS / 16, N = WARP_FEATURES / 8;
+static_assert(TILE_TOKENS % (16 * TILE_TOKEN_WARPS) == 0 && TILE_FEATURES % (16 * TILE_FEATURE_WARPS) == 0, "whole matrices of a warp");
+static_assert(TILE_STAGES >= 2, "one step is loaded while another is multiplied");
+
+// A row of x, and of the weight as it lies, in vectors of 16 bytes.
+constexpr int X_VECTORS = COLUMNS / 8;
+constexpr int WEIGHT_ROWS = TRANSPOSED ? COLUMNS : TILE_FEATURES;
+constexpr int WEIGHT_VECTORS = (TRANSPOSED ? TILE_FEATURES : COLUMNS) * WEIGHT_BYTES / 16;
+static_assert(WEIGHT_VECTORS % 8 == 0, "eight rows of a matrix lie in different banks");
+
+struct Stage {
+    uint4 x[TILE_TOKENS * X_VECTORS];
+    uint4 weight[WEIGHT_ROWS * WEIGHT_VECTORS];
+};
+// How `linear` shares out the steps of all tiles.
+struct Stretches {
+    int32_t steps, token_tiles, total, end;
+};
+struct Shared {
+    Stage ring[TILE_STAGES];
+    // The rows of x that a tile takes, -1 for none.
+    int32_t x_rows[TILE_TOKENS];
+    Stretches stretches;
+    uint32_t last;
+};
+static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
+
+// The operands of a head, and its part of the output.
+struct Operands {
+    const uint16_t* x;
+    const int32_t* gathered;
+    const uint8_t* weight;
+    int x_rows, tokens, columns, features, x_stride;
+};
+
+// Where a vector lies: the eight rows that a matrix takes one from have it in eight different places.
+template <int VECTORS_OF_ROW>
+DEVICE int place(int row, int vector) {
+    return row * VECTORS_OF_ROW + (vector ^ row & 7);
+}
+
+// A thread copies one vector of every so many rows.
+constexpr int X_STRIDE = THREADS / X_VECTORS, WEIGHT_STRIDE = THREADS / WEIGHT_VECTORS;
+static_assert(THREADS % X_VECTORS == 0 && THREADS % WEIGHT_VECTORS == 0 && WEIGHT_ROWS % WEIGHT_STRIDE == 0, "the same vector of each");
+
+DEVICE void load(Stage& stage, const int32_t (&x_rows)[TILE_TOKENS], const Operands& in, int first_feature, int column) {
+    const int x_vector = threadIdx.x % X_VECTORS, weight_vector = threadIdx.x % WEIGHT_VECTORS;
+   #pragma unroll
+    for (int i = 0; i < (TILE_TOKENS + X_STRIDE - 1) / X_STRIDE; ++i) {
+        const int row = threadIdx.x / X_VECTORS + i * X_STRIDE;
+        if (TILE_TOKENS % X_STRIDE != 0 && row >= TILE_TOKENS) break;
+        const int x_row = x_rows[row];
+        const uint16_t* from = in.x + static_cast<int64_t>(max(x_row, 0)) * in.x_stride;
+        copy_vector<2>(&stage.x[place<X_VECTORS>(row, x_vector)], from, column + 8 * x_vector, in.columns, x_row >= 0);
+    }
+    const int first = (TRANSPOSED ? column : first_feature) + threadIdx.x / WEIGHT_VECTORS, inner = TRANSPOSED ? first_feature : column;
+    const int rows = TRANSPOSED ? in.columns : in.features, length = TRANSPOSED ? in.features : in.columns;
+#pragma unroll
+    for (int i = 0; i < WEIGHT_ROWS / WEIGHT_STRIDE; ++i) {
+        const int row = first + i * WEIGHT_STRIDE;
+        const uint8_t* from = in.weight + static_cast<int64_t>(min(row, rows - 1)) * (length * WEIGHT_BYTES);
+        void* to = &stage.weight[place<WEIGHT_VECTORS>(threadIdx.x / WEIGHT_VECTORS + i * WEIGHT_STRIDE, weight_vector)];
+        copy_vector<WEIGHT_BYTES>(to, from, inner + weight_vector * (16 / WEIGHT_BYTES), length, row < rows);
+    }
+}
+
+// The pieces of a fragment of 16 columns from `column` on and of the 8 features of each half of 16 from `feature` on.
+DEVICE void load_weight(const Stage& stage, int feature, int column, int lane, uint32_t (&b)[2][PIECES][2]) {
+    if constexpr (WEIGHT_TYPE == F32) {
+        const float* floats = reinterpret_cast<const float*>(stage.weight);
+        const int g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int f = feature + i / 2 * 8 + g, k = column + i % 2 * 8 + 2 * t;
+            uint32_t pieces[PIECES];
+            if constexpr (TRANSPOSED) {
+                const float low = floats[4 * place<WEIGHT_VECTORS>(k, f / 4) + f % 4];
+                split(low, floats[4 * place<WEIGHT_VECTORS>(k + 1, f / 4) + f % 4], pieces);
+            } else {
+                const float2 pair = *reinterpret_cast<const float2*>(floats + 4 * place<WEIGHT_VECTORS>(f, k / 4) + k % 4);
+                split(pair.x, pair.y, pieces);
+            }
+#pragma unroll
+            for (int piece = 0; piece < PIECES; ++piece) b[i / 2][piece][i % 2] = pieces[piece];
+        }
+    } else {
+        // Lanes of eight give the rows of a matrix: the first columns of the first features, the next columns, the next features. Where
+        // the vector lies that has a row's first columns does not depend on column or feature, and theirs are even: so they are added.
+        const int half = lane / 8 % 2, next = lane / 16, row = lane % 8;
+        uint32_t words[4];
+        if constexpr (TRANSPOSED) {
+            const int at = (8 * half + row) * WEIGHT_VECTORS + (next ^ row);
+            ldmatrix_x4_trans(words, &stage.weight[column * WEIGHT_VECTORS + (at ^ feature / 8)]);
+        } else {
+            const int at = (8 * next + row) * WEIGHT_VECTORS + (half ^ row);
+            ldmatrix_x4(words, &stage.weight[feature * WEIGHT_VECTORS + (at ^ column / 8)]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            uint32_t pieces[PIECES];
+            split(words[i], pieces);
+#pragma unroll
+            for (int piece = 0; piece < PIECES; ++piece) b[i / 2][piece][i % 2] = pieces[piece];
+        }
+    }
+}
+
+// What a warp multiplies at a time: 16 columns.
+struct Fragments {
+    uint32_t a[M][4];
+    uint32_t b[N / 2][2][PIECES][2];
+};
+
+DEVICE void load_fragments(const Stage& stage, int column, Fragments& fragments) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int token = warp / TILE_FEATURE_WARPS * WARP_TOKENS, feature = warp % TILE_FEATURE_WARPS * WARP_FEATURES;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+        const int at = lane % 16 * X_VECTORS + (lane / 16 ^ lane % 8);
+        ldmatrix_x4(fragments.a[m], &stage.x[(token + 16 * m) * X_VECTORS + (at ^ column / 8)]);
+    }
+#pragma unroll
+    for (int n = 0; n < N / 2; ++n) load_weight(stage, feature + 16 * n, column, lane, fragments.b[n]);
+}
+
+DEVICE void multiply(const Fragments& fragments, float (&c)[M][N][4]) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+        for (int piece = 0; piece < PIECES; ++piece) {
+#pragma unroll
+            for (int m = 0; m < M; ++m) mma_bf16(c[m][n], fragments.a[m], fragments.b[n / 2][n % 2][piece]);
+        }
+    }
+}
+
+DEVICE void clear(float (&c)[M][N][4]) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) c[m][n][i] = 0.0f;
+        }
+    }
+}
+
+// c = the products of steps `begin` to `end` for the tile from `first_token` and `first_feature` on.
+DEVICE void multiply_tile(Shared& shared, const Operands& in, int first_token, int first_feature, int begin, int end, float (&c)[M][N][4]) {
+    clear(c);
+    // The tile before may still be read.
+    __syncthreads();
+    for (int i = threadIdx.x; i < TILE_TOKENS; i += THREADS) {
+        const int token = first_token + i;
+        const int row = token >= in.tokens ? -1 : in.gathered == nullptr ? token : in.gathered[token];
+        shared.x_rows[i] = row < in.x_rows ? row : -1;
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = 0; i < TILE_STAGES - 1; ++i) {
+        if (begin + i < end) load(shared.ring[i], shared.x_rows, in, first_feature, (begin + i) * COLUMNS);
+        cp_async_commit();
+    }
+    int stage = 0, stage_of_next = TILE_STAGES - 1;
+    constexpr int PARTS = COLUMNS / 16;
+    Fragments fragments[TILE_AHEAD ? 2 : 1];
+    if constexpr (TILE_AHEAD) {
+        cp_async_wait<TILE_STAGES - 2>();
+        __syncthreads();
+        load_fragments(shared.ring[0], 0, fragments[0]);
+    }
+    for (int step = begin; step < end; ++step) {
+        const int next = step + TILE_STAGES - 1, next_stage = stage + 1 == TILE_STAGES ? 0 : stage + 1;
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+            // Fragments are read a part before they are multiplied, or just before.
+            const int read = TILE_AHEAD ? (part + 1) % PARTS : part;
+            const bool first_of_step = read == 0;
+            if (first_of_step) {
+                // Every warp's copies of this step are there, and none reads the step before any more.
+                cp_async_wait<TILE_STAGES - 2>();
+                __syncthreads();
+            }
+            // After the last step what is there is read once more.
+            const Stage& from = shared.ring[TILE_AHEAD && first_of_step && step + 1 < end ? next_stage : stage];
+            load_fragments(from, 16 * read, fragments[TILE_AHEAD ? (part + 1) % 2 : 0]);
+            if (part == 0) {
+                if (next < end) load(shared.ring[stage_of_next], shared.x_rows, in, first_feature, next * COLUMNS);
+                cp_async_commit();
+            }
+            multiply(fragments[TILE_AHEAD ? part % 2 : 0], c);
+        }
+        stage = next_stage;
+        stage_of_next = stage_of_next + 1 == TILE_STAGES ? 0 : stage_of_next + 1;
+    }
+}
+
+// Stores a tile to `out`, the head's first row.
+DEVICE void store_tile(const float (&c)[M][N][4], uint8_t* out, int64_t out_stride, int first_token, int first_feature, int tokens,
+                       int features, bool floats, bool aligned) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int token = first_token + warp / TILE_FEATURE_WARPS * WARP_TOKENS + lane / 4;
+    const int feature = first_feature + warp % TILE_FEATURE_WARPS * WARP_FEATURES + lane % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = token + 16 * m + 8 * half;
+            if (row >= tokens) continue;
+            uint8_t* to = out + row * out_stride * (floats ? 4 : 2);
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const float pair[2] = {c[m][n][2 * half], c[m][n][2 * half + 1]};
+                store_outputs(to, feature + 8 * n, features, floats, aligned, pair);
+            }
+        }
+    }
+}

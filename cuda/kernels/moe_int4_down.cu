@@ -1,0 +1,96 @@
+// Routed experts, INT4, few tokens: down and the weighted sum. A block has ROW_TILES tiles of 16 features of one token; its warps take the
+// token's experts in turn, whole rows each, and what they give is added up in the order of k.
+//
+// Constants: SCALE_TYPE, GROUP_SIZE, UNIT (inputs that surely share a scale: 32 or 64), ZEROS. Tile: TILE_WARPS, TILE_ROW_TILES, TILE_K_TILES (loaded at
+// once). TOP_K: at most that many experts a token.
+#include "int4.cuh"
+
+constexpr int WARPS = TILE_WARPS, THREADS = 32 * WARPS, ROW_TILES = TILE_ROW_TILES, K_TILES = TILE_K_TILES, UNITS = 64 / UNIT;
+constexpr int WORDS = UNIT / 16;
+
+struct Shared {
+    float parts[TOP_K][ROW_TILES][16];
+};
+static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
+
+// `x` [pairs, columns] bf16, columns a multiple of 8; `shared_rows` [tokens, hidden] bf16 or null; `out` [tokens, hidden] bf16. Pairs and
+// tokens count from `first_token`'s in `x` alone. An expert that does not exist gives nothing. Grid: tokens, row tiles / ROW_TILES.
+KERNEL void __launch_bounds__(THREADS, 1)
+moe_int4_down(const uint16_t* x, const uint4* weight, const void* scales, const uint8_t* zeros, const int32_t* topk_ids,
+              const float* topk_weights, const uint16_t* shared_rows, uint16_t* out, int experts, int columns, int k_tiles, int row_tiles,
+              int groups, int hidden, int top_k, int first_token) {
+    Shared& shared = shared_memory<Shared>();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int64_t token = first_token + static_cast<int>(blockIdx.x);
+    const int first_row_tile = blockIdx.y * ROW_TILES;
+
+    for (int job = warp; job < top_k * ROW_TILES; job += WARPS) {
+        const int k = job / ROW_TILES, r = job % ROW_TILES;
+        const int expert = topk_ids[token * top_k + k];
+        float acc[4] = {};
+        if (expert >= 0 && expert < experts) {
+            const int64_t tile = static_cast<int64_t>(expert) * row_tiles + min(first_row_tile + r, row_tiles - 1);
+            const uint16_t* row = x + (static_cast<int64_t>(blockIdx.x) * top_k + k) * columns;
+            for (int first = 0; first < k_tiles; first += K_TILES) {
+                uint4 four[K_TILES], b[K_TILES][2];
+                Int4Scale<SCALE_TYPE> scale[K_TILES][UNITS];
+                uint32_t zero[K_TILES][UNITS];
+#pragma unroll
+                for (int j = 0; j < K_TILES; ++j)
+                    if (first + j < k_tiles) four[j] = load_once_16(weight + (tile * k_tiles + first + j) * 32 + lane);
+#pragma unroll
+                for (int j = 0; j < K_TILES; ++j) {
+                    if (first + j >= k_tiles) break;
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        const int column = (first + j) * 64 + h * 32 + t * 8;
+                        b[j][h] = column < columns ? *reinterpret_cast<const uint4*>(row + column) : make_uint4(0, 0, 0, 0);
+                    }
+#pragma unroll
+                    for (int unit = 0; unit < UNITS; ++unit) {
+                        const uint32_t input = (first + j) * 64 + unit * UNIT;
+                        const int group = min(static_cast<int>(input / GROUP_SIZE), groups - 1);
+                        const int64_t index = (tile * groups + group) * 8 + g;
+                        scale[j][unit] = int4_scale<SCALE_TYPE>(scales, index);
+                        if (ZEROS) zero[j][unit] = zeros[index];
+                    }
+                }
+#pragma unroll
+                for (int j = 0; j < K_TILES; ++j) {
+                    if (first + j >= k_tiles) break;
+                    const uint32_t words[4] = {four[j].x, four[j].y, four[j].z, four[j].w};
+#pragma unroll
+                    for (int unit = 0; unit < UNITS; ++unit) {
+                        const uint32_t low = ZEROS ? int4_offset(zero[j][unit]) : INT4_OFFSET_SYMMETRIC;
+                        const uint32_t high = ZEROS ? int4_offset(zero[j][unit] >> 4) : INT4_OFFSET_SYMMETRIC;
+                        float part[4] = {};
+#pragma unroll
+                        for (int i = 0; i < WORDS; ++i) {
+                            uint32_t a[4];
+                            int4_fragment(words[unit * WORDS + i], low, high, a);
+                            const uint4 x16 = b[j][(unit * WORDS + i) / 2];
+                            const uint32_t pair[2] = {i % 2 == 0 ? x16.x : x16.z, i % 2 == 0 ? x16.y : x16.w};
+                            mma_bf16(part, a, pair);
+                        }
+                        const float2 by = scale[j][unit].widen();
+                        acc[0] = fmaf(part[0], by.x, acc[0]);
+                        acc[2] = fmaf(part[2], by.y, acc[2]);
+                    }
+                }
+            }
+        }
+        if (t == 0) shared.parts[k][r][g] = acc[0], shared.parts[k][r][g + 8] = acc[2];
+    }
+    __syncthreads();
+
+    const int row = first_row_tile * 16 + threadIdx.x;
+    if (threadIdx.x >= ROW_TILES * 16 || row >= hidden) return;
+    float sum = 0.0f;
+    for (int k = 0; k < top_k; ++k) {
+        const int expert = topk_ids[token * top_k + k];
+        if (expert < 0 || expert >= experts) continue;
+        sum = fmaf(topk_weights[token * top_k + k], shared.parts[k][threadIdx.x / 16][threadIdx.x % 16], sum);
+    }
+    const float beside = shared_rows != nullptr ? bf16_to_float(shared_rows[token * hidden + row]) : 0.0f;
+    out[token * hidden + row] = float_to_bf16(beside + sum);
+}

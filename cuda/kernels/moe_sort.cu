@@ -1,0 +1,92 @@
+// Pairs of token and k sorted by expert, those of one expert in order, and cut into items of at most `item_tokens` pairs. One block.
+//
+// Every warp counts the experts of its own range of pairs; after a prefix sum over experts and warps it puts the range in place, in order.
+// An expert that does not exist takes no pair. Constants: EXPERTS. Tile: TILE_WARPS.
+#include "ptx.cuh"
+
+constexpr int WARPS = TILE_WARPS, THREADS = 32 * WARPS;
+constexpr uint32_t ALL = 0xffffffffu;
+
+struct Shared {
+    // Pairs of an expert in a warp's range, then the place of the next one.
+    int32_t counts[WARPS][EXPERTS];
+    int32_t warp_sums[2][WARPS];
+};
+static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
+
+DEVICE int warp_prefix(int value, int lane) {
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const int other = __shfl_up_sync(ALL, value, distance);
+        if (lane >= distance) value += other;
+    }
+    return value;
+}
+
+// The sums of two numbers over this thread and all before it, where `before` are those of earlier calls.
+DEVICE int2 block_prefix(Shared& shared, int2 value, int2& before, int warp, int lane) {
+    int2 sum = make_int2(warp_prefix(value.x, lane), warp_prefix(value.y, lane));
+    __syncthreads();
+    if (lane == 31) shared.warp_sums[0][warp] = sum.x, shared.warp_sums[1][warp] = sum.y;
+    __syncthreads();
+    int2 total = before;
+    for (int w = 0; w < WARPS; ++w) {
+        if (w == warp) sum.x += total.x, sum.y += total.y;
+        total.x += shared.warp_sums[0][w], total.y += shared.warp_sums[1][w];
+    }
+    before = total;
+    return sum;
+}
+
+// `topk_ids` from number `first_pair` on; `order` [pairs]; `items` [max_items] (expert, first place in order, count, 0), of which the unused get a count of 0.
+KERNEL void __launch_bounds__(THREADS, 1)
+moe_sort(const int32_t* topk_ids, int32_t* order, int4* items, int first_pair, int pairs, int item_tokens, int max_items) {
+    Shared& shared = shared_memory<Shared>();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    topk_ids += first_pair;
+    for (int i = threadIdx.x; i < WARPS * EXPERTS; i += THREADS) (&shared.counts[0][0])[i] = 0;
+    __syncthreads();
+
+    const int share = (pairs + THREADS - 1) / THREADS * 32;
+    const int first = min(warp * share, pairs), end = min(first + share, pairs);
+    for (int i = first + lane; i < end; i += 32) {
+        const int expert = topk_ids[i];
+        if (expert >= 0 && expert < EXPERTS) atomicAdd(&shared.counts[warp][expert], 1);
+    }
+    __syncthreads();
+
+    int2 before = make_int2(0, 0);
+    for (int base = 0; base < EXPERTS; base += THREADS) {
+        const int expert = base + static_cast<int>(threadIdx.x);
+        int count = 0;
+        if (expert < EXPERTS)
+            for (int w = 0; w < WARPS; ++w) count += shared.counts[w][expert];
+        const int my_items = (count + item_tokens - 1) / item_tokens;
+        const int2 sum = block_prefix(shared, make_int2(count, my_items), before, warp, lane);
+        if (expert >= EXPERTS) continue;
+        int place = sum.x - count;
+        for (int i = 0; i < my_items; ++i)
+            items[sum.y - my_items + i] = make_int4(expert, place + i * item_tokens, min(count - i * item_tokens, item_tokens), 0);
+        for (int w = 0; w < WARPS; ++w) {
+            const int in_warp = shared.counts[w][expert];
+            shared.counts[w][expert] = place;
+            place += in_warp;
+        }
+    }
+    for (int i = before.y + threadIdx.x; i < max_items; i += THREADS) items[i] = make_int4(0, 0, 0, 0);
+    __syncthreads();
+
+    for (int base = first; base < end; base += 32) {
+        const int i = base + lane;
+        const int expert = i < end ? topk_ids[i] : -1;
+        const bool valid = expert >= 0 && expert < EXPERTS;
+        const uint32_t same = __match_any_sync(ALL, valid ? expert : -1);
+        const int place = valid ? shared.counts[warp][expert] : 0;
+        __syncwarp();
+        if (valid) {
+            order[place + __popc(same & ((1u << lane) - 1u))] = i;
+            if ((same >> lane) == 1u) shared.counts[warp][expert] = place + __popc(same);
+        }
+        __syncwarp();
+    }
+}

@@ -1,0 +1,108 @@
+// RMSNorm of rows, with the residual add before it where RESIDUAL. A block takes row after row, which lie in registers; the next one is
+// under way while one is summed.
+//
+// Constants: WIDTH; VECTOR neighbouring columns of a load, which divide WIDTH; WEIGHT_TYPE; RESIDUAL.
+// Tile: TILE_VECTORS vectors of a row that a thread holds, as long as a block has threads enough.
+//
+// Arithmetic is f32 with u = 2^-24. The sum of two bf16 is rounded twice, which 24 bits make as good as once. n = CHUNKS * VECTOR + 10
+// additions lie on any path to the sum of squares, so the mean's relative error is at most (n + 3) u, that of the reciprocal root
+// (n + 5) u / 2 + 2^-22 (the last for rsqrtf), and a value gains 2 u more before it is rounded to bf16.
+#include "rows.cuh"
+
+constexpr int VECTORS = WIDTH / VECTOR;
+constexpr int ENOUGH_WARPS = (VECTORS + 32 * TILE_VECTORS - 1) / (32 * TILE_VECTORS);
+constexpr int WARPS = ENOUGH_WARPS < 32 ? ENOUGH_WARPS : 32;
+constexpr int THREADS = 32 * WARPS;
+constexpr int CHUNKS = (VECTORS + THREADS - 1) / THREADS;
+constexpr int WORDS = (VECTOR + 1) / 2;
+static_assert(WIDTH % VECTOR == 0, "a row is whole vectors, and aligned as they are");
+static_assert(THREADS == TILE_THREADS, "the launcher's block");
+
+struct Shared {
+    // What the warps summed, of two rows in turn: no one is done reading a row's when the next row's are written.
+    float squares[2][WARPS];
+};
+static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
+
+struct Row {
+    uint32_t x[CHUNKS][WORDS], residual[RESIDUAL ? CHUNKS : 1][WORDS];
+};
+
+DEVICE int column(int chunk) { return (chunk * THREADS + static_cast<int>(threadIdx.x)) * VECTOR; }
+
+DEVICE void load_row(Row& row, const uint16_t* x, const uint16_t* residual, int64_t start) {
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+        if (column(chunk) < WIDTH) {
+            load_bf16<VECTOR>(x + start + column(chunk), row.x[chunk]);
+            if constexpr (RESIDUAL) load_bf16<VECTOR>(residual + start + column(chunk), row.residual[chunk]);
+        }
+    }
+}
+
+// The sum over the block, the same in every thread.
+DEVICE float block_sum(float value, float (&of_warps)[WARPS]) {
+    value = warp_sum(value);
+    if constexpr (WARPS > 1) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        if (lane == 0) of_warps[warp] = value;
+        __syncthreads();
+        value = warp_sum(lane < WARPS ? of_warps[lane] : 0.0f);
+    }
+    return value;
+}
+
+KERNEL void __launch_bounds__(THREADS, 1)
+rms_norm(const uint16_t* __restrict__ x,  // [rows, WIDTH] bf16
+         uint16_t* __restrict__ residual, // [rows, WIDTH] bf16, where RESIDUAL
+         const void* __restrict__ weight, // [WIDTH]
+         uint16_t* __restrict__ out,      // [rows, WIDTH] bf16
+         int rows, float eps) {
+    Shared& shared = shared_memory<Shared>();
+    Row current = {};
+    float w[CHUNKS][VECTOR] = {};
+    load_row(current, x, residual, static_cast<int64_t>(blockIdx.x) * WIDTH);
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+        if (column(chunk) < WIDTH) load_weights<WEIGHT_TYPE>(weight, column(chunk), w[chunk]);
+    }
+
+    int turn = 0;
+    for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+        Row next = {};
+        if (row + gridDim.x < rows) load_row(next, x, residual, (row + gridDim.x) * WIDTH);
+
+        float squares = 0.0f;
+#pragma unroll
+        for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+            float values[VECTOR];
+            widen_bf16(current.x[chunk], values);
+            if constexpr (RESIDUAL) {
+                float added[VECTOR];
+                widen_bf16(current.residual[chunk], added);
+#pragma unroll
+                for (int i = 0; i < VECTOR; ++i) values[i] += added[i];
+                narrow_to_bf16(values, current.x[chunk]);
+                widen_bf16(current.x[chunk], values);
+                if (column(chunk) < WIDTH) store_bf16<VECTOR>(residual + row * WIDTH + column(chunk), current.x[chunk]);
+            }
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) squares += values[i] * values[i];
+        }
+        const float mean = block_sum(squares, shared.squares[turn]) * (1.0f / WIDTH);
+        const float reciprocal = rsqrtf(mean + eps);
+
+#pragma unroll
+        for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+            float values[VECTOR];
+            widen_bf16(current.x[chunk], values);
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) values[i] = w[chunk][i] * (values[i] * reciprocal);
+            uint32_t words[WORDS];
+            narrow_to_bf16(values, words);
+            if (column(chunk) < WIDTH) store_bf16<VECTOR>(out + row * WIDTH + column(chunk), words);
+        }
+        current = next;
+        turn ^= 1;
+    }
+}

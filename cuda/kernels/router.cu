@@ -1,0 +1,162 @@
+// Which experts see a token. A warp a token: lane l holds experts l, l + 32, and so on, and the best is taken out k times.
+//
+// Constants: EXPERTS, N_GROUP; BIAS_TYPE; GROUPED (some groups are dropped). Tile: TILE_WARPS tokens a block.
+//
+// Arithmetic is f32 with u = 2^-24. The power of two has the relative error 4 u and its argument moves it by u, so that a score
+// s = 1 / (1 + e) has at most 8 u (1 - s) + 2 u relative, a choice s + bias u |s + bias| more, a group's score u of itself more.
+// Equal floats go to the lower index. A weight adds the sum's (7 u at most) and 2 u.
+#include "rows.cuh"
+
+constexpr int PER_LANE = (EXPERTS + 31) / 32, GROUP_SIZE = EXPERTS / N_GROUP;
+constexpr uint32_t ALL_LANES = 0xffffffffu;
+static_assert(EXPERTS > 0 && N_GROUP > 0 && EXPERTS % N_GROUP == 0, "groups are of one size");
+
+struct Shared {
+    float scores[TILE_WARPS][EXPERTS];
+#if GROUPED
+    uint32_t choices[TILE_WARPS][EXPERTS];
+    uint32_t groups[TILE_WARPS][N_GROUP];
+#endif
+};
+static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
+
+// 0 ranks below everything, NaN next.
+constexpr uint32_t NONE = 0, NOT_A_NUMBER = 1;
+
+DEVICE uint32_t to_key(float value) {
+    const uint32_t bits = __float_as_uint(value + 0.0f);
+    return value == value ? bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u) : NOT_A_NUMBER;
+}
+
+DEVICE float to_value(uint32_t key) {
+    const uint32_t flip = static_cast<uint32_t>(static_cast<int32_t>(~key) >> 31) | 0x80000000u;
+    return __uint_as_float(key == NOT_A_NUMBER ? 0x7fc00000u : key ^ flip);
+}
+
+DEVICE float sigmoid(float x) {
+    // Beyond these the power is nothing beside 1, or 1 nothing beside it. NaN stays.
+    float y = -x;
+    y = y > 89.0f ? 89.0f : y < -60.0f ? -60.0f : y;
+    // 2^(y log2(e)), the whole part by the exponent: log2(e) as the sum of two floats.
+    const float whole = rintf(y * 1.44269504f);
+    const float rest = fmaf(y, 0x1.4ae0c0p-26f, fmaf(y, 0x1.715476p+0f, -whole));
+    const uint32_t exponent = whole == whole ? static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) : 127;
+    return 1.0f / (1.0f + exp2_approx(rest) * __uint_as_float(exponent << 23));
+}
+
+// The best key of the warp, and where it stands; of equal ones the lowest.
+struct Best {
+    uint32_t key, index;
+};
+DEVICE Best warp_best(Best own) {
+    const uint32_t key = __reduce_max_sync(ALL_LANES, own.key);
+    return {key, __reduce_min_sync(ALL_LANES, own.key == key ? own.index : 0xffffffffu)};
+}
+
+template <int COUNT>
+DEVICE Best lane_best(const uint32_t (&keys)[COUNT], int lane) {
+    Best best{keys[0], static_cast<uint32_t>(lane)};
+#pragma unroll
+    for (int i = 1; i < COUNT; ++i) {
+        if (keys[i] > best.key) best = {keys[i], static_cast<uint32_t>(32 * i + lane)};
+    }
+    return best;
+}
+
+#if GROUPED
+// Lanes that look through a group together: a power of two, so that they are neighbours of one another.
+constexpr int group_lanes(int lanes) { return lanes > 1 && (lanes * N_GROUP > 32 || lanes > GROUP_SIZE) ? group_lanes(lanes / 2) : lanes; }
+constexpr int GROUP_LANES = group_lanes(32);
+
+// The keys of experts whose group is not among the best `topk_group` become NONE.
+DEVICE void drop_groups(Shared& shared, uint32_t (&keys)[PER_LANE], int warp, int lane, int topk_group) {
+    uint32_t* choices = shared.choices[warp];
+    uint32_t* groups = shared.groups[warp];
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+        if (32 * i + lane < EXPERTS) choices[32 * i + lane] = keys[i];
+    }
+    __syncwarp();
+    for (int first = 0; first < N_GROUP; first += 32 / GROUP_LANES) {
+        const int group = first + lane / GROUP_LANES;
+        uint32_t best = NONE, second = NONE;
+        const auto see = [&](uint32_t key) {
+            second = max(second, min(best, key));
+            best = max(best, key);
+        };
+        for (int i = lane % GROUP_LANES; i < GROUP_SIZE && group < N_GROUP; i += GROUP_LANES) see(choices[group * GROUP_SIZE + i]);
+#pragma unroll
+        for (int distance = 1; distance < GROUP_LANES; distance *= 2) {
+            const uint32_t other = __shfl_xor_sync(ALL_LANES, best, distance);
+            const uint32_t other_second = __shfl_xor_sync(ALL_LANES, second, distance);
+            see(other);
+            see(other_second);
+        }
+        if (group < N_GROUP && lane % GROUP_LANES == 0) {
+            groups[group] = second == NONE ? best : to_key(to_value(best) + to_value(second));
+        }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+        const int own = (32 * i + lane) / GROUP_SIZE;
+        if (own >= N_GROUP) continue;
+        int better = 0;
+        for (int group = 0; group < N_GROUP; ++group) {
+            better += groups[group] > groups[own] || (groups[group] == groups[own] && group < own);
+        }
+        if (better >= topk_group) keys[i] = NONE;
+    }
+    __syncwarp();
+}
+#endif
+
+KERNEL void __launch_bounds__(TILE_WARPS * 32, 1)
+    router(const float* __restrict__ logits,    // [tokens, EXPERTS]
+           const void* __restrict__ bias,       // [EXPERTS]
+           int32_t* __restrict__ topk_ids,      // [tokens, k]
+           float* __restrict__ topk_weights,    // [tokens, k]
+           int32_t tokens, int32_t k, int32_t topk_group, int32_t normalise, float scaling) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int64_t token = static_cast<int64_t>(blockIdx.x) * TILE_WARPS + warp;
+    if (token >= tokens) return;
+    Shared& shared = shared_memory<Shared>();
+
+    float x[PER_LANE], offset[PER_LANE][1];
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+        const int expert = 32 * i + lane;
+        x[i] = expert < EXPERTS ? logits[token * EXPERTS + expert] : 0.0f;
+        offset[i][0] = 0.0f;
+        if (expert < EXPERTS) load_weights<BIAS_TYPE>(bias, expert, offset[i]);
+    }
+    uint32_t keys[PER_LANE];
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+        const int expert = 32 * i + lane;
+        const float score = sigmoid(x[i]);
+        keys[i] = expert < EXPERTS ? to_key(score + offset[i][0]) : NONE;
+        if (expert < EXPERTS) shared.scores[warp][expert] = score;
+    }
+#if GROUPED
+    drop_groups(shared, keys, warp, lane, topk_group);
+#endif
+
+    int chosen = 0;
+    for (int place = 0; place < k; ++place) {
+        const int expert = static_cast<int>(warp_best(lane_best(keys, lane)).index);
+        if (lane == place) chosen = expert;
+#pragma unroll
+        for (int i = 0; i < PER_LANE; ++i) {
+            if (32 * i + lane == expert) keys[i] = NONE;
+        }
+    }
+    __syncwarp();
+    float weight = lane < k ? shared.scores[warp][chosen] : 0.0f;
+    if (normalise != 0) weight /= warp_sum(weight) + 1e-20f;
+    weight *= scaling;
+    if (lane < k) {
+        topk_ids[token * k + lane] = chosen;
+        topk_weights[token * k + lane] = weight;
+    }
+}

@@ -1,0 +1,60 @@
+// How `sample_filter` and `sample_pick` tell tokens apart: by their depth, which is minus the log-probability relative to the best token's.
+#pragma once
+
+#include "sample.cuh"
+
+// Bins are as wide as a share 2^-TILE_FRACTION_BITS of their octave; the lowest takes all that is less deep than 2^-26.
+constexpr uint32_t OCTAVES = 32, BINS = OCTAVES << TILE_FRACTION_BITS;
+constexpr uint32_t LOWEST = (127 - 26) << TILE_FRACTION_BITS;
+
+// Deeper tokens have 2e-21 of the probability together: no noise draws them, and no sum sees them.
+constexpr float DEEPEST = 60.0f;
+
+DEVICE uint32_t bin_of(float depth) {
+    const uint32_t bits = __float_as_uint(depth) >> (23 - TILE_FRACTION_BITS);
+    return bits < LOWEST ? 0 : bits - LOWEST;
+}
+DEVICE double least_depth(uint32_t bin) { return bin == 0 ? 0.0 : static_cast<double>(__uint_as_float((bin + LOWEST) << (23 - TILE_FRACTION_BITS))); }
+
+// What `min_p` leaves of a row, and where tokens stand in it.
+struct Depths {
+    double max, temperature, inverse, min_p;
+    float surely, hardly;
+
+    DEVICE Depths(const Request& request, double max)
+        : max(max),
+          temperature(request.temperature),
+          inverse(1.0 / static_cast<double>(request.temperature)),
+          min_p(request.min_p),
+          surely(min(request.min_p_depth - 1e-3f, DEEPEST)),
+          hardly(min(request.min_p_depth + 1e-3f, DEEPEST)) {}
+
+    // Rounding keeps the order, so that bins have it too.
+    DEVICE float rough(double logit) const { return static_cast<float>(logit == max ? 0.0 : (max - logit) * inverse); }
+    DEVICE double exact(double logit) const { return logit == max ? 0.0 : (max - logit) / temperature; }
+
+    // NaN is not kept.
+    DEVICE bool keeps(float depth, double logit) const {
+        if (depth <= surely) return true;
+        return depth <= hardly && (min_p == 0.0 || exp(-exact(logit)) >= min_p);
+    }
+
+    // Which of a vector's tokens are kept, and how deep they are.
+    DEVICE uint32_t kept(const float (&values)[4], uint32_t tokens, float (&depths)[4]) const {
+        uint32_t unsure = 0;
+#pragma unroll
+        for (uint32_t j = 0; j < 4; ++j) {
+            depths[j] = rough(values[j]);
+            if (!(depths[j] <= hardly)) tokens &= ~(1u << j);
+            if (!(depths[j] <= surely)) unsure |= 1u << j;
+        }
+        unsure &= tokens;
+        if (unsure == 0 || min_p == 0.0) return tokens;
+#pragma unroll 1
+        for (; unsure != 0; unsure &= unsure - 1) {
+            const int j = __ffs(static_cast<int>(unsure)) - 1;
+            if (exp(-exact(at(values, j))) < min_p) tokens &= ~(1u << j);
+        }
+        return tokens;
+    }
+};

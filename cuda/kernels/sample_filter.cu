@@ -1,0 +1,149 @@
+// `sample`, second kernel: counts the tokens of filtered rows by depth, and decides from the counts what `sample_pick` looks at.
+//
+// Probability is counted as well where `top_p` needs it: of every token 2^31 times its share of what its bin's best could have, as an
+// integer, so that no order of additions shows. A sum is right to 2^-32 for every token, relative to it.
+#include "sample_bins.cuh"
+
+struct Shared {
+    Block block;
+    uint32_t low[BINS], high[BINS];
+    uint32_t kth_bin, enough_bin, kth_above, kth_through, enough_above, enough_through;
+    double enough_mass_above;
+};
+static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
+constexpr uint32_t BINS_PER_THREAD = (BINS + THREADS - 1) / THREADS;
+
+DEVICE double load_published_mass(const uint64_t* mass, uint32_t bin) {
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(mass + bin);
+    const uint64_t units = static_cast<uint64_t>(load_published(words + 1)) << 32 | load_published(words);
+    return units == 0 ? 0.0 : static_cast<double>(units) * 0x1p-31 * exp(-least_depth(bin));
+}
+
+KERNEL void __launch_bounds__(THREADS, 1)
+    sample_filter(const float* __restrict__ all_logits, const uint8_t* __restrict__ uploads,
+                  uint32_t* arrivals,  // [rows] zeros
+                  State* states,       // [rows]
+                  uint32_t* counts,    // [rows, BINS] zeros
+                  uint64_t* masses,    // [rows, BINS] zeros
+                  int32_t rows, int32_t first_row, int32_t vocab, int32_t num_parts) {
+    Shared& shared = shared_memory<Shared>();
+    Block& block = shared.block;
+    const uint32_t* filtered = reinterpret_cast<const uint32_t*>(uploads + sizeof(Request) * rows);
+    const uint32_t index = filtered[blockIdx.x / num_parts], part = blockIdx.x % num_parts;
+    State& state = states[index];
+    if (state.plan == DONE) return;
+    Row row(all_logits, uploads, index, rows, first_row, vocab);
+    row.take(part, num_parts);
+    const Request& request = row.request;
+    const Depths depths(request, state.max);
+    const bool weighs = request.top_p < 1.0f && !(request.top_k > 0 && request.top_k <= TILE_LISTED);
+
+#pragma unroll 1
+    for (uint32_t bin = threadIdx.x; bin < BINS; bin += THREADS) shared.low[bin] = shared.high[bin] = 0;
+    __syncthreads();
+    const auto count = [&](float depth, double logit) {
+        const uint32_t bin = bin_of(depth);
+        uint32_t carry = 0;
+        if (weighs) {
+            const double share = exp(least_depth(bin) - (logit == depths.max ? 0.0 : (depths.max - logit) * depths.inverse));
+            const uint32_t units = static_cast<uint32_t>(static_cast<int64_t>(share * 0x1p31));
+            const uint32_t before = atomicAdd(&shared.low[bin], units);
+            carry = before + units < before;
+        }
+        atomicAdd(&shared.high[bin], (1u << 16) + carry);
+    };
+    row.each<2>(
+        block,
+        [&](uint32_t, const float(&values)[4], uint32_t, uint32_t tokens) {
+            float depth[4];
+            tokens = depths.kept(values, tokens, depth);
+#pragma unroll
+            for (uint32_t j = 0; j < 4; ++j) {
+                if (tokens >> j & 1) count(depth[j], values[j]);
+            }
+        },
+        [&](uint32_t, double logit) {
+            const float depth = depths.rough(logit);
+            if (depths.keeps(depth, logit)) count(depth, logit);
+        });
+    __syncthreads();
+    uint32_t* row_counts = counts + static_cast<int64_t>(index) * BINS;
+    uint64_t* row_masses = masses + static_cast<int64_t>(index) * BINS;
+#pragma unroll 1
+    for (uint32_t bin = threadIdx.x; bin < BINS; bin += THREADS) {
+        const uint32_t high = shared.high[bin];
+        if (high == 0) continue;
+        atomicAdd(&row_counts[bin], high >> 16);
+        if (weighs) atomicAdd(&row_masses[bin], static_cast<uint64_t>(high & 0xffffu) << 32 | shared.low[bin]);
+    }
+    if (!is_last(block, arrivals + index, num_parts)) return;
+
+    // Where the k-th token stands, and the one with which `top_p` is reached.
+    const uint32_t first = min(threadIdx.x * BINS_PER_THREAD, BINS), last = min(first + BINS_PER_THREAD, BINS);
+    uint32_t own_count = 0;
+    double own_mass = 0.0;
+#pragma unroll 1
+    for (uint32_t bin = first; bin < last; ++bin) {
+        own_count += load_published(row_counts + bin);
+        if (weighs) own_mass += load_published_mass(row_masses, bin);
+    }
+    const Counts kept = block_counts(block, own_count);
+    const Sums mass = block_sums(block, own_mass);
+    const uint32_t k = request.top_k > 0 ? min(request.top_k, kept.all) : kept.all;
+    const double enough = static_cast<double>(request.top_p) * mass.all;
+    if (threadIdx.x == 0) shared.kth_bin = shared.enough_bin = BINS;
+    __syncthreads();
+    // The first bin of all that reaches it; sums of two threads may round apart.
+    uint32_t through = kept.before;
+    double mass_through = mass.before;
+#pragma unroll 1
+    for (uint32_t bin = first; bin < last; ++bin) {
+        const uint32_t in_bin = load_published(row_counts + bin);
+        through += in_bin;
+        if (weighs) mass_through += load_published_mass(row_masses, bin);
+        if (in_bin == 0) continue;
+        if (through >= k) atomicMin(&shared.kth_bin, bin);
+        if (weighs && (mass_through >= enough || through == kept.all)) atomicMin(&shared.enough_bin, bin);
+    }
+    __syncthreads();
+    through = kept.before;
+    mass_through = mass.before;
+#pragma unroll 1
+    for (uint32_t bin = first; bin < last; ++bin) {
+        const uint32_t in_bin = load_published(row_counts + bin);
+        if (bin == shared.kth_bin) shared.kth_above = through, shared.kth_through = through + in_bin;
+        if (bin == shared.enough_bin) {
+            shared.enough_above = through, shared.enough_through = through + in_bin;
+            shared.enough_mass_above = mass_through;
+        }
+        through += in_bin;
+        if (weighs) mass_through += load_published_mass(row_masses, bin);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (uint32_t bin = threadIdx.x; bin < BINS; bin += THREADS) row_counts[bin] = 0, row_masses[bin] = 0;
+    if (threadIdx.x != 0) return;
+
+    const auto cut = [&](uint32_t draw_below, uint32_t from, uint32_t to, uint32_t keep, double mass_above, double needed) {
+        state.plan = CUT, state.draw_below = draw_below, state.list_from = from, state.list_to = to;
+        state.keep = keep, state.mass_above = mass_above, state.enough = needed;
+    };
+    state.plan = SEARCH;
+    state.keep = k;
+    if (shared.kth_through <= TILE_LISTED) {
+        // All that can stay. The list knows how much it is together.
+        cut(0, 0, shared.kth_bin, k, 0.0, -1.0);
+    } else if (request.top_p < 1.0f) {
+        if (k < kept.all) return;
+        const uint32_t bin = shared.enough_bin, in_bin = shared.enough_through - shared.enough_above;
+        if (shared.enough_through <= TILE_LISTED) {
+            cut(0, 0, bin, kept.all, 0.0, enough);
+        } else if (in_bin <= TILE_LISTED) {
+            cut(bin, bin, bin, in_bin, shared.enough_mass_above, enough);
+        }
+    } else if (k == kept.all) {
+        cut(shared.kth_bin + 1, 1, 0, 0, 0.0, 0.0);
+    } else if (shared.kth_through - shared.kth_above <= TILE_LISTED) {
+        cut(shared.kth_bin, shared.kth_bin, shared.kth_bin, k - shared.kth_above, 0.0, 0.0);
+    }
+}

@@ -1,0 +1,437 @@
+//! The CUDA backend: every kernel of the contract by its launcher, with the tiles that are pinned for the device.
+//!
+//! This file holds the backend and hands each method to its launcher; `memory.rs` moves tensors, `chosen.rs` chooses tiles, `scratch.rs`
+//! keeps what launches share.
+
+mod chosen;
+mod memory;
+mod scratch;
+
+use std::ops::Range;
+
+use dsa80_reference::{
+    Batch, DType, DeviceTensor, Error, HostExpert, HostInt4, HostTensor, Kernels, Result, RopeLayout,
+    RouterParams, SampleOutput, SampleRow,
+};
+
+use self::chosen::Chosen;
+use self::scratch::Grown;
+use crate::absorb::{absorb_output, absorb_query};
+use crate::batch::CudaBatch;
+use crate::device::Device;
+use crate::embed::embed;
+use crate::gpu::Gpu;
+use crate::indexer_logits::indexer_logits;
+use crate::int4::PackedInt4;
+use crate::latent_rope::latent_rope;
+use crate::layer_norm_rope::layer_norm_rope;
+use crate::linear::{LinearTiles, LinearWorkspace, linear};
+use crate::linear_int4::{LinearInt4Workspace, linear_int4};
+use crate::lm_head::lm_head;
+use crate::moe::{Experts, MoeWorkspace, moe};
+use crate::moe_int4::{MoeInt4Dims, MoeInt4Workspace, MoeLoad, moe_int4};
+use crate::moe_int4_experts::ExpertsInt4;
+use crate::probe::CudaDevice;
+use crate::rms_norm::{rms_norm, rms_norm_residual};
+use crate::rope::rope;
+use crate::rope_table::rope_table;
+use crate::router::router;
+use crate::sample::{SampleWorkspace, sample};
+use crate::silu_mul::silu_mul;
+use crate::sources::Sources;
+use crate::sparse_mla::{SparseMlaDims, SparseMlaWorkspace, sparse_mla};
+use crate::tensor::CudaTensor;
+use crate::tiles::Tiles;
+use crate::top_k::{TopKWorkspace, top_k};
+
+/// The CUDA backend on a [`Device`]: a GPU, or the emulator of the tests, by the same code.
+///
+/// Workspaces belong to the backend and grow to the largest launch so far: the first step of a size allocates, later ones do not, and
+/// a step that is captured in a graph must not be the first of its size. How large they are stands at each kernel's workspace.
+#[derive(Debug)]
+pub struct Cuda<D: Device = Gpu> {
+    device: D,
+    chosen: Chosen,
+    scratch: Scratch<D>,
+}
+
+/// The workspaces, by what their sizes depend on: nothing, or the sizes that the kernel's `Workspace::alloc` takes.
+#[derive(Debug)]
+struct Scratch<D: Device> {
+    top_k: Grown<TopKWorkspace<D>, 0>,
+    sparse_mla: Grown<SparseMlaWorkspace<D>, 4>,
+    linear: Grown<LinearWorkspace<D>, 0>,
+    linear_int4: Grown<LinearInt4Workspace<D>, 0>,
+    moe_int4: Grown<MoeInt4Workspace<D>, 5>,
+    moe: Grown<MoeWorkspace<D>, 3>,
+    sample: Grown<SampleWorkspace<D>, 3>,
+}
+
+impl<D: Device> Default for Scratch<D> {
+    fn default() -> Self {
+        Self {
+            top_k: Grown::default(),
+            sparse_mla: Grown::default(),
+            linear: Grown::default(),
+            linear_int4: Grown::default(),
+            moe_int4: Grown::default(),
+            moe: Grown::default(),
+            sample: Grown::default(),
+        }
+    }
+}
+
+/// What a GPU must be: the kernels are written for sm_80.
+const OLDEST: (i32, i32) = (8, 0);
+
+impl Cuda {
+    /// The first GPU that the kernels run on, with the tiles that are pinned for it.
+    ///
+    /// # Errors
+    /// There is no driver, no GPU, none that is new enough, or no run-time compiler, each with what to do about it.
+    pub fn open() -> Result<Self> {
+        let devices = crate::probe::devices().map_err(|error| refuse(error.to_string()))?;
+        let Some(fit) = devices.iter().find(|device| device.compute_capability >= OLDEST) else {
+            let found: Vec<String> = devices
+                .iter()
+                .map(|CudaDevice { name, compute_capability: (major, minor), .. }| {
+                    format!("{name} (sm_{major}{minor})")
+                })
+                .collect();
+            return Err(refuse(if found.is_empty() {
+                "the driver lists no GPU (CUDA_VISIBLE_DEVICES may hide it)".into()
+            } else {
+                format!("no GPU is new enough, an A100 (sm_80) at least; there is {}", found.join(", "))
+            }));
+        };
+        let gpu = Gpu::open(fit.ordinal, Sources::Embedded)?;
+        let tiles = Tiles::for_gpu(&gpu.limits().name, None)?;
+        Ok(Self::new(gpu, tiles))
+    }
+}
+
+impl<D: Device> Cuda<D> {
+    /// The backend on `device`, with `tiles` where they run and safe ones elsewhere.
+    pub fn new(device: D, tiles: Tiles) -> Self {
+        let chosen = Chosen::new(tiles, device.limits().clone());
+        Self { device, chosen, scratch: Scratch::default() }
+    }
+
+    /// What it runs on.
+    pub fn device(&self) -> &D {
+        &self.device
+    }
+
+    /// Launches a dense product, whose workspace serves any size.
+    fn with_linear(
+        &self,
+        launch: impl FnOnce(&LinearTiles, &LinearWorkspace<D>) -> Result<()>,
+    ) -> Result<()> {
+        let tiles = self.chosen.linear();
+        let alloc = |[]: [usize; 0]| LinearWorkspace::alloc(&self.device, &tiles);
+        self.scratch.linear.with([], alloc, |workspace| launch(&tiles, workspace))
+    }
+}
+
+/// A dimension of a tensor that has it; the launchers refuse one that has not.
+fn dim<D: Device>(tensor: &CudaTensor<D>, index: usize) -> usize {
+    tensor.shape().get(index).copied().unwrap_or(0)
+}
+
+fn refuse(message: String) -> Error {
+    Error::Backend { backend: "cuda", message }
+}
+
+impl<D: Device> Kernels for Cuda<D> {
+    type Tensor = CudaTensor<D>;
+    type Int4 = PackedInt4<D>;
+    type ExpertsInt4 = ExpertsInt4<D>;
+    type Experts = Experts<D>;
+    type Batch = CudaBatch<D>;
+
+    fn alloc(&self, dtype: DType, shape: &[usize]) -> Result<CudaTensor<D>> {
+        memory::alloc(&self.device, dtype, shape)
+    }
+
+    fn upload(&self, tensor: HostTensor) -> Result<CudaTensor<D>> {
+        memory::upload(&self.device, &tensor)
+    }
+
+    fn upload_int4(&self, weight: HostInt4) -> Result<PackedInt4<D>> {
+        PackedInt4::upload(&self.device, &self.chosen.repack_int4(), &weight)
+    }
+
+    fn upload_experts_int4(&self, experts: Vec<HostExpert>) -> Result<ExpertsInt4<D>> {
+        ExpertsInt4::upload(&self.device, &self.chosen.repack_int4(), experts)
+    }
+
+    fn upload_experts(&self, experts: Vec<HostExpert>) -> Result<Experts<D>> {
+        Experts::upload(&self.device, experts)
+    }
+
+    fn alloc_batch(&self, max_tokens: usize, max_seqs: usize, max_blocks: usize) -> Result<CudaBatch<D>> {
+        CudaBatch::alloc(&self.device, max_tokens, max_seqs, max_blocks)
+    }
+
+    fn upload_batch(&self, batch: &Batch, device: &mut CudaBatch<D>) -> Result<()> {
+        device.upload(&self.device, batch)
+    }
+
+    fn write(&self, values: &[f64], tensor: &mut CudaTensor<D>) -> Result<()> {
+        memory::write(&self.device, values, tensor)
+    }
+
+    fn write_index(&self, values: &[i32], tensor: &mut CudaTensor<D>) -> Result<()> {
+        memory::write_index(&self.device, values, tensor)
+    }
+
+    fn write_bytes(&self, values: &[u8], tensor: &mut CudaTensor<D>) -> Result<()> {
+        memory::write_bytes(&self.device, values, tensor)
+    }
+
+    fn read(&self, tensor: &CudaTensor<D>) -> Result<Vec<f64>> {
+        memory::read(&self.device, tensor)
+    }
+
+    fn read_index(&self, tensor: &CudaTensor<D>) -> Result<Vec<i32>> {
+        memory::read_index(&self.device, tensor)
+    }
+
+    fn read_bytes(&self, tensor: &CudaTensor<D>) -> Result<Vec<u8>> {
+        memory::read_bytes(&self.device, tensor)
+    }
+
+    fn embed(
+        &self,
+        batch: &CudaBatch<D>,
+        table: &CudaTensor<D>,
+        vocab_start: usize,
+        out: &mut CudaTensor<D>,
+    ) -> Result<()> {
+        embed(&self.device, &self.chosen.embed(dim(table, 1)), batch, table, vocab_start, out)
+    }
+
+    fn rms_norm(
+        &self,
+        x: &CudaTensor<D>,
+        weight: &CudaTensor<D>,
+        eps: f64,
+        out: &mut CudaTensor<D>,
+    ) -> Result<()> {
+        let tile = self.chosen.rms_norm(dim(x, 0), dim(x, 1));
+        rms_norm(&self.device, &tile, x, weight, eps, out)
+    }
+
+    fn rms_norm_residual(
+        &self,
+        x: &CudaTensor<D>,
+        residual: &mut CudaTensor<D>,
+        weight: &CudaTensor<D>,
+        eps: f64,
+        out: &mut CudaTensor<D>,
+    ) -> Result<()> {
+        let tile = self.chosen.rms_norm(dim(x, 0), dim(x, 1));
+        rms_norm_residual(&self.device, &tile, x, residual, weight, eps, out)
+    }
+
+    fn rope_table(&self, batch: &CudaBatch<D>, theta: f64, cos_sin: &mut CudaTensor<D>) -> Result<()> {
+        rope_table(&self.device, &self.chosen.rope_table(), batch, theta, cos_sin)
+    }
+
+    fn rope(
+        &self,
+        x: &mut CudaTensor<D>,
+        offset: usize,
+        layout: RopeLayout,
+        cos_sin: &CudaTensor<D>,
+    ) -> Result<()> {
+        let tile = self.chosen.rope([dim(x, 1), dim(x, 2)], offset, 2 * dim(cos_sin, 1), layout);
+        rope(&self.device, &tile, x, offset, layout, cos_sin)
+    }
+
+    fn layer_norm_rope(
+        &self,
+        batch: &CudaBatch<D>,
+        x: &CudaTensor<D>,
+        weight: &CudaTensor<D>,
+        bias: &CudaTensor<D>,
+        eps: f64,
+        layout: RopeLayout,
+        cos_sin: &CudaTensor<D>,
+        cache: &mut CudaTensor<D>,
+    ) -> Result<()> {
+        let tile = self.chosen.layer_norm_rope(dim(x, 1), 2 * dim(cos_sin, 1));
+        layer_norm_rope(&self.device, &tile, batch, x, weight, bias, eps, layout, cos_sin, cache)
+    }
+
+    fn latent_rope(
+        &self,
+        batch: &CudaBatch<D>,
+        x: &CudaTensor<D>,
+        weight: &CudaTensor<D>,
+        eps: f64,
+        cos_sin: &CudaTensor<D>,
+        cache: &mut CudaTensor<D>,
+    ) -> Result<()> {
+        let tile = self.chosen.latent_rope(dim(weight, 0), 2 * dim(cos_sin, 1));
+        latent_rope(&self.device, &tile, batch, x, weight, eps, cos_sin, cache)
+    }
+
+    fn linear(&self, x: &CudaTensor<D>, weight: &CudaTensor<D>, out: &mut CudaTensor<D>) -> Result<()> {
+        self.with_linear(|tiles, workspace| linear(&self.device, tiles, workspace, x, weight, out))
+    }
+
+    fn linear_int4(&self, x: &CudaTensor<D>, weight: &PackedInt4<D>, out: &mut CudaTensor<D>) -> Result<()> {
+        let tiles = self.chosen.linear_int4();
+        self.scratch.linear_int4.with(
+            [],
+            |[]| LinearInt4Workspace::alloc(&self.device, &tiles),
+            |workspace| linear_int4(&self.device, &tiles, workspace, x, weight, out),
+        )
+    }
+
+    fn absorb_query(&self, q: &CudaTensor<D>, kv_b: &CudaTensor<D>, out: &mut CudaTensor<D>) -> Result<()> {
+        absorb_query(&self.device, &self.chosen.absorb(), q, kv_b, out)
+    }
+
+    fn absorb_output(&self, o: &CudaTensor<D>, kv_b: &CudaTensor<D>, out: &mut CudaTensor<D>) -> Result<()> {
+        absorb_output(&self.device, &self.chosen.absorb(), o, kv_b, out)
+    }
+
+    fn indexer_logits(
+        &self,
+        batch: &CudaBatch<D>,
+        rows: Range<usize>,
+        q: &CudaTensor<D>,
+        weights: &CudaTensor<D>,
+        cache: &CudaTensor<D>,
+        scale: f64,
+        logits: &mut CudaTensor<D>,
+    ) -> Result<()> {
+        let tile = self.chosen.indexer_logits(dim(q, 1), dim(q, 2), cache.dtype() == DType::Fp8);
+        indexer_logits(&self.device, &tile, batch, rows, q, weights, cache, scale, logits)
+    }
+
+    fn top_k(
+        &self,
+        batch: &CudaBatch<D>,
+        rows: Range<usize>,
+        logits: &CudaTensor<D>,
+        topk_indices: &mut CudaTensor<D>,
+    ) -> Result<()> {
+        let (tile, all) = self.chosen.top_k(rows.len());
+        self.scratch.top_k.with(
+            [],
+            |[]| TopKWorkspace::alloc(&self.device, &all),
+            |workspace| top_k(&self.device, &tile, workspace, batch, rows, logits, topk_indices),
+        )
+    }
+
+    fn sparse_mla(
+        &self,
+        batch: &CudaBatch<D>,
+        q: &CudaTensor<D>,
+        cache: &CudaTensor<D>,
+        topk_indices: &CudaTensor<D>,
+        scale: f64,
+        out: &mut CudaTensor<D>,
+    ) -> Result<()> {
+        let kv_lora_rank = dim(out, 2);
+        let dims = SparseMlaDims { kv_lora_rank, rope: dim(q, 2).saturating_sub(kv_lora_rank) };
+        let tiles = self.chosen.sparse_mla(dims);
+        self.scratch.sparse_mla.with(
+            [dim(q, 0), dim(q, 1), dim(topk_indices, 1), kv_lora_rank],
+            |[tokens, heads, k, kv_lora_rank]| {
+                let dims = SparseMlaDims { kv_lora_rank, ..dims };
+                SparseMlaWorkspace::alloc(&self.device, &tiles, dims, tokens, heads, k)
+            },
+            |workspace| {
+                sparse_mla(&self.device, &tiles, workspace, batch, q, cache, topk_indices, scale, out)
+            },
+        )
+    }
+
+    fn router(
+        &self,
+        logits: &CudaTensor<D>,
+        bias: &CudaTensor<D>,
+        params: RouterParams,
+        topk_ids: &mut CudaTensor<D>,
+        topk_weights: &mut CudaTensor<D>,
+    ) -> Result<()> {
+        let tile = self.chosen.router(dim(logits, 1), params.n_group);
+        router(&self.device, &tile, logits, bias, params, topk_ids, topk_weights)
+    }
+
+    fn moe_int4(
+        &self,
+        x: &CudaTensor<D>,
+        topk_ids: &CudaTensor<D>,
+        topk_weights: &CudaTensor<D>,
+        experts: &ExpertsInt4<D>,
+        shared: Option<&CudaTensor<D>>,
+        out: &mut CudaTensor<D>,
+    ) -> Result<()> {
+        let dims = MoeInt4Dims {
+            gate_up: *experts.gate_up.shape(),
+            down: *experts.down.shape(),
+            load: MoeLoad::Few,
+        };
+        let tiles = self.chosen.moe_int4(dims);
+        self.scratch.moe_int4.with(
+            [dim(x, 0), dim(topk_ids, 1), experts.hidden(), experts.moe_intermediate(), experts.count()],
+            |[tokens, top_k, hidden, moe_intermediate, experts]| {
+                MoeInt4Workspace::alloc(&self.device, tokens, top_k, hidden, moe_intermediate, experts)
+            },
+            |workspace| {
+                moe_int4(&self.device, &tiles, workspace, x, topk_ids, topk_weights, experts, shared, out)
+            },
+        )
+    }
+
+    fn moe(
+        &self,
+        x: &CudaTensor<D>,
+        topk_ids: &CudaTensor<D>,
+        topk_weights: &CudaTensor<D>,
+        experts: &Experts<D>,
+        shared: Option<&CudaTensor<D>>,
+        out: &mut CudaTensor<D>,
+    ) -> Result<()> {
+        self.scratch.moe.with(
+            [dim(x, 0), dim(topk_ids, 1), experts.moe_intermediate()],
+            |[tokens, top_k, moe_intermediate]| {
+                MoeWorkspace::alloc(&self.device, tokens, top_k, moe_intermediate)
+            },
+            |workspace| moe(&self.device, workspace, x, topk_ids, topk_weights, experts, shared, out),
+        )
+    }
+
+    fn silu_mul(&self, gate: &CudaTensor<D>, up: &CudaTensor<D>, out: &mut CudaTensor<D>) -> Result<()> {
+        silu_mul(&self.device, &self.chosen.silu_mul(), gate, up, out)
+    }
+
+    fn lm_head(
+        &self,
+        x: &CudaTensor<D>,
+        rows: &CudaTensor<D>,
+        weight: &CudaTensor<D>,
+        logits: &mut CudaTensor<D>,
+    ) -> Result<()> {
+        self.with_linear(|tiles, workspace| lm_head(&self.device, tiles, workspace, x, rows, weight, logits))
+    }
+
+    fn sample(
+        &self,
+        logits: &CudaTensor<D>,
+        rows: &[SampleRow<'_>],
+        out: &mut SampleOutput<CudaTensor<D>>,
+    ) -> Result<()> {
+        let tile = self.chosen.sample();
+        self.scratch.sample.with(
+            [rows.len(), dim(logits, 1), dim(&out.top_ids, 1)],
+            |[rows, vocab, top]| SampleWorkspace::alloc(&self.device, &tile, rows, vocab, top),
+            |workspace| sample(&self.device, &tile, workspace, logits, rows, out),
+        )
+    }
+}

@@ -1,0 +1,297 @@
+//! `linear`: products with a dense weight, of few tokens (`linear_few.cu`) and of many (`linear.cu`).
+
+use dsa80_reference::{DType, DeviceTensor, Result};
+
+use crate::device::{Arg, Device, Launch};
+use crate::linear_few::{self, LinearFewTile};
+use crate::linear_many::{self, LinearTile};
+use crate::rows::WEIGHTS;
+use crate::tensor::CudaTensor;
+use crate::tile::{Cost, Tile, refuse};
+
+const KERNEL: &str = "linear";
+
+/// The tiles of a launch of any number of tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinearTiles {
+    /// Up to 8 tokens.
+    pub up_to_8: LinearFewTile,
+    /// Up to 32 tokens.
+    pub up_to_32: LinearFewTile,
+    /// Up to [`MIDDLE`] tokens.
+    pub middle: LinearTile,
+    /// More.
+    pub many: LinearTile,
+}
+
+/// Tokens that the tile for a middling number of them takes at most.
+pub const MIDDLE: usize = 128;
+
+/// Classes of numbers of tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LinearTokens {
+    /// Up to 8.
+    UpTo8,
+    /// Up to 32.
+    UpTo32,
+    /// Up to [`MIDDLE`].
+    Middle,
+    /// More.
+    Many,
+}
+
+impl LinearTokens {
+    /// The class of a number.
+    pub fn of(tokens: usize) -> Self {
+        match tokens {
+            ..=8 => Self::UpTo8,
+            9..=32 => Self::UpTo32,
+            33..=MIDDLE => Self::Middle,
+            _ => Self::Many,
+        }
+    }
+
+    /// Its name in tile files.
+    pub fn class(self) -> &'static str {
+        match self {
+            Self::UpTo8 => "up_to_8",
+            Self::UpTo32 => "up_to_32",
+            Self::Middle => "middle",
+            Self::Many => "many",
+        }
+    }
+
+    /// The class of that name.
+    pub(crate) fn named(class: &str) -> Self {
+        [Self::UpTo8, Self::UpTo32, Self::Middle]
+            .into_iter()
+            .find(|x| x.class() == class)
+            .unwrap_or(Self::Many)
+    }
+}
+
+impl LinearTiles {
+    /// The tiles that fit any device.
+    pub fn safe() -> Self {
+        Self {
+            up_to_8: Tile::safe(LinearTokens::UpTo8),
+            up_to_32: Tile::safe(LinearTokens::UpTo32),
+            middle: Tile::safe(LinearTokens::Middle),
+            many: Tile::safe(LinearTokens::Many),
+        }
+    }
+}
+
+/// What blocks that share an output leave for the last of them: for one launch at a time.
+#[derive(Debug)]
+pub struct LinearWorkspace<D: Device> {
+    parts: D::Buffer,
+    part_bytes: usize,
+    arrivals: D::Buffer,
+    max_arrivals: usize,
+}
+
+impl<D: Device> LinearWorkspace<D> {
+    /// For every launch with one of `tiles`: with `slots` the blocks that are resident at a time, for few tokens
+    /// `slots * 4 * tokens * features` bytes, for many twice that; and 16 bytes for each slot.
+    ///
+    /// # Errors
+    /// Memory runs out.
+    pub fn alloc(device: &D, tiles: &LinearTiles) -> Result<Self> {
+        let limits = device.limits();
+        let LinearTiles { up_to_8, up_to_32, middle, many } = tiles;
+        let needs = [
+            up_to_8.needs(limits, LinearTokens::UpTo8),
+            up_to_32.needs(limits, LinearTokens::UpTo32),
+            middle.needs(limits),
+            many.needs(limits),
+        ];
+        let part_bytes = needs.iter().map(|need| need.part_bytes).max().unwrap_or(0);
+        let max_arrivals = needs.iter().map(|need| need.arrivals).max().unwrap_or(0);
+        let arrivals = device.alloc("linear arrivals", 4 * max_arrivals)?;
+        device.write(&arrivals, 0, &vec![0; 4 * max_arrivals])?;
+        Ok(Self { parts: device.alloc("linear parts", part_bytes)?, part_bytes, arrivals, max_arrivals })
+    }
+
+    /// The arguments of a launch that needs this much of it, or an error.
+    fn arguments<T: Tile>(&self, tile: &T, need: Need) -> Result<[Arg<'_, D::Buffer>; 2]> {
+        if need.part_bytes > self.part_bytes || need.arrivals > self.max_arrivals {
+            return Err(refuse(tile, "the workspace was allocated for other tiles".into()));
+        }
+        Ok([Arg::Buffer(&self.parts), Arg::Buffer(&self.arrivals)])
+    }
+}
+
+/// What a launch needs of a workspace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Need {
+    pub(crate) part_bytes: usize,
+    pub(crate) arrivals: usize,
+}
+
+/// A matrix product of the contract, its arguments checked.
+pub(crate) struct Product<'a, D: Device> {
+    pub(crate) kernel: &'static str,
+    pub(crate) x: &'a CudaTensor<D>,
+    /// Rows of `x`, unless they are taken one after the other.
+    pub(crate) rows: Option<&'a CudaTensor<D>>,
+    pub(crate) weight: &'a CudaTensor<D>,
+    pub(crate) out: &'a CudaTensor<D>,
+    pub(crate) tokens: usize,
+    pub(crate) features: usize,
+    pub(crate) columns: usize,
+}
+
+impl<'a, D: Device> Product<'a, D> {
+    /// Checks what `linear` and `lm_head` have in common; `out` is called `name`.
+    pub(crate) fn new(
+        kernel: &'static str,
+        x: &'a CudaTensor<D>,
+        rows: Option<&'a CudaTensor<D>>,
+        weight: &'a CudaTensor<D>,
+        name: &'static str,
+        out: &'a CudaTensor<D>,
+    ) -> Result<Self> {
+        let [features, columns] = weight.dims(kernel, "weight")?;
+        weight.expect_dtype(kernel, "weight", &WEIGHTS, "a weight (bf16, f16 or f32)")?;
+        weight.expect(kernel, "weight", columns > 0, || "[out, in] with at least one column".into())?;
+        let [x_rows, x_columns] = x.dims(kernel, "x")?;
+        x.expect(kernel, "x", x_columns == columns, || format!("[{x_rows}, {columns}]"))?;
+        x.expect_dtype(kernel, "x", &[DType::Act], "activations")?;
+        let tokens = match rows {
+            None => x_rows,
+            Some(rows) => {
+                rows.expect_dtype(kernel, "rows", &[DType::Index], "indices (i32)")?;
+                let [count] = rows.dims(kernel, "rows")?;
+                count
+            }
+        };
+        out.expect(kernel, name, out.shape() == [tokens, features], || format!("[{tokens}, {features}]"))?;
+        Ok(Self { kernel, x, rows, weight, out, tokens, features, columns })
+    }
+
+    pub(crate) fn launch(
+        &self,
+        device: &D,
+        tiles: &LinearTiles,
+        workspace: &LinearWorkspace<D>,
+    ) -> Result<()> {
+        if self.tokens == 0 || self.features == 0 {
+            return Ok(());
+        }
+        match LinearTokens::of(self.tokens) {
+            LinearTokens::UpTo8 => self.launch_few(device, &tiles.up_to_8, workspace),
+            LinearTokens::UpTo32 => self.launch_few(device, &tiles.up_to_32, workspace),
+            LinearTokens::Middle => self.launch_many(device, &tiles.middle, workspace),
+            LinearTokens::Many => self.launch_many(device, &tiles.many, workspace),
+        }
+    }
+
+    /// Whether every row is whole vectors of 16 bytes.
+    fn vectors(&self) -> bool {
+        self.columns.is_multiple_of(8)
+    }
+
+    fn shape(&self) -> String {
+        let Self { kernel, tokens, columns, features, .. } = self;
+        format!("{kernel}: {tokens} x {columns} -> {features}, {}", self.weight.dtype())
+    }
+
+    fn gathered(&self) -> Arg<'_, D::Buffer> {
+        self.rows.map_or(Arg::Null, |rows| Arg::Buffer(rows.buffer()))
+    }
+
+    fn sizes(&self) -> [Arg<'_, D::Buffer>; 5] {
+        let floats = usize::from(self.out.dtype() == DType::Float);
+        [self.x.shape()[0], self.tokens, self.columns, self.features, floats]
+            .map(|size| Arg::I32(size as i32))
+    }
+
+    fn launch_few(&self, device: &D, tile: &LinearFewTile, workspace: &LinearWorkspace<D>) -> Result<()> {
+        let (limits, weight) = (device.limits(), self.weight.dtype());
+        tile.validate(LinearTokens::of(self.tokens), limits)?;
+        let variant =
+            linear_few::Variant { weight, vectors: self.vectors(), groups: linear_few::groups(self.tokens) };
+        let (blocks, splits) = tile.grid(self.features, self.columns, limits);
+        let need = if splits > 1 { tile.need(blocks * splits, variant.groups) } else { Need::default() };
+        let [parts, arrivals] = workspace.arguments(tile, need)?;
+        let [x_rows, tokens, columns, features, floats] = self.sizes();
+        device.launch(&Launch {
+            program: &tile.program(variant),
+            entry: linear_few::ENTRY,
+            grid: [blocks as u32, splits as u32, 1],
+            threads: tile.threads(),
+            shared_bytes: tile.shared_bytes(variant),
+            shape: self.shape(),
+            args: &[
+                Arg::Buffer(self.x.buffer()),
+                self.gathered(),
+                Arg::Buffer(self.weight.buffer()),
+                Arg::Buffer(self.out.buffer()),
+                parts,
+                arrivals,
+                x_rows,
+                tokens,
+                columns,
+                features,
+                floats,
+            ],
+        })
+    }
+
+    fn launch_many(&self, device: &D, tile: &LinearTile, workspace: &LinearWorkspace<D>) -> Result<()> {
+        let (limits, weight) = (device.limits(), self.weight.dtype());
+        tile.validate(LinearTokens::of(self.tokens), limits)?;
+        let tile = tile.for_weight(weight);
+        let variant = linear_many::Variant { weight, vectors: self.vectors() };
+        let (blocks, need) = tile.grid(self.tokens, self.features, self.columns, limits);
+        let [parts, arrivals] = workspace.arguments(&tile, need)?;
+        let [x_rows, tokens, columns, features, floats] = self.sizes();
+        device.launch(&Launch {
+            program: &tile.program("linear.cu", variant, false),
+            entry: KERNEL,
+            grid: [blocks as u32, 1, 1],
+            threads: tile.threads(),
+            shared_bytes: tile.shared_bytes(weight),
+            shape: self.shape(),
+            args: &[
+                Arg::Buffer(self.x.buffer()),
+                self.gathered(),
+                Arg::Buffer(self.weight.buffer()),
+                Arg::Buffer(self.out.buffer()),
+                parts,
+                arrivals,
+                x_rows,
+                tokens,
+                columns,
+                features,
+                floats,
+            ],
+        })
+    }
+}
+
+/// What a launch moves and computes.
+pub fn cost(tokens: usize, columns: usize, features: usize, weight: DType, out: DType) -> Cost {
+    let weight_bytes = if weight == DType::F32 { 4 } else { 2 };
+    let out_bytes = if out == DType::Float { 4 } else { 2 };
+    let bytes = features * columns * weight_bytes + tokens * columns * 2 + tokens * features * out_bytes;
+    Cost { bytes: bytes as f64, flops: 2.0 * (tokens * columns) as f64 * features as f64 }
+}
+
+/// The kernel of the contract's [`linear`](dsa80_reference::Kernels::linear).
+///
+/// # Errors
+/// A shape, element type or tile that does not fit; the device.
+pub fn linear<D: Device>(
+    device: &D,
+    tiles: &LinearTiles,
+    workspace: &LinearWorkspace<D>,
+    x: &CudaTensor<D>,
+    weight: &CudaTensor<D>,
+    out: &mut CudaTensor<D>,
+) -> Result<()> {
+    let product = Product::new(KERNEL, x, None, weight, "out", out)?;
+    out.expect_dtype(KERNEL, "out", &[DType::Act, DType::Float], "activations or floats")?;
+    product.launch(device, tiles, workspace)
+}

@@ -1,0 +1,122 @@
+//! The model on one GPU.
+
+use std::sync::Arc;
+
+use dsa80_cuda::{Cuda, Device as _, Gpu};
+use dsa80_reference::communicator::SingleRank;
+use dsa80_reference::{Batch, Error, SamplingParams, SequenceSlice};
+
+use super::limits::{self, CacheMemory};
+use super::options::LaunchOptions;
+use crate::checkpoint::Checkpoint;
+use crate::config::ModelConfig;
+use crate::engine::{SampleTarget, Step, StepLimits, StepModel};
+use crate::error::LaunchError;
+use crate::runner::{RankGroup, RankParts};
+
+/// Scores in the indexer's workspace, 256 MiB: 2048 tokens of a context of 32K at once.
+const INDEX_LOGITS: usize = 64 << 20;
+
+/// The GPU that the model can run on, or why there is none and what to do about it.
+pub(super) fn open(options: &LaunchOptions) -> Result<Cuda, String> {
+    if options.tp > 1 {
+        return Err(format!(
+            "tensor parallelism over {} GPUs is not there yet (no collectives between them); use --tp 1",
+            options.tp
+        ));
+    }
+    Cuda::open().map_err(|error| match error {
+        Error::Backend { message, .. } => message,
+        other => other.to_string(),
+    })
+}
+
+/// Loads the model, and makes a few steps so that the first request finds every kernel compiled.
+pub(super) fn load(
+    backend: Cuda,
+    checkpoint: &Checkpoint,
+    options: &LaunchOptions,
+) -> Result<Box<dyn StepModel>, LaunchError> {
+    let config = checkpoint.config();
+    let gpu = backend.device();
+    let (major, minor) = gpu.limits().compute_capability;
+    tracing::info!(
+        nvrtc = gpu.compiler().nvrtc_version(),
+        "device: cuda, {} (sm_{major}{minor}); loading {} layers",
+        gpu.limits().name,
+        config.num_hidden_layers,
+    );
+    let parts = RankParts { kernels: backend, communicator: Box::new(SingleRank::default()) };
+    let widest = limits::widest(config, options);
+    let mut model = RankGroup::load_alone(parts, checkpoint, &widest, INDEX_LOGITS, |backend| {
+        let limits = limits::within(config, options, cache_memory(backend.device(), options)?)?;
+        tracing::info!(
+            max_model_len = limits.max_model_len,
+            num_pages = limits.num_pages,
+            page_size = limits.page_size,
+            "the weights are on the GPU"
+        );
+        Ok(limits)
+    })?;
+    warm_up(&mut model, config)?;
+    Ok(Box::new(model))
+}
+
+/// What is asked for, or nine tenths of what is free: the rest is for what kernels keep between launches, and for the kernels.
+fn cache_memory(gpu: &Gpu, options: &LaunchOptions) -> Result<CacheMemory, LaunchError> {
+    let bytes = match options.kv_cache_bytes {
+        Some(bytes) => bytes,
+        None => gpu.memory()?.0 / 10 * 9,
+    };
+    // bf16.
+    Ok(CacheMemory { bytes, element_bytes: 2 })
+}
+
+/// A prompt in chunks, past the length from which the indexer has to choose, and a decode of one and of all sequences: what they launch
+/// is compiled (or found in the cache on disk), and what the kernels keep has grown.
+fn warm_up(model: &mut dyn StepModel, config: &ModelConfig) -> Result<(), LaunchError> {
+    let started = std::time::Instant::now();
+    let limits = model.limits();
+    let held = limits.max_model_len.min(limits.num_pages.saturating_mul(limits.page_size));
+    let context = held.min(config.index_topk.saturating_add(limits.max_batch_tokens));
+    for start in (0..context).step_by(limits.max_batch_tokens) {
+        let chunk = limits.max_batch_tokens.min(context - start);
+        warm_up_step(model, &limits, 1, start, chunk)?;
+    }
+    for sequences in [1, limits.max_batch_seqs] {
+        warm_up_step(model, &limits, sequences, context - 1, 1)?;
+    }
+    tracing::info!(elapsed_ms = started.elapsed().as_millis() as u64, "the kernels are compiled");
+    Ok(())
+}
+
+/// `sequences` with `tokens` new ones each after `computed`, all on the same pages: what they write is never read again.
+fn warm_up_step(
+    model: &mut dyn StepModel,
+    limits: &StepLimits,
+    sequences: usize,
+    computed: usize,
+    tokens: usize,
+) -> Result<(), LaunchError> {
+    let pages: Vec<u32> =
+        (0..(computed + tokens).div_ceil(limits.page_size)).map(|page| page as u32).collect();
+    let token_ids: Vec<u32> = (computed..computed + tokens).map(|i| (i % limits.vocab_size) as u32).collect();
+    let slice = SequenceSlice { token_ids: &token_ids, computed_len: computed, pages: &pages };
+    let batch = Batch::new(limits.page_size, &vec![slice; sequences])?;
+    let params = Arc::new(SamplingParams::default());
+    let target = |sequence: usize| SampleTarget {
+        row: (sequence + 1) * tokens - 1,
+        params: Arc::clone(&params),
+        prompt: Arc::default(),
+        output: Vec::new(),
+        banned: Arc::default(),
+        position: 0,
+        forced: None,
+        logprobs: Some(limits.max_logprobs),
+    };
+    let targets = (0..sequences).map(target).collect();
+    model
+        .step(Arc::new(Step { batch, targets }))
+        .map_err(|error| LaunchError::Options(format!("the GPU fails at a first step: {error}")))?;
+    Ok(())
+}

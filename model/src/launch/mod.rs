@@ -1,0 +1,120 @@
+//! From a checkpoint to a running engine.
+
+#[cfg(feature = "cuda")]
+mod cuda;
+mod limits;
+mod options;
+
+use std::sync::Arc;
+
+use dsa80_reference::cpu::{Cpu, ThreadCommunicator};
+
+pub use self::options::{Device, LaunchOptions};
+use crate::checkpoint::Checkpoint;
+use crate::config::ModelConfig;
+use crate::engine::{Engine, EngineHandle, EngineOptions, StepLimits, StepModel};
+use crate::error::LaunchError;
+use crate::runner::{RankGroup, RankParts, WeightSource};
+
+/// Caches in host memory, where nothing else is said.
+const CPU_CACHE_BYTES: usize = 256 << 20;
+
+/// Loads `checkpoint` on the chosen device and starts its engine.
+///
+/// # Errors
+/// A device that this build or this machine does not have, options that do not fit the model (with the arithmetic and what
+/// would fit), or a damaged checkpoint.
+pub fn launch(checkpoint: &Arc<Checkpoint>, options: &LaunchOptions) -> Result<EngineHandle, LaunchError> {
+    limits::check(checkpoint.config(), options)?;
+    let model = match options.device {
+        Device::Cpu => {
+            tracing::info!("device: cpu, as asked for");
+            on_cpu(checkpoint, options)?
+        }
+        Device::Wgpu => {
+            return Err(LaunchError::Options(
+                "--device wgpu is not in this build; use --device cpu (or auto)".into(),
+            ));
+        }
+        Device::Cuda => on_cuda(checkpoint, options)?,
+        Device::Auto => on_the_best(checkpoint, options)?,
+    };
+    Ok(Engine::start(
+        model,
+        EngineOptions {
+            max_waiting: options.max_waiting,
+            eos_token_ids: checkpoint.config().eos_token_ids.clone(),
+            max_batch_tokens: options.max_num_batched_tokens,
+            max_running: options.max_num_seqs,
+            enable_prefix_caching: options.enable_prefix_caching,
+        },
+    ))
+}
+
+#[cfg(feature = "cuda")]
+fn on_cuda(checkpoint: &Arc<Checkpoint>, options: &LaunchOptions) -> Result<Box<dyn StepModel>, LaunchError> {
+    let backend = cuda::open(options)
+        .map_err(|reason| LaunchError::Options(format!("--device cuda: {reason}; or use --device cpu")))?;
+    cuda::load(backend, checkpoint, options)
+}
+
+#[cfg(feature = "cuda")]
+fn on_the_best(
+    checkpoint: &Arc<Checkpoint>,
+    options: &LaunchOptions,
+) -> Result<Box<dyn StepModel>, LaunchError> {
+    match cuda::open(options) {
+        Ok(backend) => cuda::load(backend, checkpoint, options),
+        Err(reason) => {
+            tracing::info!("device: cpu (auto: {reason})");
+            on_cpu(checkpoint, options)
+        }
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn on_cuda(
+    _checkpoint: &Arc<Checkpoint>,
+    _options: &LaunchOptions,
+) -> Result<Box<dyn StepModel>, LaunchError> {
+    Err(LaunchError::Options(
+        "--device cuda is not in this build (its feature `cuda` is off); use --device cpu (or auto)".into(),
+    ))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn on_the_best(
+    checkpoint: &Arc<Checkpoint>,
+    options: &LaunchOptions,
+) -> Result<Box<dyn StepModel>, LaunchError> {
+    tracing::info!("device: cpu (auto: this build has no GPU backend)");
+    on_cpu(checkpoint, options)
+}
+
+/// The oracle in f32, a thread for every rank.
+fn on_cpu(checkpoint: &Arc<Checkpoint>, options: &LaunchOptions) -> Result<Box<dyn StepModel>, LaunchError> {
+    let memory = limits::CacheMemory {
+        bytes: options.kv_cache_bytes.unwrap_or(CPU_CACHE_BYTES),
+        element_bytes: size_of::<f32>(),
+    };
+    let limits = limits::within(checkpoint.config(), options, memory)?;
+    say_what_is_loaded(checkpoint.config(), options, &limits);
+    let cpu = Cpu::<f32>::new();
+    let ranks = ThreadCommunicator::group(cpu, options.tp)
+        .into_iter()
+        .map(|rank| RankParts { kernels: cpu, communicator: Box::new(rank) })
+        .collect();
+    let weights: Arc<dyn WeightSource> = Arc::clone(checkpoint) as _;
+    Ok(Box::new(RankGroup::load(ranks, &weights, limits)?))
+}
+
+fn say_what_is_loaded(config: &ModelConfig, options: &LaunchOptions, limits: &StepLimits) {
+    tracing::info!(
+        tp = options.tp,
+        max_model_len = limits.max_model_len,
+        num_pages = limits.num_pages,
+        page_size = limits.page_size,
+        "loading {} layers",
+        config.num_hidden_layers,
+    );
+}

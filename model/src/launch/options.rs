@@ -1,0 +1,86 @@
+//! Where and how a model is launched.
+
+use std::str::FromStr;
+
+/// Where the model runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Device {
+    /// A GPU where there is one that the kernels run on, else the CPU.
+    #[default]
+    Auto,
+    /// The oracle in f32.
+    Cpu,
+    /// WGSL shaders.
+    Wgpu,
+    /// Hand-written CUDA kernels.
+    Cuda,
+}
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        match name {
+            "auto" => Ok(Device::Auto),
+            "cpu" => Ok(Device::Cpu),
+            "wgpu" => Ok(Device::Wgpu),
+            "cuda" => Ok(Device::Cuda),
+            _ => Err(format!("unknown device `{name}`; expected auto, cpu, wgpu or cuda")),
+        }
+    }
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Device::Auto => "auto",
+            Device::Cpu => "cpu",
+            Device::Wgpu => "wgpu",
+            Device::Cuda => "cuda",
+        })
+    }
+}
+
+/// How a model is launched.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LaunchOptions {
+    /// Where it runs.
+    pub device: Device,
+    /// Tensor-parallel ranks.
+    pub tp: usize,
+    /// The longest context served; by default the config's `max_position_embeddings`, or what the cache
+    /// memory holds if that is less.
+    pub max_model_len: Option<usize>,
+    /// Sequences in a step at most.
+    pub max_num_seqs: usize,
+    /// Tokens in a step at most: the chunk that a prompt is cut into.
+    pub max_num_batched_tokens: usize,
+    /// Tokens a page of the caches holds.
+    pub page_size: usize,
+    /// Pages of the caches; by default what `max_num_seqs` full contexts need, within `kv_cache_bytes`.
+    pub num_pages: Option<usize>,
+    /// Memory for the caches of all ranks, in bytes, where `num_pages` is not given; by default 256 MiB in host memory, and on a GPU
+    /// nine tenths of what the weights leave free.
+    pub kv_cache_bytes: Option<usize>,
+    /// Requests that may wait.
+    pub max_waiting: usize,
+    /// Reuse the cache rows of equal prompt beginnings.
+    pub enable_prefix_caching: bool,
+}
+
+impl Default for LaunchOptions {
+    fn default() -> Self {
+        Self {
+            device: Device::Auto,
+            tp: 1,
+            max_model_len: None,
+            max_num_seqs: 32,
+            max_num_batched_tokens: 512,
+            page_size: 64,
+            num_pages: None,
+            kv_cache_bytes: None,
+            max_waiting: 256,
+            enable_prefix_caching: true,
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! `linear_int4` against the oracle.
+
+use dsa80_cuda::linear_int4::{
+    LinearInt4Tile, LinearInt4Tiles, LinearInt4Tokens, LinearInt4WideTile, LinearInt4Workspace, linear_int4,
+};
+use dsa80_cuda::repack_int4::RepackInt4Tile;
+use dsa80_cuda::{Int4Shape, Limits, PackedInt4, Tile};
+use dsa80_reference::{DType, Kernels};
+use dsa80_tests::emulator::Fault;
+use dsa80_tests::parity::{self, F32_UNIT, Interval, Pair, TestDevice, Values};
+use proptest::prelude::*;
+use proptest::sample::select;
+
+use crate::cache_rows::expect;
+use crate::int4_weights::{Format, int4};
+
+/// One of the two ways.
+#[derive(Debug, Clone, Copy)]
+enum Way {
+    Few(LinearInt4Tile),
+    Wide(LinearInt4WideTile),
+}
+
+impl Way {
+    /// Tiles that lead every step this way.
+    fn tiles(self) -> LinearInt4Tiles {
+        let safe = LinearInt4Tiles::safe();
+        match self {
+            Way::Few(tile) => {
+                LinearInt4Tiles { few_8: tile, few_16: tile, few_32: tile, few_tokens: usize::MAX, ..safe }
+            }
+            Way::Wide(tile) => LinearInt4Tiles { medium: tile, many: tile, few_tokens: 0, ..safe },
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Variant {
+    way: Way,
+    format: Format,
+    inner: usize,
+    out: DType,
+}
+
+const fn few(warps: usize, row_tiles: usize, token_tiles: usize, stages: usize, split_blocks: usize) -> Way {
+    Way::Few(LinearInt4Tile { warps, row_tiles, token_tiles, stages, blocks: 1, split_blocks })
+}
+
+const fn wide(
+    [warps_rows, warps_tokens]: [usize; 2],
+    row_tiles: usize,
+    token_tiles: usize,
+    stages: usize,
+    split_blocks: usize,
+) -> Way {
+    Way::Wide(LinearInt4WideTile {
+        warps_rows,
+        warps_tokens,
+        row_tiles,
+        token_tiles,
+        stages,
+        blocks: 1,
+        split_blocks,
+    })
+}
+
+const fn format(scales: DType, group_size: usize, zero_points: bool) -> Format {
+    Format { scales, group_size, zero_points }
+}
+
+/// Every constant of both kernels in few programs.
+const FEW: &[Variant] = &[
+    Variant { way: few(2, 1, 1, 2, 2), format: format(DType::Bf16, 32, true), inner: 288, out: DType::Act },
+    Variant {
+        way: few(1, 2, 2, 1, 2),
+        format: format(DType::F16, 128, false),
+        inner: 320,
+        out: DType::Float,
+    },
+    Variant { way: few(3, 1, 4, 1, 0), format: format(DType::F32, 20, true), inner: 20, out: DType::Act },
+];
+const WIDE: &[Variant] = &[
+    Variant {
+        way: wide([1, 2], 2, 2, 2, 2),
+        format: format(DType::Bf16, 32, true),
+        inner: 288,
+        out: DType::Act,
+    },
+    Variant {
+        way: wide([2, 1], 3, 2, 3, 0),
+        format: format(DType::F16, 64, false),
+        inner: 320,
+        out: DType::Float,
+    },
+    Variant {
+        way: wide([1, 1], 1, 4, 2, 1),
+        format: format(DType::F32, 96, true),
+        inner: 220,
+        out: DType::Act,
+    },
+];
+
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    variant: Variant,
+    tokens: usize,
+    features: usize,
+    values: Values,
+    seed: u64,
+}
+
+fn cases(
+    variants: impl Strategy<Value = Variant>,
+    max_tokens: usize,
+    max_features: usize,
+) -> impl Strategy<Value = Case> {
+    (variants, 0..=max_tokens, 1..=max_features, Values::any_of(&Values::ORDINARY), any::<u64>()).prop_map(
+        |(variant, tokens, features, values, seed)| Case { variant, tokens, features, values, seed },
+    )
+}
+
+fn run(device: &TestDevice, case: Case) {
+    let Case { variant: Variant { way, format, inner, out: dtype }, tokens, features, values, seed } = case;
+    let host = int4(features, inner, format, seed);
+    let x = Pair::new(device, "x", DType::Act, &[tokens, inner], &values.take(seed ^ 1, tokens * inner));
+    let weight = PackedInt4::upload(device, &RepackInt4Tile { warps: 2 }, &host).unwrap();
+    let tiles = way.tiles();
+    let workspace = LinearInt4Workspace::alloc(device, &tiles).unwrap();
+    let found = parity::twice(device, || {
+        let mut out = parity::poisoned(device, "out", dtype, &[tokens, features]);
+        linear_int4(device, &tiles, &workspace, &x.device, &weight, &mut out).unwrap();
+        parity::read_bytes(device, &out)
+    });
+    let found = parity::numbers(dtype, &found);
+
+    let oracle = parity::oracle();
+    let [mut expected, mut exact] =
+        [dtype, DType::Float].map(|dtype| oracle.alloc(dtype, &[tokens, features]).unwrap());
+    let on_host = oracle.upload_int4(host.clone()).unwrap();
+    oracle.linear_int4(&x.host, &on_host, &mut expected).unwrap();
+    oracle.linear_int4(&x.host, &on_host, &mut exact).unwrap();
+    let (expected, exact) = (oracle.read(&expected).unwrap(), oracle.read(&exact).unwrap());
+    // The error analysis beside the kernels, with a group and two additions for every product at worst.
+    let (x, dense) = (oracle.read(&x.host).unwrap(), host.dequantise().to_f32());
+    let error = |i: usize| {
+        let (x, w) = (&x[i / features * inner..][..inner], &dense[i % features * inner..][..inner]);
+        let magnitudes: f64 = x.iter().zip(w).map(|(x, w)| (x * f64::from(*w)).abs()).sum();
+        (2 * inner + 64) as f64 * 2.0 * F32_UNIT * magnitudes + 1e-37
+    };
+    let bound = |i: usize| {
+        let interval = Interval::around(exact[i], error(i));
+        if dtype == DType::Act { interval.round_bf16().farthest(expected[i]) } else { error(i) }
+    };
+    let relative_l2 = if dtype == DType::Act { 2.5e-3 } else { 1e-4 };
+    parity::assert_close("out", features, &found, &expected, relative_l2, bound);
+}
+
+#[test]
+fn few_tokens_agree_with_the_oracle() {
+    parity::check("linear_int4", cases(select(FEW), 40, 70), run);
+}
+
+#[test]
+fn many_tokens_agree_with_the_oracle() {
+    parity::check("linear_int4_wide", cases(select(WIDE), 70, 110), run);
+}
+
+#[test]
+fn agrees_with_the_oracle_at_size_with_every_tile() {
+    let limits = Limits::a100();
+    let few = [LinearInt4Tokens::UpTo8, LinearInt4Tokens::UpTo16, LinearInt4Tokens::UpTo32]
+        .into_iter()
+        .flat_map(|tokens| LinearInt4Tile::candidates(tokens, &limits))
+        .map(Way::Few);
+    let wide = LinearInt4WideTile::candidates((), &limits).into_iter().map(Way::Wide);
+    let formats = [
+        format(DType::Bf16, 128, false),
+        format(DType::Bf16, 32, true),
+        format(DType::F16, 64, true),
+        format(DType::F32, 6144, false),
+    ];
+    let variants = (
+        select(few.chain(wide).collect::<Vec<_>>()),
+        select(formats.to_vec()),
+        select(vec![256, 2048, 2056, 6144]),
+        select(vec![DType::Act, DType::Float]),
+    )
+        .prop_map(|(way, mut format, inner, out)| {
+            format.group_size = format.group_size.min(inner);
+            Variant { way, format, inner, out }
+        });
+    parity::check_on_gpu("linear_int4_at_size", cases(variants, 300, 700), run);
+}
+
+#[test]
+fn planted_faults_are_seen() {
+    let (few_32, few_128, wide_32, wide_96) = (FEW[0], FEW[1], WIDE[0], WIDE[2]);
+    for (file, variant, find, replace) in [
+        // Two nibbles change places.
+        ("int4.cuh", few_32, "p % 2 == 0 ? low : high", "p % 2 == 1 ? low : high"),
+        ("int4.cuh", wide_32, "word >> (4 * p)", "word >> (4 * (p ^ 2))"),
+        // A group ends one word late.
+        ("linear_int4.cuh", few_32, "64 * k_tile + 32 * part;", "64 * k_tile + 16 * part;"),
+        ("linear_int4.cuh", wide_96, "64 * k_tile + 32 * part;", "64 * k_tile + 32 * part - 32;"),
+        // Zero points are ignored.
+        ("linear_int4.cu", few_32, "low = int4_offset(zeros), high", "high"),
+        ("linear_int4_wide.cu", wide_32, "low = int4_offset(zeros), high", "high"),
+        // Barriers are missing.
+        ("linear_int4.cu", few_32, "    __syncthreads();\n    const int splits", "    const int splits"),
+        ("linear_int4_wide.cu", wide_32, "        __syncthreads();\n", ""),
+        (
+            "linear_int4_wide.cu",
+            wide_32,
+            "cp_async_wait<TILE_STAGES - 2>()",
+            "cp_async_wait<TILE_STAGES - 1>()",
+        ),
+        (
+            "linear_int4.cuh",
+            few_32,
+            "    __threadfence();\n    __syncthreads();\n    bool last",
+            "    bool last",
+        ),
+        // The last inputs and the last token are left out.
+        (
+            "linear_int4.cu",
+            few_128,
+            "const int end = min(static_cast<int>(blockIdx.y + 1) * k_tiles_per_split, weight.k_tiles);",
+            "const int end = min(static_cast<int>(blockIdx.y + 1) * k_tiles_per_split, weight.k_tiles - 1);",
+        ),
+        ("linear_int4.cuh", few_128, "column >= tokens) continue", "column >= tokens - 1) continue"),
+        ("linear_int4_wide.cu", wide_32, "? tokens - token - row : 0;", "? tokens - token - row - 1 : 0;"),
+        // A warp's, and a split's, sums are left out; a ticket is kept.
+        (
+            "linear_int4.cu",
+            few_32,
+            "for (int w = 1; w < TILE_WARPS; ++w)",
+            "for (int w = 2; w < TILE_WARPS; ++w)",
+        ),
+        (
+            "linear_int4_wide.cu",
+            wide_32,
+            "for (int split = 1; split < splits; ++split)",
+            "for (int split = 2; split < splits; ++split)",
+        ),
+        ("linear_int4.cuh", few_32, "if (last) atomicExch(ticket, 0u);", ""),
+    ] {
+        parity::catches(Fault { file, find, replace }, cases(Just(variant), 24, 40), run);
+    }
+}
+
+#[test]
+fn misfits_are_named() {
+    parity::small_cases(|device| {
+        let tiles = LinearInt4Tiles::safe();
+        let workspace = LinearInt4Workspace::alloc(device, &tiles).unwrap();
+        let weight = int4(16, 64, format(DType::Bf16, 32, false), 1);
+        let packed = PackedInt4::upload(device, &RepackInt4Tile { warps: 2 }, &weight).unwrap();
+        let tensor = |dtype, shape: &[usize]| parity::poisoned(device, "tensor", dtype, shape);
+        let refused = |x, packed: &_, mut out| {
+            linear_int4(device, &tiles, &workspace, &x, packed, &mut out).unwrap_err().to_string()
+        };
+        let (x, out) = (|| tensor(DType::Act, &[2, 64]), || tensor(DType::Act, &[2, 16]));
+        expect(refused(tensor(DType::Act, &[2, 32]), &packed, out()), &["linear_int4", "`x`", "[T, 64]"]);
+        expect(refused(tensor(DType::Act, &[2, 8, 8]), &packed, out()), &["`x`", "2 dimensions"]);
+        expect(refused(tensor(DType::Float, &[2, 64]), &packed, out()), &["`x` holds floats"]);
+        expect(refused(x(), &packed, tensor(DType::Act, &[3, 16])), &["`out`", "[2, 16]"]);
+        expect(refused(x(), &packed, tensor(DType::Index, &[2, 16])), &["`out` holds indices"]);
+        let shape = Int4Shape::of(&[&weight, &weight]).unwrap();
+        let gate_up = PackedInt4::alloc(device, "gate and up", shape, 1).unwrap();
+        expect(refused(x(), &gate_up, out()), &["`weight`", "one weight"]);
+    });
+}

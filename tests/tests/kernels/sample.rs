@@ -1,0 +1,461 @@
+//! `sample` against the oracle: the same tokens for the same random numbers, and log-probabilities.
+
+use dsa80_cuda::sample::{SampleTile, SampleWorkspace, sample};
+use dsa80_cuda::{Limits, Tile};
+use dsa80_reference::{DType, Kernels, SampleOutput, SampleRow, SamplingParams};
+use dsa80_tests::emulator::Fault;
+use dsa80_tests::parity::{self, F32_UNIT, Pair, TestDevice, Values};
+use proptest::prelude::*;
+use proptest::sample::{select, subsequence};
+
+/// Tiles so small that rows of some hundred logits reach every path: several parts and one, lists that are long enough and too short.
+const TILES: &[SampleTile] = &[
+    SampleTile { threads: 32, split: 2, fraction_bits: 6, listed: 16 },
+    SampleTile { threads: 64, split: 1, fraction_bits: 1, listed: 64 },
+];
+
+#[derive(Debug, Clone, Copy)]
+enum Logits {
+    Of(Values, f64),
+    /// Whole numbers, some of them NaN or infinite.
+    Special,
+    NoNumbers,
+    /// A few far above the rest.
+    Peaked,
+}
+
+impl Logits {
+    fn any() -> impl Strategy<Value = Self> {
+        prop_oneof![
+            6 => (Values::any_of(&Values::ORDINARY), select(vec![0.01, 1.0, 4.0])).prop_map(|(v, x)| Logits::Of(v, x)),
+            3 => select(vec![Logits::Special, Logits::NoNumbers, Logits::Peaked, Logits::Peaked]),
+        ]
+    }
+
+    fn at(self, seed: u64, id: usize) -> f64 {
+        let choice = Values::Ties.at(seed ^ 1, id);
+        match self {
+            Logits::Of(values, spread) => spread * values.at(seed, id),
+            Logits::Special => match choice as i32 {
+                -3 => f64::NAN,
+                -2 => f64::NEG_INFINITY,
+                3 if seed % 2 == 0 && id % 5 == 0 => f64::INFINITY,
+                other => f64::from(other),
+            },
+            Logits::NoNumbers => {
+                [f64::NAN, -f64::NAN, f64::NEG_INFINITY][if seed % 2 == 0 { 2 } else { id % 2 }]
+            }
+            Logits::Peaked => 2.0 * Values::Normal.at(seed, id) + if id % 37 == 5 { 12.0 } else { 0.0 },
+        }
+    }
+}
+
+/// What a row of the contract is made of.
+#[derive(Debug, Clone)]
+struct Row {
+    params: SamplingParams,
+    prompt: Vec<u32>,
+    output: Vec<u32>,
+    banned: Vec<u32>,
+    position: u32,
+    forced: Option<u32>,
+    logits: Logits,
+}
+
+impl Row {
+    fn any(vocab: usize) -> impl Strategy<Value = Self> {
+        let id = || prop_oneof![8 => 0..vocab as u32, 1 => any::<u32>()];
+        let ids = |most| prop::collection::vec(id(), 0..most);
+        let params = (
+            prop_oneof![1 => Just(0.0f32), 4 => Just(1.0), 4 => 0.05..3.0f32, 1 => select(vec![1e-40, 1e-6, 1e6, f32::MAX])],
+            prop_oneof![3 => Just(0u32), 3 => 1..12u32, 2 => 12..400u32, 1 => Just(u32::MAX)],
+            prop_oneof![3 => Just(1.0f32), 3 => 0.0..1.0f32, 1 => select(vec![0.0, 0.999, 0.999_999_9])],
+            prop_oneof![4 => Just(0.0f32), 2 => 0.0..0.3f32, 1 => select(vec![1.0, 1e-38])],
+            prop_oneof![3 => Just(1.0f32), 1 => 0.5..2.0f32],
+            prop_oneof![3 => Just((0.0f32, 0.0f32)), 1 => (-1.0..1.0f32, -1.0..1.0f32)],
+            prop_oneof![
+                3 => Just(Vec::new()),
+                1 => prop::collection::vec((id(), -5.0..5.0f32), 1..20),
+            ],
+            any::<u64>(),
+        );
+        let params = params.prop_map(
+            |(temperature, top_k, top_p, min_p, repetition_penalty, penalties, logit_bias, seed)| {
+                let (frequency_penalty, presence_penalty) = penalties;
+                SamplingParams {
+                    temperature,
+                    top_k,
+                    top_p,
+                    min_p,
+                    repetition_penalty,
+                    frequency_penalty,
+                    presence_penalty,
+                    logit_bias,
+                    seed,
+                }
+            },
+        );
+        let few = prop_oneof![2 => Just(Vec::new()), 1 => ids(6), 1 => Just((0..vocab as u32).collect())];
+        let banned = prop_oneof![
+            8 => few,
+            1 => subsequence((0..vocab as u32).collect::<Vec<_>>(), vocab / 2),
+        ];
+        let forced = prop_oneof![8 => Just(None), 1 => (0..vocab as u32).prop_map(Some)];
+        (params, ids(40), ids(40), banned, 0..1000u32, forced, Logits::any()).prop_map(
+            |(params, prompt, output, banned, position, forced, logits)| Row {
+                params,
+                prompt,
+                output,
+                banned,
+                position,
+                forced,
+                logits,
+            },
+        )
+    }
+
+    fn as_row(&self) -> SampleRow<'_> {
+        SampleRow {
+            params: &self.params,
+            prompt: &self.prompt,
+            output: &self.output,
+            banned: &self.banned,
+            position: self.position,
+            forced: self.forced,
+        }
+    }
+
+    /// Whether rounding could move one of the row's cuts: `f64` sums in another order, and counts of probability that are right to
+    /// 2^-31 (`sample_filter.cu`).
+    fn is_clear(&self, logits: &[f64]) -> bool {
+        let params = &self.params;
+        if params.temperature == 0.0 || self.forced.is_some() {
+            return true;
+        }
+        let adjusted = self.adjusted(logits);
+        let max = adjusted.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let below = |x: f64| if x == max { 0.0 } else { (x - max) / f64::from(params.temperature) };
+        let mut p: Vec<f64> = adjusted.iter().filter(|x| !x.is_nan()).map(|&x| below(x).exp()).collect();
+        p.sort_by(|a, b| b.total_cmp(a));
+        let min_p = f64::from(params.min_p);
+        let clear = p.iter().all(|&p| p == 1.0 || (p - min_p).abs() > 1e-12 * min_p);
+        p.retain(|&p| p >= min_p);
+        if params.top_k > 0 {
+            p.truncate(params.top_k as usize);
+        }
+        let total: f64 = p.iter().sum();
+        let (enough, mut sum) = (f64::from(params.top_p) * total, 0.0);
+        // Sums of equal numbers are exact in any order.
+        let equal = p.iter().all(|&p| p == 1.0 || p == 0.0);
+        let crosses = |p: &f64| {
+            sum += p;
+            (sum - enough).abs() < 1e-8 * total
+        };
+        clear && (equal || params.top_p == 1.0 || !p.iter().any(crosses))
+    }
+
+    fn adjusted(&self, logits: &[f64]) -> Vec<f64> {
+        let (params, mut logits) = (&self.params, logits.to_vec());
+        let times = |ids: &[u32], id: usize| ids.iter().filter(|&&other| other as usize == id).count() as f64;
+        for (id, x) in logits.iter_mut().enumerate() {
+            if times(&self.banned, id) > 0.0 {
+                *x = f64::NEG_INFINITY;
+            }
+            params
+                .logit_bias
+                .iter()
+                .filter(|bias| bias.0 as usize == id)
+                .for_each(|bias| *x += f64::from(bias.1));
+            let output = times(&self.output, id);
+            if output + times(&self.prompt, id) > 0.0 {
+                let penalty = f64::from(params.repetition_penalty);
+                *x = if *x > 0.0 { *x / penalty } else { *x * penalty };
+            }
+            if output > 0.0 {
+                *x -= f64::from(params.frequency_penalty) * output + f64::from(params.presence_penalty);
+            }
+        }
+        logits
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Case {
+    tile: SampleTile,
+    vocab: usize,
+    rows: Vec<Row>,
+    top: usize,
+    seed: u64,
+}
+
+fn cases(tiles: &'static [SampleTile], vocabs: &'static [usize], rows: usize) -> impl Strategy<Value = Case> {
+    let shape = (select(tiles), select(vocabs), select(vec![0, 1, 5, 20]), 0..1_u64 << 60);
+    shape.prop_flat_map(move |(tile, vocab, top, seed)| {
+        prop::collection::vec(Row::any(vocab), 1..=rows).prop_map(move |rows| Case {
+            tile,
+            vocab,
+            rows,
+            top,
+            seed,
+        })
+    })
+}
+
+const VOCABS: &[usize] = &[1, 3, 64, 300, 1023, 2000];
+
+/// Four bytes a token, `rows * (2 + 2 top)` of them.
+fn launch(device: &TestDevice, case: &Case, logits: &Pair, before: &Pair) -> Vec<u8> {
+    let (count, top) = (case.rows.len(), case.top);
+    let workspace = SampleWorkspace::alloc(device, &case.tile, count, case.vocab, top).unwrap();
+    let rows: Vec<SampleRow<'_>> = case.rows.iter().map(Row::as_row).collect();
+    let sampled = |logits: &Pair| {
+        let mut out = SampleOutput {
+            token_ids: parity::poisoned(device, "token_ids", DType::Index, &[count]),
+            logprobs: parity::poisoned(device, "logprobs", DType::Float, &[count]),
+            top_ids: parity::poisoned(device, "top_ids", DType::Index, &[count, top]),
+            top_logprobs: parity::poisoned(device, "top_logprobs", DType::Float, &[count, top]),
+        };
+        sample(device, &case.tile, &workspace, &logits.device, &rows, &mut out).unwrap();
+        [&out.token_ids, &out.logprobs, &out.top_ids, &out.top_logprobs]
+            .map(|tensor| parity::read_bytes(device, tensor))
+            .concat()
+    };
+    // What another step leaves in the workspace is seen.
+    sampled(before);
+    parity::twice(device, || sampled(logits))
+}
+
+fn run(device: &TestDevice, case: Case) {
+    let (count, vocab, top) = (case.rows.len(), case.vocab, case.top);
+    let logits = |seed: u64| {
+        let rows = case.rows.iter().zip(seed..);
+        let values = rows.flat_map(|(row, seed)| (0..vocab).map(move |id| row.logits.at(seed, id)));
+        Pair::new(device, "logits", DType::Float, &[count, vocab], &values.collect::<Vec<_>>())
+    };
+    let (before, logits) = (logits(case.seed ^ 0xff00), logits(case.seed));
+    let found = launch(device, &case, &logits, &before);
+    let (ids, rest) = found.split_at(4 * count);
+    let (logprobs, rest) = rest.split_at(4 * count);
+    let (top_ids, top_logprobs) = rest.split_at(4 * count * top);
+
+    let oracle = parity::oracle();
+    let host = |dtype, shape: &[usize]| oracle.alloc(dtype, shape).unwrap();
+    let mut expected = SampleOutput {
+        token_ids: host(DType::Index, &[count]),
+        logprobs: host(DType::Float, &[count]),
+        top_ids: host(DType::Index, &[count, top]),
+        top_logprobs: host(DType::Float, &[count, top]),
+    };
+    // A row whose cut rounding could move reports the token that was found for it.
+    let values = oracle.read(&logits.host).unwrap();
+    let found_ids = parity::integers(ids);
+    let rows: Vec<SampleRow<'_>> = (case.rows.iter().zip(values.chunks(vocab)).zip(&found_ids))
+        .map(|((row, logits), &found)| {
+            let forced = if row.is_clear(logits) { row.forced } else { u32::try_from(found).ok() };
+            SampleRow { forced, ..row.as_row() }
+        })
+        .collect();
+    oracle.sample(&logits.host, &rows, &mut expected).unwrap();
+    parity::assert_same("token_ids", 1, &found_ids, &oracle.read_index(&expected.token_ids).unwrap());
+    parity::assert_same(
+        "top_ids",
+        top,
+        &parity::integers(top_ids),
+        &oracle.read_index(&expected.top_ids).unwrap(),
+    );
+    // The error analysis beside the kernel: a thread adds at most the logits of its part.
+    let additions = (vocab.div_ceil(case.tile.threads) + 4) as f64;
+    for (what, width, found, expected) in [
+        ("logprobs", 1, logprobs, &expected.logprobs),
+        ("top_logprobs", top, top_logprobs, &expected.top_logprobs),
+    ] {
+        let (found, expected) = (parity::numbers(DType::Float, found), oracle.read(expected).unwrap());
+        let bound = |i: usize| F32_UNIT * (5.0 + additions + expected[i].abs());
+        // Of a token that is all but certain the logarithm is next to nothing, and what it is relative to as well.
+        parity::assert_close(what, width, &found, &expected, f64::INFINITY, bound);
+    }
+}
+
+#[test]
+fn agrees_with_the_oracle() {
+    parity::check("sample", cases(TILES, VOCABS, 5), run);
+}
+
+#[test]
+fn agrees_with_the_oracle_at_size_with_every_tile() {
+    let tiles = SampleTile::candidates((), &Limits::a100());
+    parity::check_on_gpu("sample_at_size", cases(tiles.leak(), &[151_553, 154_880], 4), run);
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Only {
+    Greedy,
+    Drawn,
+    Filtered,
+    /// Cut among tokens that are nearly or wholly alike.
+    Flat,
+}
+
+/// Rows of one kind, so that a fault costs no more programs than it needs.
+fn only(kind: Only) -> impl Strategy<Value = Case> {
+    cases(&TILES[..1], &[64, 300, 1023], 3).prop_map(move |mut case| {
+        for row in &mut case.rows {
+            let params = &mut row.params;
+            let plain = SamplingParams { top_k: 0, top_p: 1.0, min_p: 0.0, ..params.clone() };
+            match kind {
+                Only::Greedy => *params = SamplingParams { temperature: 0.0, ..plain },
+                Only::Drawn => *params = SamplingParams { temperature: params.temperature.max(0.5), ..plain },
+                Only::Filtered => params.temperature = params.temperature.max(0.5),
+                Only::Flat => {
+                    let flat = SamplingParams { temperature: 1e6, ..plain };
+                    *params = if params.seed.is_multiple_of(2) {
+                        SamplingParams { top_k: 17 + (params.seed % 32) as u32, ..flat }
+                    } else {
+                        SamplingParams { top_p: 0.05 + 0.2 * (params.seed % 64) as f32 / 64.0, ..flat }
+                    };
+                    let values = if row.position % 3 == 0 { Values::Ties } else { Values::Normal };
+                    (row.banned, row.logits) = (Vec::new(), Logits::Of(values, 1.0));
+                }
+            }
+        }
+        case
+    })
+}
+
+#[test]
+fn planted_faults_are_seen() {
+    use Only::{Drawn, Filtered, Flat, Greedy};
+    for (kind, file, find, replace) in [
+        // The counter of the random draw is off by one; the neighbour's word.
+        (Drawn, "sample.cuh", "philox(group, request.position,", "philox(group, request.position + 1,"),
+        (Drawn, "sample.cuh", "rough(values[j], random.of[j])", "rough(values[j], random.of[j ^ 1])"),
+        // A penalty is applied twice, or to what has been edited before.
+        (
+            Greedy,
+            "sample.cuh",
+            "x = x > 0.0 ? x / repetition :",
+            "x = x > 0.0 ? x / repetition / repetition :",
+        ),
+        (Greedy, "sample.cuh", "edit == edits_begin || token(edit - 1) != token(edit)", "true"),
+        // An edited token counts with its raw logit as well.
+        (Greedy, "sample.cuh", "valid & ~(block.marks[place / 32] >> place % 32)", "valid"),
+        // Ties go to the higher token: among parts, in a thread, of those that are reported.
+        (Greedy, "sample.cuh", "(key == other.key && id > other.id)", "(key == other.key && id < other.id)"),
+        (Greedy, "sample.cuh", "id == NOBODY || values[j] > value", "id == NOBODY || values[j] >= value"),
+        (Greedy, "sample.cu", "rank += shared.list[j] > place;", "rank += shared.list[j] >= place;"),
+        // What the last part drew is dropped.
+        (
+            Drawn,
+            "sample.cu",
+            "if (mine.drawn_id == NOBODY) continue;",
+            "if (mine.drawn_id == NOBODY || p + 1 == num_parts) continue;",
+        ),
+        // A missing barrier: marks are used while they are made.
+        (
+            Greedy,
+            "sample.cuh",
+            "            __syncthreads();\n#pragma unroll 1\n            for (uint32_t vector",
+            "#pragma unroll 1\n            for (uint32_t vector",
+        ),
+        // The next launch finds what this one counted.
+        (Greedy, "sample.cuh", "if (block.last) *arrivals = 0;", ""),
+        (Flat, "sample_filter.cu", "row_counts[bin] = 0, row_masses[bin] = 0;", "row_counts[bin] = 0;"),
+        (Filtered, "sample_pick.cu", "if (threadIdx.x == 0) lengths[index] = 0;", ""),
+        // Cuts: one token too few or too many, a sum without what stands above, half a sum.
+        (
+            Flat,
+            "sample_filter.cu",
+            "k - shared.kth_above, 0.0, 0.0",
+            "k - shared.kth_above - 1, 0.0, 0.0",
+        ),
+        (Flat, "sample_filter.cu", "in_bin, shared.enough_mass_above, enough)", "in_bin, 0.0, enough)"),
+        (Flat, "sample_filter.cu", "(1u << 16) + carry", "1u << 16"),
+        (Flat, "sample_pick.cu", "atomicMin(&shared.cut, i + 1);", "atomicMin(&shared.cut, i + 2);"),
+        (
+            Flat,
+            "sample_pick.cu",
+            "static_cast<uint32_t>(bin < draw_below)",
+            "static_cast<uint32_t>(bin <= draw_below)",
+        ),
+        (
+            Flat,
+            "sample_pick.cu",
+            "other.depth == place.depth && (other.id ^ place.id)",
+            "(other.id ^ place.id)",
+        ),
+    ] {
+        parity::catches(Fault { file, find, replace }, only(kind), run);
+    }
+}
+
+fn plain_row(params: SamplingParams, logits: Logits) -> Row {
+    let (prompt, output, banned) = (Vec::new(), Vec::new(), Vec::new());
+    Row { params, prompt, output, banned, position: 0, forced: None, logits }
+}
+
+/// A workspace holds the edits of four vocabularies: more rows with long prompts are sampled one after the other.
+#[test]
+fn edits_that_do_not_fit_together_are_split() {
+    parity::small_cases(|device| {
+        let vocab = 2000;
+        let params = SamplingParams { repetition_penalty: 1.3, temperature: 0.7, ..Default::default() };
+        let rows = (0..9).map(|seed| {
+            let params = SamplingParams { seed, top_k: 5 * (seed % 3) as u32, ..params.clone() };
+            let prompt = (0..vocab as u32).filter(|id| id % 11 != seed as u32).collect();
+            Row { prompt, ..plain_row(params, Logits::Of(Values::Normal, 1.0)) }
+        });
+        run(device, Case { tile: TILES[0], vocab, rows: rows.collect(), top: 1, seed: 3 });
+    });
+}
+
+#[test]
+fn misfits_are_named() {
+    parity::small_cases(|device| {
+        let tensor = |dtype, shape: &[usize]| parity::poisoned(device, "tensor", dtype, shape);
+        let tile = TILES[0];
+        let workspace = SampleWorkspace::alloc(device, &tile, 2, 8, 4).unwrap();
+        let refuse = |params: SamplingParams, forced, shape: [usize; 2], ids: usize, top: [usize; 2]| {
+            let row =
+                SampleRow { params: &params, prompt: &[], output: &[], banned: &[], position: 0, forced };
+            let logits = tensor(DType::Float, &shape);
+            let mut out = SampleOutput {
+                token_ids: tensor(DType::Index, &[ids]),
+                logprobs: tensor(DType::Float, &[ids]),
+                top_ids: tensor(DType::Index, &top),
+                top_logprobs: tensor(DType::Float, &top),
+            };
+            let outcome = sample(device, &tile, &workspace, &logits, &vec![row; shape[0].min(3)], &mut out);
+            outcome.map_or_else(|error| error.to_string(), |()| "fine".to_owned())
+        };
+        let default = SamplingParams::default;
+        let expect = |message: String, words: &[&str]| {
+            assert!(words.iter().all(|word| message.contains(word)), "{message}");
+        };
+        expect(refuse(default(), Some(8), [1, 8], 1, [1, 0]), &["sample: `forced` is 8", "below 8"]);
+        let refuse_params = |params| refuse(params, None, [1, 8], 1, [1, 0]);
+        for temperature in [-1.0, f32::NAN, f32::INFINITY] {
+            expect(refuse_params(SamplingParams { temperature, ..default() }), &["`temperature`"]);
+        }
+        expect(refuse_params(SamplingParams { top_p: 1.5, ..default() }), &["`top_p`"]);
+        expect(refuse_params(SamplingParams { min_p: f32::NAN, ..default() }), &["`min_p`"]);
+        expect(
+            refuse_params(SamplingParams { repetition_penalty: 0.0, ..default() }),
+            &["`repetition_penalty`"],
+        );
+        expect(
+            refuse_params(SamplingParams { presence_penalty: f32::NAN, ..default() }),
+            &["`presence_penalty`"],
+        );
+        let infinite = SamplingParams { logit_bias: vec![(1, f32::INFINITY)], ..default() };
+        expect(refuse_params(infinite), &["`logit_bias`", "token 1"]);
+        expect(refuse(default(), None, [4, 8], 4, [4, 0]), &["`logits`", "[3, V]"]);
+        expect(refuse(default(), None, [1, 0], 1, [1, 0]), &["`logits`", "V at least 1"]);
+        expect(refuse(default(), None, [2, 8], 1, [2, 0]), &["`token_ids`", "[2]"]);
+        expect(refuse(default(), None, [2, 8], 2, [1, 0]), &["`top_ids`", "[2, 0]"]);
+        expect(refuse(default(), None, [1, 8], 1, [1, 33]), &["`top_ids`", "at most 32"]);
+        expect(refuse(default(), None, [1, 8], 1, [1, 5]), &["[1, 5]", "allocated"]);
+        expect(refuse(default(), None, [3, 8], 3, [3, 1]), &["[3, 1]", "allocated"]);
+        expect(refuse(default(), None, [1, 9], 1, [1, 0]), &["allocated"]);
+        assert_eq!(refuse(default(), None, [0, 8], 0, [0, 4]), "fine");
+    });
+}
