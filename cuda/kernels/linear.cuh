@@ -21,12 +21,18 @@ struct Bits<4> {
 };
 
 // 16 bytes of a row of `columns` elements of BYTES bytes, from `column` on, to shared memory; zeros beyond its end and where not `valid`.
-template <int BYTES>
+// L1: what other warps of the block copy too.
+template <int BYTES, bool L1 = false>
 DEVICE void copy_vector(void* shared, const void* row, int column, int columns, bool valid) {
     if constexpr (VECTORS) {
         const uint8_t* from = static_cast<const uint8_t*>(row);
         const bool inside = valid && column < columns;
-        cp_async_16_or_zero(shared, from + (inside ? column * BYTES : 0), inside);
+        from += inside ? column * BYTES : 0;
+        if constexpr (L1) {
+            cp_async_16_or_zero_l1(shared, from, inside);
+        } else {
+            cp_async_16_or_zero(shared, from, inside);
+        }
     } else {
         // One at a time: this is for odd widths, which are small.
         using Element = typename Bits<BYTES>::type;
@@ -90,14 +96,14 @@ DEVICE void store_outputs(void* row, int feature, int features, bool floats, boo
 // What a block that shares an output with others does once its part is written: true in the last of `blocks` to arrive, which then sees
 // every part; `arrivals` is left zero.
 DEVICE bool arrive_last(uint32_t* arrivals, uint32_t blocks, uint32_t& flag) {
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
+        // One thread's fences serve the block: what the others wrote is before the barrier, what they read is behind the next.
+        __threadfence();
         flag = atomicAdd(arrivals, 1u) + 1 == blocks;
         if (flag) *arrivals = 0;
+        __threadfence();
     }
     __syncthreads();
-    const bool last = flag != 0;
-    if (last) __threadfence();
-    return last;
+    return flag != 0;
 }

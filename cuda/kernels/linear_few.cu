@@ -3,14 +3,16 @@
 // Features are the 16 rows of an MMA, tokens its 8 columns. The order of the products of a dot product is free as long as weight and x
 // agree: lane (g, t) holds 8 neighbouring columns of rows g, g + 8 and of token g, 16 bytes each, which make two MMAs. Every lane copies
 // into slots of its own and reads them back itself: a ring as deep as shared memory allows, with no barrier.
-// The warps of a block share its columns in turns, blocks share them in one stretch each (gridDim.y); parts are added in their order.
+// TILE_ROW_WARPS warps have features of their own and the columns in common, and find x in the L1. The others share columns in turns, and
+// blocks share them in one stretch each (gridDim.y); parts are added in their order.
 //
 // Constants: WEIGHT_TYPE, VECTORS; TOKEN_GROUPS of 8 tokens.
-// Tile: TILE_WARPS, TILE_ROW_TILES of 16 features, TILE_HALVES of 32 columns a step, TILE_STAGES steps of the ring, TILE_BLOCKS.
+// Tile: TILE_WARPS, TILE_ROW_WARPS of them; TILE_ROW_TILES of 16 features a warp, TILE_HALVES of 32 columns a step, TILE_STAGES steps of the ring, TILE_BLOCKS.
 #include "linear.cuh"
 
-constexpr int FEATURES = 16 * TILE_ROW_TILES, TOKENS = 8 * TOKEN_GROUPS, COLUMNS = 32 * TILE_HALVES;
-constexpr int THREADS = 32 * TILE_WARPS;
+constexpr int WARP_FEATURES = 16 * TILE_ROW_TILES, FEATURES = WARP_FEATURES * TILE_ROW_WARPS, TOKENS = 8 * TOKEN_GROUPS, COLUMNS = 32 * TILE_HALVES;
+constexpr int THREADS = 32 * TILE_WARPS, COLUMN_WARPS = TILE_WARPS / TILE_ROW_WARPS;
+static_assert(TILE_WARPS % TILE_ROW_WARPS == 0, "as many warps for every feature");
 // Vectors of 16 bytes that hold 8 columns of a weight row, and of a lane's step.
 constexpr int ROW_VECTORS = WEIGHT_BYTES / 2, STEP_VECTORS = TILE_HALVES * (2 * TILE_ROW_TILES * ROW_VECTORS + TOKEN_GROUPS);
 // Rows of four banks more: the lanes that hold a fragment write to 32 different ones.
@@ -19,7 +21,7 @@ constexpr int STRIDE = FEATURES + 4;
 struct Shared {
     union {
         uint4 ring[TILE_WARPS][TILE_STAGES][STEP_VECTORS][32];
-        float parts[TILE_WARPS][TOKENS][STRIDE];
+        float parts[COLUMN_WARPS][TOKENS][STRIDE];
     };
     uint32_t last;
 };
@@ -50,7 +52,7 @@ DEVICE void load(uint4 (&step)[STEP_VECTORS][32], const Rows& rows, int column, 
     for (int n = 0; n < TOKEN_GROUPS; ++n) {
 #pragma unroll
         for (int half = 0; half < TILE_HALVES; ++half) {
-            copy_vector<2>(&step[slot++][lane], rows.x[n], column + 32 * half, columns, rows.valid[n]);
+            copy_vector<2, (TILE_ROW_WARPS > 1)>(&step[slot++][lane], rows.x[n], column + 32 * half, columns, rows.valid[n]);
         }
     }
 }
@@ -114,12 +116,13 @@ linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
     Shared& shared = shared_memory<Shared>();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int splits = gridDim.y, first = blockIdx.x * FEATURES;
+    const int row_warp = warp % TILE_ROW_WARPS * WARP_FEATURES, column_warp = warp / TILE_ROW_WARPS;
 
     Rows rows;
 #pragma unroll
     for (int i = 0; i < 2 * TILE_ROW_TILES; ++i) {
         // Beyond the last feature the last is read again, and not stored.
-        const int feature = min(first + 8 * i + g, features - 1);
+        const int feature = min(first + row_warp + 8 * i + g, features - 1);
         rows.weight[i] = weight + static_cast<int64_t>(feature) * columns * WEIGHT_BYTES;
     }
 #pragma unroll
@@ -132,7 +135,7 @@ linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
     }
 
     const int steps = (columns + COLUMNS - 1) / COLUMNS;
-    const int begin = static_cast<int>(static_cast<int64_t>(steps) * blockIdx.y / splits) + warp;
+    const int begin = static_cast<int>(static_cast<int64_t>(steps) * blockIdx.y / splits) + column_warp;
     const int end = static_cast<int>(static_cast<int64_t>(steps) * (blockIdx.y + 1) / splits);
     float c[TILE_ROW_TILES][TOKEN_GROUPS][4] = {};
     int next = begin;
@@ -140,14 +143,14 @@ linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
     for (int stage = 0; stage < TILE_STAGES - 1; ++stage) {
         if (next < end) load(shared.ring[warp][stage], rows, next * COLUMNS + 8 * t, columns, lane);
         cp_async_commit();
-        next += TILE_WARPS;
+        next += COLUMN_WARPS;
     }
     int stage = 0, stage_of_next = TILE_STAGES - 1;
-    for (int step = begin; step < end; step += TILE_WARPS) {
+    for (int step = begin; step < end; step += COLUMN_WARPS) {
         // The slot that was multiplied last is free again.
         if (next < end) load(shared.ring[warp][stage_of_next], rows, next * COLUMNS + 8 * t, columns, lane);
         cp_async_commit();
-        next += TILE_WARPS;
+        next += COLUMN_WARPS;
         cp_async_wait<TILE_STAGES - 1>();
         multiply(shared.ring[warp][stage], lane, c);
         stage = stage + 1 == TILE_STAGES ? 0 : stage + 1;
@@ -160,7 +163,9 @@ linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
 #pragma unroll
         for (int n = 0; n < TOKEN_GROUPS; ++n) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) shared.parts[warp][8 * n + 2 * t + i % 2][16 * r + g + i / 2 * 8] = c[r][n][i];
+            for (int i = 0; i < 4; ++i) {
+                shared.parts[column_warp][8 * n + 2 * t + i % 2][row_warp + 16 * r + g + i / 2 * 8] = c[r][n][i];
+            }
         }
     }
     __syncthreads();
@@ -173,7 +178,7 @@ linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
         const int token = i / (FEATURES / 4), feature = i % (FEATURES / 4) * 4;
         float sums[4] = {};
 #pragma unroll
-        for (int w = 0; w < TILE_WARPS; ++w) {
+        for (int w = 0; w < COLUMN_WARPS; ++w) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) sums[j] += shared.parts[w][token][feature + j];
         }

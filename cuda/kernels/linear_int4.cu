@@ -30,47 +30,80 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
 
-struct Inputs {
-    const uint16_t* x;
-    Int4Weight weight;
-    int tokens, in_features, row_tile, token;
+// Whether the groups of a warp's tiles are equally far apart, and none lies beyond the last.
+constexpr bool EVEN_GROUPS = GROUP_SIZE != 0 && 64 * TILE_WARPS % (GROUP_SIZE + (GROUP_SIZE == 0)) == 0 && (GROUPS_PER_TILE == 1 || ALIGNED == 2);
+constexpr int GROUPS_APART = EVEN_GROUPS ? 64 * TILE_WARPS / (GROUP_SIZE + (GROUP_SIZE == 0)) : 0;
 
-    // Starts the copies of k tile `k_tile`.
-    DEVICE void load(Stage& stage, int k_tile) const {
+// Where a lane reads: a warp's k tiles are TILE_WARPS apart, and counted from the one that it is at.
+struct Lane {
+    const Int4Weight& weight;
+    const uint16_t* x;
+    int tokens, in_features, token, row_tile, k_tile;
+    const uint4* words[R];
+    const uint16_t* activation[N];
+    bool inside[N];
+    int64_t group[R];
+
+    // A block's last tiles may be beyond the weight: they are read again and their results dropped.
+    DEVICE int tile(int r) const { return min(row_tile + r, weight.row_tiles - 1); }
+
+    DEVICE void start() {
         const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-            // A block's last tiles may be beyond the weight: they are read again and their results dropped.
-            const int tile = min(row_tile + r, weight.row_tiles - 1);
-            cp_async_16(&stage.weight[r][lane], weight.words + (static_cast<int64_t>(tile) * weight.k_tiles + k_tile) * 32 + lane);
+            words[r] = weight.words + (static_cast<int64_t>(tile(r)) * weight.k_tiles + k_tile) * 32 + lane;
+            group[r] = weight.group_index(tile(r), k_tile, 0) + g;
         }
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            inside[n] = token + 8 * n + g < tokens;
+            activation[n] = x + (inside[n] ? static_cast<int64_t>(token + 8 * n + g) * in_features : 0) + 64 * k_tile + 8 * t;
+        }
+    }
+
+    DEVICE void advance() {
+        k_tile += TILE_STAGES * TILE_WARPS;
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            words[r] += TILE_STAGES * TILE_WARPS * 32;
+            group[r] += TILE_STAGES * GROUPS_APART * 8;
+        }
+#pragma unroll
+        for (int n = 0; n < N; ++n) activation[n] += TILE_STAGES * TILE_WARPS * 64;
+    }
+
+    // Starts the copies of its k tile number `ahead`.
+    DEVICE void load(Stage& stage, int ahead) const {
+        const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int r = 0; r < R; ++r) cp_async_16(&stage.weight[r][lane], words[r] + ahead * (TILE_WARPS * 32));
 #pragma unroll
         for (int n = 0; n < N; ++n) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const int row = token + 8 * n + g, input = 64 * k_tile + 32 * h + 8 * t;
-                if constexpr (ALIGNED) {
-                    const bool valid = row < tokens && input < in_features;
-                    const int64_t place = static_cast<int64_t>(row) * in_features + input;
-                    cp_async_16_or_zero_l1(&stage.x[n][h][lane], x + (valid ? place : 0), valid);
+                const int input = 64 * (k_tile + ahead * TILE_WARPS) + 32 * h + 8 * t;
+                if constexpr (ALIGNED != 0) {
+                    const bool valid = inside[n] && (ALIGNED == 2 || input < in_features);
+                    const uint16_t* from = activation[n] + ahead * (TILE_WARPS * 64) + 32 * h;
+                    cp_async_16_or_zero_l1(&stage.x[n][h][lane], ALIGNED == 2 || valid ? from : x, valid);
                 } else {
-                    stage.x[n][h][lane] = activations(x, row, input, tokens, in_features);
+                    stage.x[n][h][lane] = activations(x, token + 8 * n + g, input, tokens, in_features);
                 }
             }
         }
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-            const int tile = min(row_tile + r, weight.row_tiles - 1);
 #pragma unroll
             for (int part = 0; part < GROUPS_PER_TILE; ++part) {
-                const int64_t index = weight.group_index(tile, k_tile, part);
-                const auto* scale = static_cast<const Int4Scale<SCALE_TYPE>*>(weight.scales) + index + g;
+                const int64_t index = EVEN_GROUPS ? group[r] + (ahead * GROUPS_APART + part) * 8
+                                                  : weight.group_index(tile(r), k_tile + ahead * TILE_WARPS, part) + g;
+                const auto* scale = static_cast<const Int4Scale<SCALE_TYPE>*>(weight.scales) + index;
                 if constexpr (SCALE_TYPE == F32) {
                     cp_async_8(&stage.scales[r][part][lane], scale);
                 } else {
                     cp_async_4(&stage.scales[r][part][lane], scale);
                 }
-                if constexpr (ZERO_POINTS) cp_async_4(&stage.zeros[r][part][lane], weight.zeros + index + g / 4 * 4);
+                if constexpr (ZERO_POINTS) cp_async_4(&stage.zeros[r][part][lane], weight.zeros + (index - g % 4));
             }
         }
     }
@@ -131,26 +164,27 @@ linear_int4(const uint16_t* __restrict__ x,    // [tokens, in_features] bf16
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const Int4Weight weight{words, scales, zeros, (out_features + 15) / 16, (in_features + 63) / 64, groups, group_size};
     const int row_tile = blockIdx.x * R, token = blockIdx.z * (8 * N);
-    const Inputs inputs{x, weight, tokens, in_features, row_tile, token};
     const int end = min(static_cast<int>(blockIdx.y + 1) * k_tiles_per_split, weight.k_tiles);
     const int first = blockIdx.y * k_tiles_per_split + warp;
 
     WarpShared& own = shared.warps[warp];
+    Lane from{weight, x, tokens, in_features, token, row_tile, first};
+    from.start();
 #pragma unroll
     for (int s = 0; s < TILE_STAGES; ++s) {
-        const int k_tile = first + s * TILE_WARPS;
-        if (k_tile < end) inputs.load(own.stages[s], k_tile);
+        if (first + s * TILE_WARPS < end) from.load(own.stages[s], s);
         cp_async_commit();
     }
     float sums[R][N][4] = {};
-    int stage = 0;
-    for (int k_tile = first; k_tile < end; k_tile += TILE_WARPS) {
-        cp_async_wait<TILE_STAGES - 1>();
-        multiply(own.stages[stage], sums);
-        const int next = k_tile + TILE_STAGES * TILE_WARPS;
-        if (next < end) inputs.load(own.stages[stage], next);
-        cp_async_commit();
-        stage = stage == TILE_STAGES - 1 ? 0 : stage + 1;
+    for (; from.k_tile < end; from.advance()) {
+#pragma unroll
+        for (int s = 0; s < TILE_STAGES; ++s) {
+            if (from.k_tile + s * TILE_WARPS >= end) break;
+            cp_async_wait<TILE_STAGES - 1>();
+            multiply(own.stages[s], sums);
+            if (from.k_tile + (s + TILE_STAGES) * TILE_WARPS < end) from.load(own.stages[s], s + TILE_STAGES);
+            cp_async_commit();
+        }
     }
 
     // Lanes may be done with the stages at different times.
@@ -176,6 +210,7 @@ linear_int4(const uint16_t* __restrict__ x,    // [tokens, in_features] bf16
     if (splits == 1 || !is_last_block(tickets + group, splits)) return;
     for (int fragment = warp; fragment < R * N; fragment += TILE_WARPS) {
         float4 sum = load_published_16(all + fragment * 32 + lane);
+#pragma unroll 4
         for (int split = 1; split < splits; ++split) add(sum, load_published_16(all + (split * (R * N) + fragment) * 32 + lane));
         store_fragment(out, sum, (row_tile + fragment / N) * 16, token + fragment % N * 8, out_features, tokens);
     }

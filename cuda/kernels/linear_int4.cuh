@@ -1,7 +1,8 @@
 // What the two kernels of linear_int4 share: scales and zero points of a tile, results, and the sum over the blocks that split the inputs.
 //
-// Constants: SCALE_TYPE, ZERO_POINTS; ALIGNED (rows of x are multiples of 16 bytes); GROUP_SIZE, or 0 where it is an argument; GROUPS_PER_TILE, 2 where a group may end within the 64
-// inputs of a tile (after 32) and 1 where none does; OUT_FLOAT (f32 results) or bf16.
+// Constants: SCALE_TYPE, ZERO_POINTS; GROUP_SIZE, or 0 where it is an argument; GROUPS_PER_TILE, 2 where a group may end within the 64
+// inputs of a tile (after 32) and 1 where none does; OUT_FLOAT (f32 results) or bf16; ALIGNED, 1 where rows of x are multiples of 16
+// bytes, 2 where they are whole tiles.
 //
 // Arithmetic: a product of an activation and q - z is exact in f32, and so is no sum of them: with u = 2^-24, each group's sum of n products
 // is off by 2 n u of the sum of their magnitudes at most (the tensor core truncates), scale and sum over groups, warps and splits add 2 u
@@ -22,7 +23,7 @@ struct Int4Weight {
     // The group of input 64 k_tile + 32 * part (where tiles have two), as an index of scales and zeros.
     DEVICE int64_t group_index(int row_tile, int k_tile, int part) const {
         const int input = 64 * k_tile + 32 * part;
-        const int group = GROUP_SIZE != 0 ? input / (GROUP_SIZE + (GROUP_SIZE == 0)) : input / group_size;
+        const int group = GROUP_SIZE != 0 ? input / (GROUP_SIZE + (GROUP_SIZE == 0)) : groups == 1 ? 0 : input / group_size;
         // A last tile may have its second half beyond the last group, where all activations are zero.
         return (static_cast<int64_t>(row_tile) * groups + min(group, groups - 1)) * 8;
     }
@@ -32,7 +33,7 @@ struct Int4Weight {
 DEVICE uint4 activations(const uint16_t* x, int token, int input, int tokens, int in_features) {
     if (token >= tokens || input >= in_features) return make_uint4(0, 0, 0, 0);
     const uint16_t* from = x + static_cast<int64_t>(token) * in_features + input;
-    if constexpr (ALIGNED) return __ldg(reinterpret_cast<const uint4*>(from));
+    if constexpr (ALIGNED != 0) return __ldg(reinterpret_cast<const uint4*>(from));
     uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -28,59 +28,69 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
 
-// A thread's part of the copies of a block's steps.
+// A thread's part of the copies of a block's steps. What lies beyond the weight or the tokens is the last tile or token again: its results
+// are dropped.
 struct Loader {
+    static constexpr int WORDS = ROW_TILES * 32, PIECES = TOKENS * 8, PAIRS = ROW_TILES * GROUPS_PER_TILE * 8;
     const uint16_t* x;
-    Int4Weight weight;
+    const Int4Weight& weight;
     int tokens, in_features, row_tile, token;
+    uint32_t words[(WORDS + THREADS - 1) / THREADS], pieces[(PIECES + THREADS - 1) / THREADS];
+
+    // In bytes of 32 bits, which the launcher has counted.
+    DEVICE void prepare() {
+        const uint32_t thread = threadIdx.x;
+#pragma unroll
+        for (uint32_t i = 0; i < (WORDS + THREADS - 1) / THREADS; ++i) {
+            const int tile = min(row_tile + static_cast<int>((i * THREADS + thread) / 32), weight.row_tiles - 1);
+            words[i] = (static_cast<uint32_t>(tile * weight.k_tiles) * 32 + thread % 32) * sizeof(uint4);
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < (PIECES + THREADS - 1) / THREADS; ++i) {
+            const int row = min(token + static_cast<int>((i * THREADS + thread) / 8), tokens - 1);
+            pieces[i] = (static_cast<uint32_t>(row * in_features) + thread % 8 * 8) * sizeof(uint16_t);
+        }
+    }
 
     // Starts those of k tile `k_tile`.
     DEVICE void start(Stage& stage, int k_tile) const {
-        constexpr int WARPS = THREADS / 32, TOKENS_AT_ONCE = THREADS / 8;
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        // One address each, and steps of as many rows as there are threads: more addresses would not fit the registers.
-        const uint4* words = weight.words + (static_cast<int64_t>(row_tile + warp) * weight.k_tiles + k_tile) * 32 + lane;
-        const int rows_left = weight.row_tiles - row_tile - warp;
+        const uint32_t thread = threadIdx.x;
+        const auto* k_words = reinterpret_cast<const uint8_t*>(weight.words + k_tile * 32);
 #pragma unroll
-        for (int i = 0; i < (ROW_TILES + WARPS - 1) / WARPS; ++i) {
-            const bool valid = i * WARPS < rows_left;
-            if (ROW_TILES % WARPS == 0 || warp + i * WARPS < ROW_TILES) {
-                cp_async_16_or_zero(&stage.weight[warp + i * WARPS][lane], valid ? words : weight.words, valid);
-            }
-            words += static_cast<int64_t>(WARPS) * weight.k_tiles * 32;
+        for (uint32_t i = 0; i < (WORDS + THREADS - 1) / THREADS; ++i) {
+            const uint32_t place = i * THREADS + thread;
+            if (WORDS % THREADS == 0 || place < WORDS) cp_async_16(&stage.weight[place / 32][place % 32], k_words + words[i]);
         }
-        const int row = threadIdx.x / 8, piece = threadIdx.x % 8, input = 64 * k_tile + 8 * piece;
-        if constexpr (ALIGNED) {
-            const uint16_t* eight = x + static_cast<int64_t>(token + row) * in_features + input;
-            const int tokens_left = input < in_features ? tokens - token - row : 0;
+        const auto* k_x = reinterpret_cast<const uint8_t*>(x + k_tile * 64);
+        const int input = k_tile * 64 + thread % 8 * 8;
 #pragma unroll
-            for (int i = 0; i < (TOKENS + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE; ++i) {
-                const bool valid = i * TOKENS_AT_ONCE < tokens_left;
-                const int to = row + i * TOKENS_AT_ONCE;
-                if (TOKENS % TOKENS_AT_ONCE == 0 || to < TOKENS) {
-                    cp_async_16_or_zero(&stage.x[to][piece ^ 4 * (to % 2)], valid ? eight : x, valid);
-                }
-                eight += TOKENS_AT_ONCE * in_features;
-            }
-        } else {
-            for (int to = row; to < TOKENS; to += TOKENS_AT_ONCE) {
-                stage.x[to][piece ^ 4 * (to % 2)] = activations(x, token + to, input, tokens, in_features);
+        for (uint32_t i = 0; i < (PIECES + THREADS - 1) / THREADS; ++i) {
+            const uint32_t place = i * THREADS + thread, row = place / 8;
+            if (PIECES % THREADS != 0 && place >= PIECES) break;
+            uint4* to = &stage.x[row][place % 8 ^ 4 * (row % 2)];
+            if constexpr (ALIGNED == 2) {
+                cp_async_16(to, k_x + pieces[i]);
+            } else if constexpr (ALIGNED == 1) {
+                const bool valid = input < in_features;
+                cp_async_16_or_zero(to, valid ? k_x + pieces[i] : k_x, valid);
+            } else {
+                *to = activations(x, token + static_cast<int>(row), input, tokens, in_features);
             }
         }
-        constexpr int PAIRS = ROW_TILES * GROUPS_PER_TILE * 8;
 #pragma unroll
-        for (int base = 0; base < PAIRS; base += THREADS) {
-            const uint32_t i = base + threadIdx.x, tile = i / 8 / GROUPS_PER_TILE, part = i / 8 % GROUPS_PER_TILE;
-            if (PAIRS % THREADS != 0 && i >= PAIRS) break;
-            const int64_t index = weight.group_index(min(row_tile + static_cast<int>(tile), weight.row_tiles - 1), k_tile, part) + i % 8;
+        for (uint32_t place = thread; place < (PAIRS + THREADS - 1) / THREADS * THREADS; place += THREADS) {
+            if (PAIRS % THREADS != 0 && place >= PAIRS) break;
+            const uint32_t tile = place / 8 / GROUPS_PER_TILE, part = place / 8 % GROUPS_PER_TILE;
+            const int from = min(row_tile + static_cast<int>(tile), weight.row_tiles - 1);
+            const int64_t index = weight.group_index(from, k_tile, part) + place % 8;
             const auto* scale = static_cast<const Int4Scale<SCALE_TYPE>*>(weight.scales) + index;
             if constexpr (SCALE_TYPE == F32) {
-                cp_async_8(&stage.scales[tile][part][i % 8], scale);
+                cp_async_8(&stage.scales[tile][part][place % 8], scale);
             } else {
-                cp_async_4(&stage.scales[tile][part][i % 8], scale);
+                cp_async_4(&stage.scales[tile][part][place % 8], scale);
             }
             if constexpr (ZERO_POINTS) {
-                if (i % 4 == 0) cp_async_4(&stage.zeros[tile][part][i % 8 / 4], weight.zeros + index);
+                if (place % 4 == 0) cp_async_4(&stage.zeros[tile][part][place % 8 / 4], weight.zeros + index);
             }
         }
     }
@@ -154,7 +164,8 @@ linear_int4_wide(const uint16_t* __restrict__ x,    // [tokens, in_features] bf1
     Shared& shared = shared_memory<Shared>();
     const Int4Weight weight{words, scales, zeros, (out_features + 15) / 16, (in_features + 63) / 64, groups, group_size};
     const int row_tile = blockIdx.x * ROW_TILES, token = blockIdx.y * TOKENS;
-    const Loader loader{x, weight, tokens, in_features, row_tile, token};
+    Loader loader{x, weight, tokens, in_features, row_tile, token};
+    loader.prepare();
     const int first = blockIdx.z * k_tiles_per_split, end = min(first + k_tiles_per_split, weight.k_tiles);
     const int warp = threadIdx.x / 32, own_row_tile = warp / TILE_WARPS_TOKENS * R, own_token = warp % TILE_WARPS_TOKENS * (8 * N);
 

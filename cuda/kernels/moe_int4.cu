@@ -6,22 +6,25 @@
 // tokens' rows are shared by the column. Sums of columns are added up in a fixed order.
 //
 // Constants: GATE_UP; SORTED (items from `moe_sort`) or one item a pair of token and k; SCALE_TYPE, GROUP_SIZE, UNIT (inputs that surely
-// share a scale: 32 or 64), ZEROS; WHOLE (no stage and no row ends early). Tile: TILE_WARPS_M, TILE_WARPS_K, TILE_ROW_TILES, TILE_TOKENS,
+// share a scale: 32 or 64), ZEROS; WHOLE (no stage and no row ends early); PACKED. Tile: TILE_WARPS_M, TILE_WARPS_K, TILE_ROW_TILES, TILE_TOKENS,
 // TILE_K_TILES a stage, TILE_STAGES, TILE_BLOCKS.
 //
 // Arithmetic: products of a unit are summed in f32 by the tensor core, scaled and added in f32. Gate-up rounds silu(gate) * up to bf16, the
-// contract's rounding point; down writes f32.
-#include "int4.cuh"
+// contract's rounding point; down writes f32, or with PACKED fours of neighbouring features as `moe_parts.cuh` packs them.
+#include "moe_parts.cuh"
 
 constexpr int WARPS_M = TILE_WARPS_M, WARPS_K = TILE_WARPS_K, WARPS = WARPS_M * WARPS_K, THREADS = 32 * WARPS, COLUMN = 32 * WARPS_M;
 constexpr int ROW_TILES = TILE_ROW_TILES, GROUP_TILES = WARPS_M * ROW_TILES;
 constexpr int TOKENS = TILE_TOKENS, TOKEN_TILES = TOKENS / 8;
 constexpr int K_TILES = TILE_K_TILES, STAGES = TILE_STAGES, UNITS = 64 / UNIT;
+// Row tiles whose results are written together.
+constexpr int BUNDLE = PACKED ? 2 : 1;
 // A pair's item has one token.
 constexpr int X_ROWS = SORTED ? TOKENS : 1;
 constexpr int SCALE_CHUNKS = 8 * static_cast<int>(sizeof(Int4Scale<SCALE_TYPE>)) / 16;
 
 static_assert(TOKENS % 8 == 0 && (UNIT == 32 || UNIT == 64) && STAGES >= 2, "whole tiles of tokens, groups of whole halves of a tile");
+static_assert(ROW_TILES % BUNDLE == 0 && !(PACKED && GATE_UP), "parts are packed two tiles at a time");
 static_assert(GROUP_SIZE % UNIT == 0, "a unit lies in one group");
 static_assert(COLUMN % (K_TILES * 8) == 0 && X_ROWS >= 1, "a thread copies one place of every so many rows");
 static_assert(WARPS_M == 1 || WARPS_K == 1 || WARPS_K < 16, "a named barrier a column");
@@ -221,33 +224,58 @@ DEVICE void multiply(float (&acc)[ROW_TILES][TOKEN_TILES][4], const Stage& stage
 
 DEVICE float silu(float x) { return x / (1.0f + exp2_approx(-1.44269504f * x)); }
 
-// Writes the results of a row tile and a tile of tokens: c[0], c[1] are row g of tokens 2t, 2t + 1, c[2], c[3] row g + 8.
-DEVICE void store(const Arguments& args, const int32_t* pairs, int count, int row_tile, int token_tile, int lane, const float (&c)[4]) {
+// Writes the results of a bundle of row tiles and a tile of tokens: c[0], c[1] are row g of tokens 2t, 2t + 1, c[2], c[3] row g + 8.
+DEVICE void store(const Arguments& args, const int32_t* pairs, int count, int row_tile, int token_tile, int lane,
+                  const float (&c)[BUNDLE][4]) {
     if (row_tile >= args.row_tiles) return;
     const int g = lane / 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int token = token_tile * 8 + lane % 4 * 2 + i;
         if (token >= count) continue;
-        const int64_t row = static_cast<int64_t>(pairs[token]) * args.out_features;
+        const int64_t pair = pairs[token];
 #if GATE_UP
-        static_cast<uint16_t*>(args.out)[row + row_tile * 8 + g] = float_to_bf16(silu(c[i]) * c[i + 2]);
+        static_cast<uint16_t*>(args.out)[pair * args.out_features + row_tile * 8 + g] = float_to_bf16(silu(c[0][i]) * c[0][i + 2]);
+#elif PACKED
+        // A tile beyond the last, which stands for another, has no part in the scale.
+        const bool both = row_tile + 1 < args.row_tiles;
+        const float four[4] = {c[0][i], c[0][i + 2], both ? c[1][i] : 0.0f, both ? c[1][i + 2] : 0.0f};
+        static_cast<uint2*>(args.out)[(pair * ((args.row_tiles + 1) / 2) + row_tile / 2) * 8 + g] = pack_part(four);
 #else
-        float* out = static_cast<float*>(args.out) + row;
+        float* out = static_cast<float*>(args.out) + pair * args.out_features;
         const int feature = row_tile * 16 + g;
-        if (feature < args.out_features) out[feature] = c[i];
-        if (feature + 8 < args.out_features) out[feature + 8] = c[i + 2];
+        if (feature < args.out_features) out[feature] = c[0][i];
+        if (feature + 8 < args.out_features) out[feature + 8] = c[0][i + 2];
 #endif
     }
 }
 
+// What comes next reads other weights of the same expert: `part` of `parts` blocks bring `share` 256ths of their first bytes to the L2, while
+// the memory has nothing else to do.
+struct Next {
+    const uint8_t* data[3];
+    int bytes[3];
+
+    DEVICE void prefetch(int expert, int share, int part, int parts) const {
+        constexpr int LINE = 32;
+#pragma unroll
+        for (int i = 0; i < 2 + ZEROS; ++i) {
+            const uint8_t* first = data[i] + static_cast<int64_t>(expert) * bytes[i];
+            const int end = static_cast<int>(static_cast<int64_t>(bytes[i]) * share / 256);
+            for (int at = (part * THREADS + threadIdx.x) * LINE; at < end; at += parts * THREADS * LINE) prefetch_l2(first + at);
+        }
+    }
+};
+
 // `x` [rows, columns] bf16: of a token at row `first_token` + pair / top_k (gate-up), or of a pair; columns are a multiple of 8. `items`
 // (expert, first, count, 0) over `order`, pairs of token and k by expert; without SORTED the topk_ids. `out` [pairs, out_features]: bf16 of
-// whole row tiles (gate-up), or f32. Grid: ranges of `row_groups` row groups and items, without SORTED the other way round.
+// whole row tiles (gate-up), or f32, or packed parts. Grid: ranges of `row_groups` row groups and items, without SORTED the other way round,
+// where `next_` is what down reads.
 KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
 moe_int4(const uint16_t* x, const uint4* weight, const uint4* scales, const uint2* zeros, const int32_t* items, const int32_t* order,
          void* out, int experts, int columns, int k_tiles, int row_tiles, int groups, int out_features, int top_k, int first_token,
-         int row_groups) {
+         int row_groups, const uint8_t* next_weight, const uint8_t* next_scales, const uint8_t* next_zeros, int next_weight_bytes,
+         int next_scales_bytes, int next_zeros_bytes, int next_share) {
     Shared& shared = shared_memory<Shared>();
     const Arguments args = {x, weight, scales, zeros, out, columns, k_tiles, row_tiles, groups, out_features};
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = warp / WARPS_M, warp_m = warp % WARPS_M;
@@ -317,6 +345,14 @@ moe_int4(const uint16_t* x, const uint4* weight, const uint4* scales, const uint
         if (++step < steps) continue;
         step = 0;
 
+#if GATE_UP && !SORTED
+        // The later half of the blocks does it: what the first had brought would be gone by then.
+        const int late = static_cast<int>(gridDim.y) / 2;
+        if (i + 1 == all_steps && next_share > 0 && range >= late) {
+            const Next next = {{next_weight, next_scales, next_zeros}, {next_weight_bytes, next_scales_bytes, next_zeros_bytes}};
+            next.prefetch(expert, next_share, range - late, static_cast<int>(gridDim.y) - late);
+        }
+#endif
 #if TILE_WARPS_K > 1
         if (i >= steps) __syncthreads();
 #pragma unroll
@@ -326,22 +362,31 @@ moe_int4(const uint16_t* x, const uint4* weight, const uint4* scales, const uint
                 shared.sums[column][warp_m * ROW_TILES + r][n][lane] =
                     make_float4(acc[r][n][0], acc[r][n][1], acc[r][n][2], acc[r][n][3]);
         __syncthreads();
-        for (int tile = warp; tile < GROUP_TILES * TOKEN_TILES; tile += WARPS) {
-            const int row = tile / TOKEN_TILES, n = tile % TOKEN_TILES;
-            float c[4] = {};
+        for (int tile = warp; tile < GROUP_TILES / BUNDLE * TOKEN_TILES; tile += WARPS) {
+            const int row = tile / TOKEN_TILES * BUNDLE, n = tile % TOKEN_TILES;
+            float c[BUNDLE][4] = {};
 #pragma unroll
-            for (int k = 0; k < WARPS_K; ++k) {
-                const float4 four = shared.sums[k][row][n][lane];
-                c[0] += four.x, c[1] += four.y, c[2] += four.z, c[3] += four.w;
-            }
+            for (int b = 0; b < BUNDLE; ++b)
+#pragma unroll
+                for (int k = 0; k < WARPS_K; ++k) {
+                    const float4 four = shared.sums[k][row + b][n][lane];
+                    c[b][0] += four.x, c[b][1] += four.y, c[b][2] += four.z, c[b][3] += four.w;
+                }
             store(args, shared.pairs, count, row_tile + row, n, lane, c);
         }
 #else
 #pragma unroll
-        for (int r = 0; r < ROW_TILES; ++r)
+        for (int r = 0; r < ROW_TILES; r += BUNDLE)
 #pragma unroll
-            for (int n = 0; n < TOKEN_TILES; ++n)
-                store(args, shared.pairs, count, row_tile + warp_m * ROW_TILES + r, n, lane, acc[r][n]);
+            for (int n = 0; n < TOKEN_TILES; ++n) {
+                if (n > 0 && n * 8 >= count) break;
+                float c[BUNDLE][4];
+#pragma unroll
+                for (int b = 0; b < BUNDLE; ++b)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) c[b][i] = acc[r + b][n][i];
+                store(args, shared.pairs, count, row_tile + warp_m * ROW_TILES + r, n, lane, c);
+            }
 #endif
 #pragma unroll
         for (int r = 0; r < ROW_TILES; ++r)

@@ -30,6 +30,7 @@ DEVICE int2 block_prefix(Shared& shared, int2 value, int2& before, int warp, int
     if (lane == 31) shared.warp_sums[0][warp] = sum.x, shared.warp_sums[1][warp] = sum.y;
     __syncthreads();
     int2 total = before;
+#pragma unroll 4
     for (int w = 0; w < WARPS; ++w) {
         if (w == warp) sum.x += total.x, sum.y += total.y;
         total.x += shared.warp_sums[0][w], total.y += shared.warp_sums[1][w];
@@ -59,14 +60,17 @@ moe_sort(const int32_t* topk_ids, int32_t* order, int4* items, int first_pair, i
     for (int base = 0; base < EXPERTS; base += THREADS) {
         const int expert = base + static_cast<int>(threadIdx.x);
         int count = 0;
-        if (expert < EXPERTS)
+        if (expert < EXPERTS) {
+#pragma unroll 4
             for (int w = 0; w < WARPS; ++w) count += shared.counts[w][expert];
+        }
         const int my_items = (count + item_tokens - 1) / item_tokens;
         const int2 sum = block_prefix(shared, make_int2(count, my_items), before, warp, lane);
         if (expert >= EXPERTS) continue;
         int place = sum.x - count;
         for (int i = 0; i < my_items; ++i)
             items[sum.y - my_items + i] = make_int4(expert, place + i * item_tokens, min(count - i * item_tokens, item_tokens), 0);
+#pragma unroll 4
         for (int w = 0; w < WARPS; ++w) {
             const int in_warp = shared.counts[w][expert];
             shared.counts[w][expert] = place;

@@ -1,28 +1,67 @@
-// What a token's experts gave, weighted and added up in the order of k, and the shared expert's row. Four columns a thread.
+// What a token's experts gave, weighted and added up in the order of k, and the shared expert's row.
 //
-// Tile: TILE_THREADS.
-#include "rows.cuh"
+// Constants: PACKED (parts as `moe_parts.cuh` packs them, or f32). Tile: TILE_THREADS, eight columns each.
+#include "moe_parts.cuh"
 
-// `parts` [pairs, hidden] f32; `shared_rows` [tokens, hidden] bf16 or null; `out` [tokens, hidden] bf16; tokens count from `first_token`,
-// pairs from its first. A pair whose expert does not exist gave nothing. Grid: column ranges, tokens.
+constexpr int COLUMNS = 8;
+
+// This thread's columns, in pairs that lie apart: where they begin, and how far one is from the next.
+#if PACKED
+constexpr int PAIR_STEP = 8;
+DEVICE int first_column(int vector) { return vector / 4 * 32 + vector % 4 * 2; }
+#else
+constexpr int PAIR_STEP = 2;
+DEVICE int first_column(int vector) { return vector * COLUMNS; }
+#endif
+
+DEVICE void add(float (&sum)[COLUMNS], float weight, const uint4 (&raw)[PACKED ? 1 : 2]) {
+#if PACKED
+    float low[4], high[4];
+    const float low_weight = weight * unpack_part(make_uint2(raw[0].x, raw[0].y), low);
+    const float high_weight = weight * unpack_part(make_uint2(raw[0].z, raw[0].w), high);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        sum[2 * i] = fmaf(low_weight, low[i], sum[2 * i]);
+        sum[2 * i + 1] = fmaf(high_weight, high[i], sum[2 * i + 1]);
+    }
+#else
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        sum[4 * i] = fmaf(weight, __uint_as_float(raw[i].x), sum[4 * i]);
+        sum[4 * i + 1] = fmaf(weight, __uint_as_float(raw[i].y), sum[4 * i + 1]);
+        sum[4 * i + 2] = fmaf(weight, __uint_as_float(raw[i].z), sum[4 * i + 2]);
+        sum[4 * i + 3] = fmaf(weight, __uint_as_float(raw[i].w), sum[4 * i + 3]);
+    }
+#endif
+}
+
+// `parts` [pairs, hidden] f32, or packed; `shared_rows` [tokens, hidden] bf16 or null; `out` [tokens, hidden] bf16; tokens count from
+// `first_token`, pairs from its first. A pair whose expert does not exist gave nothing. Grid: column ranges, tokens.
 KERNEL void __launch_bounds__(TILE_THREADS, 1)
-moe_sum(const float4* parts, const int32_t* topk_ids, const float* topk_weights, const uint2* shared_rows, uint2* out, int experts,
+moe_sum(const uint4* parts, const int32_t* topk_ids, const float* topk_weights, const uint16_t* shared_rows, uint16_t* out, int experts,
         int hidden, int top_k, int first_token) {
-    const int column = blockIdx.x * TILE_THREADS + threadIdx.x, fours = hidden / 4;
-    if (column >= fours) return;
+    const int vector = blockIdx.x * TILE_THREADS + threadIdx.x, column = first_column(vector);
+    const int vectors = PACKED ? (hidden + 31) / 32 * 4 : hidden / COLUMNS;
+    if (vector >= vectors) return;
     const int64_t token = first_token + static_cast<int>(blockIdx.y);
-    uint2 row = make_uint2(0, 0);
-    if (shared_rows != nullptr) row = shared_rows[token * fours + column];
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    constexpr int LOADS = PACKED ? 1 : 2;
+    float sum[COLUMNS] = {};
 #pragma unroll 8
     for (int k = 0; k < top_k; ++k) {
         const int expert = topk_ids[token * top_k + k];
         if (expert < 0 || expert >= experts) continue;
-        const float weight = topk_weights[token * top_k + k];
-        const float4 part = parts[(static_cast<int64_t>(blockIdx.y) * top_k + k) * fours + column];
-        sum.x = fmaf(weight, part.x, sum.x), sum.y = fmaf(weight, part.y, sum.y);
-        sum.z = fmaf(weight, part.z, sum.z), sum.w = fmaf(weight, part.w, sum.w);
+        const int64_t row = static_cast<int64_t>(blockIdx.y) * top_k + k;
+        uint4 raw[LOADS];
+#pragma unroll
+        for (int i = 0; i < LOADS; ++i) raw[i] = parts[(row * vectors + vector) * LOADS + i];
+        add(sum, topk_weights[token * top_k + k], raw);
     }
-    sum.x += bf16_low(row.x), sum.y += bf16_high(row.x), sum.z += bf16_low(row.y), sum.w += bf16_high(row.y);
-    out[token * fours + column] = make_uint2(pack_bf16(sum.x, sum.y), pack_bf16(sum.z, sum.w));
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 2; ++i) {
+        const int at = column + i * PAIR_STEP;
+        if (PACKED && at >= hidden) break;
+        const uint32_t beside = shared_rows == nullptr ? 0u : *reinterpret_cast<const uint32_t*>(shared_rows + token * hidden + at);
+        const uint32_t both = pack_bf16(bf16_low(beside) + sum[2 * i], bf16_high(beside) + sum[2 * i + 1]);
+        *reinterpret_cast<uint32_t*>(out + token * hidden + at) = both;
+    }
 }

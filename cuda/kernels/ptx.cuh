@@ -180,6 +180,9 @@ DEVICE uint2 load_once_8(const void* global) {
     return out;
 }
 
+// Brings the line of 32 bytes at a global address into the L2, if the memory has time.
+DEVICE void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
 // A load that sees what other blocks have published before a fence (past the L1).
 DEVICE uint32_t load_published(const uint32_t* global) {
     uint32_t out;

@@ -85,6 +85,11 @@ struct Top {
     }
 };
 
+// The best edited logit of a row whose logits nothing edits.
+DEVICE Ranked alone(uint64_t place) {
+    return place == 0 ? Ranked{0, NOBODY} : Ranked{to_key(static_cast<double>(value_of(place))), id_of(place)};
+}
+
 DEVICE uint64_t load_published_place(const uint64_t* place) {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(place);
     return static_cast<uint64_t>(load_published(words + 1)) << 32 | load_published(words);
@@ -99,11 +104,12 @@ KERNEL void __launch_bounds__(THREADS, 1)
            uint64_t* tops,                       // [rows, MAX_PARTS, top]
            int32_t* token_ids, float* logprobs,  // [rows]
            int32_t* top_ids, float* top_logprobs, // [rows, top]
-           int32_t rows, int32_t first_row, int32_t vocab, int32_t num_parts, int32_t top) {
+           int32_t rows, int32_t first_row, int32_t vocab, int32_t num_parts, int32_t any_edits,
+           int32_t top) {
     Shared& shared = shared_memory<Shared>();
     Block& block = shared.block;
     const uint32_t index = blockIdx.x / num_parts, part = blockIdx.x % num_parts;
-    Row row(all_logits, uploads, index, rows, first_row, vocab);
+    Row row(all_logits, uploads, index, rows, first_row, vocab, any_edits != 0);
     row.take(part, num_parts);
     const Request& request = row.request;
     const bool edits = row.edits_begin != row.edits_end;
@@ -122,15 +128,17 @@ KERNEL void __launch_bounds__(THREADS, 1)
             if (best < other) best = other;
         });
     const uint64_t own = lead.place(), raw = block_best(block, {own, 0}).key;
-    const uint64_t kept_best = edits ? kept_lead.place() : raw;
-    if (kept_best != 0) {
-        const Ranked other{to_key(static_cast<double>(value_of(kept_best))), id_of(kept_best)};
+    if (edits) {
+        const Ranked other = alone(kept_lead.place());
         if (best < other) best = other;
+        best = block_best(block, best);
+    } else {
+        best = alone(raw);
     }
-    best = block_best(block, best);
 
     // Powers of raw logits, the draw, and the best tokens, all from those.
     const float raw_max = value_of(raw);
+    const bool finite = raw_max - raw_max == 0.0f;
     const double reference = to_double(best.key);
     const bool draws = request.forced == NOBODY && request.filtered == 0 && request.temperature > 0.0f && reference > negative_infinity();
     Draw draw(request, reference);
@@ -141,9 +149,9 @@ KERNEL void __launch_bounds__(THREADS, 1)
         [&](uint32_t vector, const float(&values)[4], uint32_t valid, uint32_t kept) {
 #pragma unroll
             for (uint32_t j = 0; j < 4; ++j) {
-                const float x = values[j];
-                const float power = x == raw_max ? 1.0f : x == x ? exp2_approx((x - raw_max) * 1.44269504f) : 0.0f;
-                powers += valid >> j & 1 ? power : 0.0f;
+                // The larger of NaN and a number is the number.
+                const float power = exp2_approx(fmaxf((values[j] - raw_max) * 1.44269504f, -200.0f));
+                powers += valid >> j & 1 ? (finite ? power : static_cast<float>(values[j] == raw_max)) : 0.0f;
             }
             if (top > 0) best_tokens.see_vector(vector, values, valid);
             if (draws) draw.see_vector(vector, values, kept);
@@ -160,7 +168,9 @@ KERNEL void __launch_bounds__(THREADS, 1)
     best_tokens.finish(
         [&](auto f) {
 #pragma unroll 1
-            for (uint32_t id = 4 * row.begin + threadIdx.x; id < min(4 * row.end, row.vocab); id += THREADS) f(place_of(row.logits[id], id));
+            for (uint32_t id = 4 * row.begin + threadIdx.x; id < min(4 * row.end, row.vocab); id += THREADS) {
+                f(place_of(row.logits[id], id));
+            }
         },
         [&](uint32_t rank, uint64_t place) { row_tops[part * top + rank] = place; });
 
@@ -182,7 +192,7 @@ KERNEL void __launch_bounds__(THREADS, 1)
         if (best < other) best = other;
     }
     const uint64_t raw_best = block_best(block, {whole, 0}).key;
-    best = block_best(block, best);
+    best = request.edits_begin != request.edits_end ? block_best(block, best) : alone(raw_best);
     const double max_logit = value_of(raw_best);
     double total = 0.0;
     Ranked choice{0, NOBODY};
@@ -215,8 +225,19 @@ KERNEL void __launch_bounds__(THREADS, 1)
     }
     if (top == 0) return;
     const auto each_top = [&](auto f) {
+        constexpr uint32_t AT_ONCE = 5;
+        const uint32_t total = num_parts * top;
 #pragma unroll 1
-        for (uint32_t i = threadIdx.x; i < static_cast<uint32_t>(num_parts * top); i += THREADS) f(load_published_place(row_tops + i));
+        for (uint32_t first = 0; first < total; first += AT_ONCE * THREADS) {
+            uint64_t places[AT_ONCE];
+#pragma unroll
+            for (uint32_t i = 0; i < AT_ONCE; ++i) {
+                const uint32_t place = first + i * THREADS + threadIdx.x;
+                places[i] = place < total ? load_published_place(row_tops + place) : 0;
+            }
+#pragma unroll
+            for (uint32_t i = 0; i < AT_ONCE; ++i) f(places[i]);
+        }
     };
     uint64_t own_top = 0;
     each_top([&](uint64_t place) { own_top = max(own_top, place); });

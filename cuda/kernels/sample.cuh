@@ -186,14 +186,20 @@ struct Row {
     uint32_t vocab;
     uint32_t begin, end;
     uint32_t edits_begin, edits_end;
+    bool any_edits;
 
-    DEVICE Row(const float* all_logits, const uint8_t* uploads, uint32_t row, uint32_t rows, uint32_t first_row, uint32_t vocab)
+    // `any_edits` says whether any row of the launch has some: where none has, its logits do not wait for the request.
+    DEVICE Row(const float* all_logits, const uint8_t* uploads, uint32_t row, uint32_t rows, uint32_t first_row, uint32_t vocab,
+               bool any_edits)
         : logits(all_logits + static_cast<int64_t>(first_row + row) * vocab),
           edits(reinterpret_cast<const uint2*>(uploads + sizeof(Request) * rows + 8 * ((rows + 1) / 2))),
           request(reinterpret_cast<const Request*>(uploads)[row]),
-          vocab(vocab) {
-        take(0, 1);
-    }
+          vocab(vocab),
+          begin(0),
+          end(0),
+          edits_begin(0),
+          edits_end(0),
+          any_edits(any_edits) {}
 
     DEVICE uint32_t token(uint32_t edit) const { return edits[edit].x >> 2; }
 
@@ -215,6 +221,7 @@ struct Row {
         const uint32_t vectors = (vocab + 3) / 4, share = (vectors + num_parts - 1) / num_parts;
         begin = min(part * share, vectors);
         end = min(begin + share, vectors);
+        if (!any_edits) return;
         edits_begin = first_edit(4 * begin);
         edits_end = first_edit(4 * end);
     }
@@ -339,13 +346,18 @@ struct Lead {
 
 // Gumbel-max over tokens: the highest log-probability plus noise, in f64. Every token's value is known to 1e-5 in f32 first, and only what
 // comes near the highest is looked at closely.
+//
+// Most are not even looked at in f32. A token with the probability p relative to the reference's beats the value b only if
+// 1 - u <= -ln u <= p e^-b, where u is its random number: what one power for the best of a vector says about all four words of it.
 struct Draw {
-    static constexpr float MARGIN = 4e-5f;
+    static constexpr float MARGIN = 4e-5f, LOG2_E = 1.44269504f;
 
     const Request& request;
     // The logit that the others are measured from, and the lowest that any noise can lift above it: noise lies between -2.82 and 16.64.
     double reference, inverse;
     float lowest;
+    // A power of two for p e^-b; with what rounding may take from it.
+    float rough_reference, scale, slack, offset;
     float best, second;
     Ranked chosen;
     double chosen_logit;
@@ -354,6 +366,8 @@ struct Draw {
         : request(request),
           reference(reference),
           inverse(1.0 / static_cast<double>(request.temperature)),
+          rough_reference(static_cast<float>(reference)),
+          scale(static_cast<float>(inverse) * LOG2_E),
           best(static_cast<float>(negative_infinity())),
           second(best),
           chosen{0, NOBODY},
@@ -361,6 +375,8 @@ struct Draw {
         const double reach = 20.0 * static_cast<double>(request.temperature);
         const double infinity = -negative_infinity();
         lowest = static_cast<float>(reference == infinity ? infinity : reference - reach - (fabs(reference) + reach) * 0x1p-22);
+        slack = fabsf(rough_reference) * scale * 0x1p-23f + 2e-4f;
+        offset = 2.82f * LOG2_E + slack;
     }
 
     DEVICE Words words(uint32_t group) const { return philox(group, request.position, request.seed_low, request.seed_high); }
@@ -386,18 +402,26 @@ struct Draw {
         if (value > best) {
             second = best, best = value;
             chosen.id = id, chosen_logit = logit;
+            offset = fminf(offset, slack - best * LOG2_E);
         } else if (value > second) {
             second = value;
         }
     }
 
     DEVICE void see_vector(uint32_t vector, const float (&values)[4], uint32_t tokens) {
-        tokens = probable(values, tokens);
-        if (tokens == 0) return;
+        const float share = exp2_approx(fmaf(highest(values) - rough_reference, scale, offset));
+        // Where the numbers are out of range, everything is looked at.
+        if (share < 0x1p-25f) return;
         const Words random = words(vector);
-#pragma unroll
-        for (uint32_t j = 0; j < 4; ++j) {
-            if (tokens >> j & 1) see(rough(values[j], random.of[j]), 4 * vector + j, values[j]);
+        const uint32_t largest = max(max(random.of[0], random.of[1]), max(random.of[2], random.of[3]));
+        // In units of words, and a little less than it is.
+        if (share < 1.0f && largest < static_cast<uint32_t>((1.0f - share) * 0x1.fffffp31f)) return;
+        tokens = probable(values, tokens);
+#pragma unroll 1
+        for (; tokens != 0; tokens &= tokens - 1) {
+            const uint32_t j = static_cast<uint32_t>(__ffs(static_cast<int>(tokens)) - 1);
+            const float logit = at(values, j);
+            see(rough(logit, at(random.of, j)), 4 * vector + j, logit);
         }
     }
 

@@ -14,7 +14,12 @@ DEVICE uint32_t bin_of(float depth) {
     const uint32_t bits = __float_as_uint(depth) >> (23 - TILE_FRACTION_BITS);
     return bits < LOWEST ? 0 : bits - LOWEST;
 }
-DEVICE double least_depth(uint32_t bin) { return bin == 0 ? 0.0 : static_cast<double>(__uint_as_float((bin + LOWEST) << (23 - TILE_FRACTION_BITS))); }
+// The depth that the tokens of a bin are weighed relative to: in the middle of a narrow one, at the best of a wide one.
+constexpr bool NARROW = TILE_FRACTION_BITS >= 6;
+DEVICE double origin_of(uint32_t bin) {
+    const uint32_t middle = NARROW ? 1u << (22 - TILE_FRACTION_BITS) : 0;
+    return bin == 0 ? 0.0 : static_cast<double>(__uint_as_float((bin + LOWEST) << (23 - TILE_FRACTION_BITS) | middle));
+}
 
 // What `min_p` leaves of a row, and where tokens stand in it.
 struct Depths {

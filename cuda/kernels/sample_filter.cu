@@ -1,22 +1,38 @@
 // `sample`, second kernel: counts the tokens of filtered rows by depth, and decides from the counts what `sample_pick` looks at.
 //
-// Probability is counted as well where `top_p` needs it: of every token 2^31 times its share of what its bin's best could have, as an
-// integer, so that no order of additions shows. A sum is right to 2^-32 for every token, relative to it.
+// Probability is counted as well where `top_p` needs it: of every token 2^31 times its ratio to its bin's origin, as an integer, so
+// that no order of additions shows. A bin's mass is right to 2^-31 of the mass that its tokens would have at its origin.
 #include "sample_bins.cuh"
+
+constexpr uint32_t BINS_PER_THREAD = (BINS + THREADS - 1) / THREADS;
 
 struct Shared {
     Block block;
-    uint32_t low[BINS], high[BINS];
+    // Of the block: how many tokens and carries of the sum, and the sum's lower half. Then of the row.
+    union {
+        struct {
+            uint32_t low[BINS], high[BINS];
+        };
+        double masses[BINS];
+    };
+    uint32_t counts[BINS];
     uint32_t kth_bin, enough_bin, kth_above, kth_through, enough_above, enough_through;
     double enough_mass_above;
 };
 static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
-constexpr uint32_t BINS_PER_THREAD = (BINS + THREADS - 1) / THREADS;
 
-DEVICE double load_published_mass(const uint64_t* mass, uint32_t bin) {
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(mass + bin);
-    const uint64_t units = static_cast<uint64_t>(load_published(words + 1)) << 32 | load_published(words);
-    return units == 0 ? 0.0 : static_cast<double>(units) * 0x1p-31 * exp(-least_depth(bin));
+// e^x; for half the width of a narrow bin, which is 1/4 at most, the series to x^8, which is right to 1e-11.
+DEVICE double ratio(double x) {
+    if constexpr (!NARROW) return exp(x);
+    double sum = 1.0 / 40320.0;
+    sum = sum * x + 1.0 / 5040.0;
+    sum = sum * x + 1.0 / 720.0;
+    sum = sum * x + 1.0 / 120.0;
+    sum = sum * x + 1.0 / 24.0;
+    sum = sum * x + 1.0 / 6.0;
+    sum = sum * x + 0.5;
+    sum = sum * x + 1.0;
+    return sum * x + 1.0;
 }
 
 KERNEL void __launch_bounds__(THREADS, 1)
@@ -25,14 +41,14 @@ KERNEL void __launch_bounds__(THREADS, 1)
                   State* states,       // [rows]
                   uint32_t* counts,    // [rows, BINS] zeros
                   uint64_t* masses,    // [rows, BINS] zeros
-                  int32_t rows, int32_t first_row, int32_t vocab, int32_t num_parts) {
+                  int32_t rows, int32_t first_row, int32_t vocab, int32_t num_parts, int32_t any_edits) {
     Shared& shared = shared_memory<Shared>();
     Block& block = shared.block;
     const uint32_t* filtered = reinterpret_cast<const uint32_t*>(uploads + sizeof(Request) * rows);
     const uint32_t index = filtered[blockIdx.x / num_parts], part = blockIdx.x % num_parts;
     State& state = states[index];
     if (state.plan == DONE) return;
-    Row row(all_logits, uploads, index, rows, first_row, vocab);
+    Row row(all_logits, uploads, index, rows, first_row, vocab, any_edits != 0);
     row.take(part, num_parts);
     const Request& request = row.request;
     const Depths depths(request, state.max);
@@ -45,7 +61,8 @@ KERNEL void __launch_bounds__(THREADS, 1)
         const uint32_t bin = bin_of(depth);
         uint32_t carry = 0;
         if (weighs) {
-            const double share = exp(least_depth(bin) - (logit == depths.max ? 0.0 : (depths.max - logit) * depths.inverse));
+            const double exact = logit == depths.max ? 0.0 : (depths.max - logit) * depths.inverse;
+            const double share = ratio(origin_of(bin) - exact);
             const uint32_t units = static_cast<uint32_t>(static_cast<int64_t>(share * 0x1p31));
             const uint32_t before = atomicAdd(&shared.low[bin], units);
             carry = before + units < before;
@@ -79,49 +96,67 @@ KERNEL void __launch_bounds__(THREADS, 1)
     if (!is_last(block, arrivals + index, num_parts)) return;
 
     // Where the k-th token stands, and the one with which `top_p` is reached.
+    static_assert(BINS % 4 == 0, "counts are loaded by four");
+#pragma unroll 2
+    for (uint32_t bin = 4 * threadIdx.x; bin < BINS; bin += 4 * THREADS) {
+        const float4 count = load_published_16(reinterpret_cast<const float4*>(row_counts + bin));
+        const float words[4] = {count.x, count.y, count.z, count.w};
+        double mass[4] = {};
+        if (weighs) {
+            const float4 a = load_published_16(reinterpret_cast<const float4*>(row_masses + bin));
+            const float4 b = load_published_16(reinterpret_cast<const float4*>(row_masses + bin + 2));
+            const uint64_t units[4] = {joined(a.x, a.y), joined(a.z, a.w), joined(b.x, b.y), joined(b.z, b.w)};
+#pragma unroll
+            for (uint32_t i = 0; i < 4; ++i) mass[i] = static_cast<double>(units[i]) * 0x1p-31;
+        }
+#pragma unroll 1
+        for (uint32_t i = 0; i < 4; ++i) {
+            const uint32_t in_bin = __float_as_uint(at(words, i));
+            shared.counts[bin + i] = in_bin;
+            if (weighs) shared.masses[bin + i] = in_bin == 0 ? 0.0 : at(mass, i) * exp(-origin_of(bin + i));
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) shared.kth_bin = shared.enough_bin = BINS;
     const uint32_t first = min(threadIdx.x * BINS_PER_THREAD, BINS), last = min(first + BINS_PER_THREAD, BINS);
     uint32_t own_count = 0;
     double own_mass = 0.0;
-#pragma unroll 1
     for (uint32_t bin = first; bin < last; ++bin) {
-        own_count += load_published(row_counts + bin);
-        if (weighs) own_mass += load_published_mass(row_masses, bin);
+        own_count += shared.counts[bin];
+        if (weighs) own_mass += shared.masses[bin];
     }
     const Counts kept = block_counts(block, own_count);
-    const Sums mass = block_sums(block, own_mass);
+    const Sums mass = weighs ? block_sums(block, own_mass) : Sums{0.0, 0.0};
     const uint32_t k = request.top_k > 0 ? min(request.top_k, kept.all) : kept.all;
     const double enough = static_cast<double>(request.top_p) * mass.all;
-    if (threadIdx.x == 0) shared.kth_bin = shared.enough_bin = BINS;
-    __syncthreads();
     // The first bin of all that reaches it; sums of two threads may round apart.
-    uint32_t through = kept.before;
-    double mass_through = mass.before;
-#pragma unroll 1
+    uint32_t through = kept.before, kth = BINS, kth_above = 0, kth_through = 0, bin_of_enough = BINS, enough_above = 0, enough_through = 0;
+    double mass_through = mass.before, enough_mass_above = 0.0;
     for (uint32_t bin = first; bin < last; ++bin) {
-        const uint32_t in_bin = load_published(row_counts + bin);
-        through += in_bin;
-        if (weighs) mass_through += load_published_mass(row_masses, bin);
-        if (in_bin == 0) continue;
-        if (through >= k) atomicMin(&shared.kth_bin, bin);
-        if (weighs && (mass_through >= enough || through == kept.all)) atomicMin(&shared.enough_bin, bin);
-    }
-    __syncthreads();
-    through = kept.before;
-    mass_through = mass.before;
-#pragma unroll 1
-    for (uint32_t bin = first; bin < last; ++bin) {
-        const uint32_t in_bin = load_published(row_counts + bin);
-        if (bin == shared.kth_bin) shared.kth_above = through, shared.kth_through = through + in_bin;
-        if (bin == shared.enough_bin) {
-            shared.enough_above = through, shared.enough_through = through + in_bin;
-            shared.enough_mass_above = mass_through;
+        const uint32_t above = through;
+        const double mass_above = mass_through;
+        through += shared.counts[bin];
+        if (through == above) continue;
+        if (weighs) mass_through += shared.masses[bin];
+        if (kth == BINS && through >= k) kth = bin, kth_above = above, kth_through = through;
+        if (weighs && bin_of_enough == BINS && (mass_through >= enough || through == kept.all)) {
+            bin_of_enough = bin, enough_above = above, enough_through = through, enough_mass_above = mass_above;
         }
-        through += in_bin;
-        if (weighs) mass_through += load_published_mass(row_masses, bin);
+    }
+    if (kth < BINS) atomicMin(&shared.kth_bin, kth);
+    if (bin_of_enough < BINS) atomicMin(&shared.enough_bin, bin_of_enough);
+    __syncthreads();
+    if (kth < BINS && kth == shared.kth_bin) shared.kth_above = kth_above, shared.kth_through = kth_through;
+    if (bin_of_enough < BINS && bin_of_enough == shared.enough_bin) {
+        shared.enough_above = enough_above, shared.enough_through = enough_through, shared.enough_mass_above = enough_mass_above;
     }
     __syncthreads();
-#pragma unroll 1
-    for (uint32_t bin = threadIdx.x; bin < BINS; bin += THREADS) row_counts[bin] = 0, row_masses[bin] = 0;
+#pragma unroll 4
+    for (uint32_t bin = threadIdx.x; bin < BINS; bin += THREADS) row_counts[bin] = 0;
+    if (weighs) {
+#pragma unroll 4
+        for (uint32_t bin = threadIdx.x; bin < BINS; bin += THREADS) row_masses[bin] = 0;
+    }
     if (threadIdx.x != 0) return;
 
     const auto cut = [&](uint32_t draw_below, uint32_t from, uint32_t to, uint32_t keep, double mass_above, double needed) {

@@ -150,7 +150,7 @@ KERNEL void __launch_bounds__(THREADS, 1)
                 uint32_t* lengths,                   // [rows] zeros
                 Listed* lists,                       // [rows, TILE_LISTED]
                 int32_t* token_ids, float* logprobs, // [rows]
-                int32_t rows, int32_t first_row, int32_t vocab, int32_t num_parts) {
+                int32_t rows, int32_t first_row, int32_t vocab, int32_t num_parts, int32_t any_edits) {
     Shared& shared = shared_memory<Shared>();
     Block& block = shared.block;
     const uint32_t* filtered = reinterpret_cast<const uint32_t*>(uploads + sizeof(Request) * rows);
@@ -158,7 +158,7 @@ KERNEL void __launch_bounds__(THREADS, 1)
     const State& state = states[index];
     const bool searches = state.plan == SEARCH;
     if (state.plan == DONE || (searches && part > 0)) return;
-    Row row(all_logits, uploads, index, rows, first_row, vocab);
+    Row row(all_logits, uploads, index, rows, first_row, vocab, any_edits != 0);
     const Request& request = row.request;
     const Depths depths(request, state.max);
     const Search search{shared, row, depths};
@@ -229,9 +229,12 @@ KERNEL void __launch_bounds__(THREADS, 1)
             const float4 words = load_published_16(reinterpret_cast<const float4*>(lists + static_cast<int64_t>(index) * TILE_LISTED + i));
             shared.keys[i] = joined(words.x, words.y), shared.ids[i] = __float_as_uint(words.z);
         }
-        sort(shared, length);
+        // All that is listed stays, or what stays is the start of its order.
+        const bool all = state.keep >= length && !(request.top_p < 1.0f);
+        if (!all) sort(shared, length);
+        __syncthreads();
         if (threadIdx.x == 0) lengths[index] = 0;
-        const uint32_t kept = kept_of(shared, request, state, length);
+        const uint32_t kept = all ? length : kept_of(shared, request, state, length);
         draw.chosen = {0, NOBODY};
 #pragma unroll 1
         for (uint32_t i = threadIdx.x; i < kept; i += THREADS) {

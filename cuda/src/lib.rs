@@ -2,7 +2,7 @@
 //!
 //! `kernels/NAME.cu` is a kernel, `src/NAME.rs` its launcher: its [`Tile`], the candidates of a sweep, what it costs, and how it is
 //! launched on any [`Device`], with the arguments of the kernel contract. [`gpu`] is the device that a GPU is; the tests have another,
-//! which runs the same sources on the CPU. [`Tiles`] are the tiles chosen for a GPU.
+//! which runs the same sources on the CPU. [`Tiles`] are the tiles chosen for a GPU. [`Cuda`] is all of it as the contract's backend.
 
 pub mod absorb;
 pub mod batch;

@@ -14,9 +14,11 @@ pub(crate) const ENTRY: &str = "linear_few";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LinearFewTile {
-    /// Warps of a block: they share its columns.
+    /// Warps of a block.
     pub warps: usize,
-    /// Groups of 16 features.
+    /// Warps that have features of their own; the others share columns.
+    pub row_warps: usize,
+    /// Groups of 16 features of a warp.
     pub row_tiles: usize,
     /// Groups of 32 columns that a warp takes in one step.
     pub halves: usize,
@@ -49,37 +51,44 @@ impl Tile for LinearFewTile {
 
     fn safe(tokens: LinearTokens) -> Self {
         match tokens {
-            LinearTokens::UpTo8 => Self::of([8, 1, 2, 4, 1]),
-            _ => Self::of([8, 2, 1, 4, 1]),
+            LinearTokens::UpTo8 => Self::of([8, 1, 1, 2, 4, 1]),
+            _ => Self::of([8, 1, 2, 1, 4, 1]),
         }
     }
 
     fn candidates(tokens: LinearTokens, limits: &Limits) -> Vec<Self> {
-        let shapes: &[[usize; 5]] = match tokens {
+        let shapes: &[[usize; 6]] = match tokens {
             LinearTokens::UpTo8 => &[
-                [8, 1, 1, 6, 2],
-                [8, 1, 2, 3, 2],
-                [8, 1, 2, 4, 1],
-                [8, 1, 2, 6, 1],
-                [16, 1, 2, 3, 1],
-                [4, 2, 2, 4, 2],
-                [8, 2, 1, 4, 1],
-                [8, 2, 1, 6, 1],
-                [8, 2, 2, 3, 1],
-                [8, 3, 1, 4, 1],
-                [8, 4, 1, 4, 1],
+                [8, 1, 1, 2, 3, 2],
+                [8, 1, 1, 2, 4, 1],
+                [8, 1, 1, 2, 6, 1],
+                [8, 2, 1, 2, 4, 1],
+                [16, 1, 1, 2, 3, 1],
+                [16, 2, 1, 2, 3, 1],
+                [4, 1, 2, 2, 4, 2],
+                [8, 1, 2, 1, 4, 1],
+                [8, 1, 2, 1, 6, 1],
+                [8, 1, 2, 2, 3, 1],
+                [8, 1, 4, 1, 4, 1],
             ],
             _ => &[
-                [8, 1, 1, 3, 2],
-                [8, 1, 1, 4, 1],
-                [4, 2, 1, 4, 2],
-                [8, 2, 1, 2, 2],
-                [8, 2, 1, 3, 1],
-                [8, 2, 1, 4, 1],
-                [4, 3, 1, 4, 1],
-                [8, 3, 1, 3, 1],
-                [4, 4, 1, 3, 2],
-                [8, 4, 1, 3, 1],
+                [8, 1, 1, 1, 4, 1],
+                [8, 2, 1, 1, 4, 1],
+                [8, 4, 1, 1, 4, 1],
+                [8, 4, 1, 1, 3, 2],
+                [8, 8, 1, 1, 4, 1],
+                [8, 8, 1, 1, 3, 2],
+                [16, 4, 1, 1, 3, 1],
+                [16, 8, 1, 1, 3, 1],
+                [4, 1, 2, 1, 4, 2],
+                [8, 1, 2, 1, 3, 1],
+                [8, 1, 2, 1, 4, 1],
+                [8, 2, 2, 1, 4, 1],
+                [8, 2, 2, 1, 2, 2],
+                [8, 4, 2, 1, 4, 1],
+                [8, 1, 3, 1, 3, 1],
+                [8, 1, 4, 1, 3, 1],
+                [8, 2, 4, 1, 3, 1],
             ],
         };
         shapes
@@ -111,12 +120,17 @@ impl Tile for LinearFewTile {
 }
 
 impl LinearFewTile {
-    const fn of([warps, row_tiles, halves, stages, blocks]: [usize; 5]) -> Self {
-        Self { warps, row_tiles, halves, stages, blocks, sharing: 32 }
+    const fn of([warps, row_warps, row_tiles, halves, stages, blocks]: [usize; 6]) -> Self {
+        Self { warps, row_warps, row_tiles, halves, stages, blocks, sharing: 32 }
     }
 
     pub(crate) fn threads(&self) -> u32 {
         32 * self.warps as u32
+    }
+
+    /// Features of a block.
+    fn features(&self) -> usize {
+        16 * self.row_tiles * self.row_warps
     }
 
     fn max_groups(tokens: LinearTokens) -> usize {
@@ -132,7 +146,7 @@ impl LinearFewTile {
         let row_vectors = if weight == DType::F32 { 2 } else { 1 };
         let step = self.halves * (2 * self.row_tiles * row_vectors + groups) * 32 * 16;
         let ring = self.warps * self.stages(weight) * step;
-        let parts = self.warps * 8 * groups * (16 * self.row_tiles + 4) * 4;
+        let parts = self.warps / self.row_warps * 8 * groups * (self.features() + 4) * 4;
         let flag = 16;
         ring.max(parts) + flag
     }
@@ -146,6 +160,7 @@ impl LinearFewTile {
                 ("VECTORS", u8::from(vectors).to_string()),
                 ("TOKEN_GROUPS", groups.to_string()),
                 ("TILE_WARPS", self.warps.to_string()),
+                ("TILE_ROW_WARPS", self.row_warps.to_string()),
                 ("TILE_ROW_TILES", self.row_tiles.to_string()),
                 ("TILE_HALVES", self.halves.to_string()),
                 ("TILE_STAGES", self.stages(weight).to_string()),
@@ -164,10 +179,10 @@ impl LinearFewTile {
     /// Blocks along the features, and along the columns: those that cost least, by the bytes that the busiest multiprocessor reads.
     /// Sharing an output costs time too.
     pub(crate) fn grid(&self, features: usize, columns: usize, limits: &Limits) -> (usize, usize) {
-        let blocks = features.div_ceil(16 * self.row_tiles);
+        let blocks = features.div_ceil(self.features());
         let steps = columns.div_ceil(32 * self.halves);
-        let step_bytes = 16 * self.row_tiles * 32 * self.halves * 2;
-        let most = (self.slots(limits) / blocks).min(steps.div_ceil(self.warps)).max(1);
+        let step_bytes = self.features() * 32 * self.halves * 2;
+        let most = (self.slots(limits) / blocks).min(steps.div_ceil(self.warps / self.row_warps)).max(1);
         let cost = |splits: usize| {
             let busiest = (blocks * splits).div_ceil(limits.multiprocessors as usize);
             busiest * steps.div_ceil(splits) * step_bytes + if splits > 1 { 1024 * self.sharing } else { 0 }
@@ -176,7 +191,7 @@ impl LinearFewTile {
     }
 
     pub(crate) fn need(&self, blocks: usize, groups: usize) -> Need {
-        Need { part_bytes: blocks * 4 * 8 * groups * 16 * self.row_tiles, arrivals: blocks }
+        Need { part_bytes: blocks * 4 * 8 * groups * self.features(), arrivals: blocks }
     }
 
     /// What any launch needs.
@@ -224,6 +239,7 @@ mod tests {
         for (tile, reason) in [
             (LinearFewTile { warps: 17, ..safe }, "1 to 16 warps"),
             (LinearFewTile { row_tiles: 5, ..safe }, "1 to 4 groups of 16 features"),
+            (LinearFewTile { row_warps: 3, ..safe }, "not the same number"),
             (LinearFewTile { halves: 3, ..safe }, "32 or 64 columns"),
             (LinearFewTile { stages: 1, ..safe }, "2 to 8 steps"),
             (LinearFewTile { blocks: 9, ..safe }, "1 to 8 blocks"),
@@ -250,7 +266,7 @@ mod tests {
                 let most = tile.needs(&limits, tokens);
                 for (features, columns) in [(16, 6144), (512, 65536), (2624, 6144), (19360, 6144), (70, 8)] {
                     let (blocks, splits) = tile.grid(features, columns, &limits);
-                    assert!(blocks * 16 * tile.row_tiles >= features && splits >= 1);
+                    assert!(blocks * tile.features() >= features && splits >= 1);
                     let need = tile.need(blocks * splits, LinearFewTile::max_groups(tokens));
                     let fits = need.part_bytes <= most.part_bytes && need.arrivals <= most.arrivals;
                     assert!(splits == 1 || fits, "{tile:?} {features} {columns}");

@@ -8,7 +8,7 @@ use dsa80_reference::{DType, DeviceTensor, Error, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::device::{Arg, Device, Launch, Limits, Program, ProgramEntry};
-use crate::int4::{Int4Rows, Int4Shape, PackedInt4, TILE_ROWS};
+use crate::int4::{Int4Rows, Int4Shape, PackedInt4, TILE_INPUTS, TILE_ROWS};
 pub use crate::linear_int4_wide::LinearInt4WideTile;
 use crate::tensor::{CudaTensor, element_bytes};
 use crate::tile::{Cost, Tile, require, require_shared};
@@ -24,11 +24,11 @@ pub(crate) const TOKENS: usize = 8;
 pub struct LinearInt4Tile {
     /// Warps of a block, which take turns at its inputs.
     pub warps: usize,
-    /// Tiles of 16 features of a block.
+    /// Tiles of 16 features of a block at most: how many it has depends on how many blocks that makes.
     pub row_tiles: usize,
     /// Tiles of 8 tokens of a block.
     pub token_tiles: usize,
-    /// Tiles of 64 inputs that a warp has under way.
+    /// Tiles of 64 inputs that a warp has under way at most: as many as shared memory holds.
     pub stages: usize,
     /// Blocks that a multiprocessor must have registers for.
     pub blocks: usize,
@@ -60,33 +60,37 @@ impl Tile for LinearInt4Tile {
         let token_tiles = tokens.token_tiles();
         let shapes: &[(usize, usize, usize, usize)] = match tokens {
             LinearInt4Tokens::UpTo8 => &[
-                (8, 1, 4, 4),
-                (8, 1, 4, 6),
-                (4, 1, 6, 8),
-                (16, 1, 4, 3),
-                (16, 1, 2, 3),
-                (8, 2, 4, 2),
-                (8, 2, 4, 4),
-                (16, 2, 3, 2),
                 (8, 3, 4, 2),
-                (4, 2, 4, 6),
+                (8, 3, 6, 1),
+                (8, 3, 8, 1),
+                (8, 4, 4, 2),
+                (16, 3, 3, 1),
+                (16, 3, 4, 1),
+                (4, 3, 8, 4),
+                (12, 3, 4, 1),
             ],
-            LinearInt4Tokens::UpTo16 => {
-                &[(8, 1, 4, 3), (16, 1, 2, 2), (8, 2, 4, 2), (8, 2, 2, 3), (8, 3, 3, 2), (8, 4, 2, 2)]
-            }
+            LinearInt4Tokens::UpTo16 => &[
+                (8, 3, 3, 2),
+                (8, 4, 4, 1),
+                (8, 4, 3, 1),
+                (8, 4, 2, 2),
+                (8, 6, 3, 1),
+                (12, 4, 3, 1),
+                (16, 3, 2, 1),
+            ],
             LinearInt4Tokens::UpTo32 => &[
-                (8, 1, 3, 2),
-                (8, 2, 2, 2),
-                (8, 2, 3, 1),
-                (16, 2, 2, 1),
                 (8, 3, 3, 1),
                 (8, 4, 2, 1),
-                (4, 2, 3, 3),
+                (8, 4, 3, 1),
+                (8, 6, 2, 1),
+                (8, 6, 3, 1),
+                (8, 8, 2, 1),
+                (12, 4, 2, 1),
             ],
         };
         let mut tiles = vec![Self::safe(tokens)];
         for &(warps, row_tiles, stages, blocks) in shapes {
-            tiles.extend([0, 1, 2, 4].map(|split_blocks| Self {
+            tiles.extend([0, 1].map(|split_blocks| Self {
                 warps,
                 row_tiles,
                 token_tiles,
@@ -103,7 +107,7 @@ impl Tile for LinearInt4Tile {
         let Self { warps, row_tiles, token_tiles, stages, blocks, split_blocks } = *self;
         require(self, (1..=16).contains(&warps), || "a block has 1 to 16 warps".into())?;
         require(self, matches!(token_tiles, 1 | 2 | 4), || "a block has 1, 2 or 4 tiles of tokens".into())?;
-        require(self, (1..=4).contains(&row_tiles), || "a block has 1 to 4 tiles of features".into())?;
+        require(self, (1..=8).contains(&row_tiles), || "a block has 1 to 8 tiles of features".into())?;
         require(self, (1..=8).contains(&stages), || "a warp has 1 to 8 stages".into())?;
         require(self, split_blocks <= 8, || {
             "inputs are shared out for at most 8 blocks a multiprocessor".into()
@@ -115,7 +119,7 @@ impl Tile for LinearInt4Tile {
             format!("a thread needs {registers} registers, {blocks} blocks leave {}", held.min(255))
         })?;
         // Scales of 32 bits and two groups a tile are the most.
-        require_shared(self, self.shared_bytes_of(8, 2), limits)
+        require_shared(self, self.warps * self.stage_bytes(8, 2).max(self.sums_bytes()), limits)
     }
 }
 
@@ -139,15 +143,39 @@ impl LinearInt4Tile {
         self.row_tiles * self.token_tiles
     }
 
-    /// Every warp's stages of words, activations, scales and zero points; their place is the sums' in the end.
-    fn shared_bytes_of(&self, scale_bytes: usize, groups_per_tile: usize) -> usize {
+    /// A warp's words, activations, scales and zero points of a k tile.
+    fn stage_bytes(&self, scale_bytes: usize, groups_per_tile: usize) -> usize {
         let groups = self.row_tiles * groups_per_tile * 32 * (scale_bytes + size_of::<u32>());
-        let stage = self.row_tiles * 512 + self.token_tiles * 1024 + groups;
-        self.warps * (self.stages * stage).max(self.fragments() * 32 * size_of::<[f32; 4]>())
+        self.row_tiles * 512 + self.token_tiles * 1024 + groups
+    }
+
+    /// A warp's fragments, which take the stages' place in the end.
+    fn sums_bytes(&self) -> usize {
+        self.fragments() * 32 * size_of::<[f32; 4]>()
     }
 
     fn shared_bytes(&self, variant: Variant) -> usize {
-        self.shared_bytes_of(variant.scale_bytes(), variant.groups_per_tile())
+        let stage = self.stage_bytes(variant.scale_bytes(), variant.groups_per_tile());
+        self.warps * (self.stages * stage).max(self.sums_bytes())
+    }
+
+    /// With as many tiles of features as are done soonest, and the stages that then fit.
+    fn fitted(&self, tokens: usize, shape: &Int4Shape, variant: Variant, limits: &Limits) -> (Self, Blocks) {
+        let (mut tile, blocks) = (1..=self.row_tiles)
+            .map(|row_tiles| {
+                let tile = Self { row_tiles, ..*self };
+                (tile, tile.blocks(tokens, shape, limits))
+            })
+            .min_by_key(|(tile, blocks)| {
+                // Activations cost about as much as the weight; adding up is done by one block for all.
+                let waves = (blocks.groups() * blocks.splits).div_ceil(limits.multiprocessors as usize);
+                let merged = if blocks.splits > 1 { blocks.splits * tile.fragments() / 4 } else { 0 };
+                waves * blocks.k_tiles_per_split * (tile.row_tiles + tile.token_tiles) + merged
+            })
+            .unwrap_or_else(|| (*self, self.blocks(tokens, shape, limits)));
+        let stage = tile.warps * tile.stage_bytes(variant.scale_bytes(), variant.groups_per_tile());
+        tile.stages = tile.stages.min(limits.shared_per_block / stage).max(1);
+        (tile, blocks)
     }
 
     fn program(&self, variant: Variant) -> Program {
@@ -177,7 +205,7 @@ pub(crate) struct Variant {
     zero_points: bool,
     group_size: usize,
     out_float: bool,
-    aligned: bool,
+    alignment: usize,
 }
 
 /// Group sizes that kernels know when they are compiled.
@@ -190,7 +218,10 @@ impl Variant {
             zero_points: shape.zero_points,
             group_size: shape.kernel_group_size(),
             out_float: out == DType::Float,
-            aligned: shape.in_features.is_multiple_of(8),
+            alignment: match shape.in_features {
+                whole if whole.is_multiple_of(TILE_INPUTS) => 2,
+                inner => usize::from(inner.is_multiple_of(8)),
+            },
         }
     }
 
@@ -202,7 +233,7 @@ impl Variant {
             ("GROUP_SIZE", if known { self.group_size } else { 0 }),
             ("GROUPS_PER_TILE", if self.group_size.is_multiple_of(64) { 1 } else { 2 }),
             ("OUT_FLOAT", usize::from(self.out_float)),
-            ("ALIGNED", usize::from(self.aligned)),
+            ("ALIGNED", self.alignment),
         ]
     }
 
@@ -217,37 +248,49 @@ impl Variant {
     /// Every constant in few programs: what a compile check looks at.
     pub(crate) fn all() -> Vec<(Self, String)> {
         [
-            (0, false, 128, false, true),
-            (0, true, 32, false, true),
-            (1, false, 64, true, true),
-            (2, true, 96, true, true),
-            (1, true, 128, false, false),
-            (2, false, 6144, false, true),
+            (0, false, 128, false, 2),
+            (0, true, 32, false, 2),
+            (1, false, 64, true, 2),
+            (2, true, 96, true, 1),
+            (1, true, 128, false, 0),
+            (2, false, 6144, false, 2),
         ]
         .into_iter()
-        .map(|(scale_type, zero_points, group_size, out_float, aligned)| {
+        .map(|(scale_type, zero_points, group_size, out_float, alignment)| {
             let words = format!(
-                "groups of {group_size}, scale type {scale_type}, {}, {} out, {} rows",
+                "groups of {group_size}, scale type {scale_type}, {}, {} out, alignment {alignment}",
                 if zero_points { "zero points" } else { "symmetric" },
                 if out_float { "f32" } else { "bf16" },
-                if aligned { "aligned" } else { "unaligned" }
             );
-            (Self { scale_type, zero_points, group_size, out_float, aligned }, words)
+            (Self { scale_type, zero_points, group_size, out_float, alignment }, words)
         })
         .collect()
     }
 }
 
-/// Every variant of a tile.
+/// Every variant of a tile, and the first with fewer tiles of features.
 pub fn programs(tile: &LinearInt4Tile) -> Vec<ProgramEntry> {
-    let entry = |(variant, words)| ProgramEntry {
-        program: tile.program(variant),
-        entry: KERNEL,
-        threads: tile.threads(),
-        shared_bytes: tile.shared_bytes(variant),
-        variant: words,
+    let entry = |tile: LinearInt4Tile, variant: Variant, words: String| {
+        let most = Limits::a100().shared_per_block;
+        let stage = tile.warps * tile.stage_bytes(variant.scale_bytes(), variant.groups_per_tile());
+        let tile = LinearInt4Tile { stages: tile.stages.min(most / stage).max(1), ..tile };
+        ProgramEntry {
+            program: tile.program(variant),
+            entry: KERNEL,
+            threads: tile.threads(),
+            shared_bytes: tile.shared_bytes(variant),
+            variant: format!("{words}, {} row tiles", tile.row_tiles),
+        }
     };
-    Variant::all().into_iter().map(entry).collect()
+    let mut entries = Vec::new();
+    for row_tiles in 1..=tile.row_tiles {
+        let variants =
+            Variant::all().into_iter().take(if row_tiles == tile.row_tiles { usize::MAX } else { 1 });
+        entries.extend(
+            variants.map(|(variant, words)| entry(LinearInt4Tile { row_tiles, ..*tile }, variant, words)),
+        );
+    }
+    entries
 }
 
 /// Weight, activations and output once; the products of all inputs.
@@ -405,10 +448,11 @@ pub fn linear_int4<D: Device>(
     if tokens == 0 || out_features == 0 {
         return Ok(());
     }
-    // Places in a row and tokens of a block are counted in 32 bits, tensors in 64.
-    if in_features >= 1 << 24 || tokens >= 1 << 24 || out_features >= 1 << 24 {
+    // Places of activations, and of 16 bytes of the weight, are counted in 32 bits.
+    let pieces = shape.weight_bytes() / 16;
+    if (tokens * in_features).max(tokens * out_features).max(pieces) >= 1 << 31 {
         let found = format!("{tokens} x {in_features} x {out_features}");
-        let expected = "fewer than 2^24 tokens, inputs and features".into();
+        let expected = "fewer than 2^31 activations and pieces of a weight".into();
         return Err(Error::Value { kernel: KERNEL, name: "dims", expected, found });
     }
     let variant = Variant::of(shape, out.dtype());
@@ -417,7 +461,8 @@ pub fn linear_int4<D: Device>(
     if tokens <= tiles.few_tokens {
         let tile = tiles.few(tokens);
         tile.validate(LinearInt4Tokens::UpTo32, limits)?;
-        blocks = tile.blocks(tokens, shape, limits);
+        let (tile, fitted) = tile.fitted(tokens, shape, variant, limits);
+        blocks = fitted;
         (program, entry) = (tile.program(variant), KERNEL);
         (threads, shared_bytes) = (tile.threads(), tile.shared_bytes(variant));
         grid = [blocks.rows, blocks.splits, blocks.tokens];
@@ -471,7 +516,7 @@ mod tests {
             for (tile, reason) in [
                 (LinearInt4Tile { warps: 17, ..safe }, "1 to 16 warps"),
                 (LinearInt4Tile { token_tiles: 3, ..safe }, "1, 2 or 4 tiles of tokens"),
-                (LinearInt4Tile { row_tiles: 5, ..safe }, "1 to 4 tiles of features"),
+                (LinearInt4Tile { row_tiles: 9, ..safe }, "1 to 8 tiles of features"),
                 (LinearInt4Tile { stages: 9, ..safe }, "1 to 8 stages"),
                 (LinearInt4Tile { split_blocks: 9, ..safe }, "at most 8 blocks"),
                 (LinearInt4Tile { warps: 16, blocks: 4, ..safe }, "registers"),

@@ -49,14 +49,16 @@ impl Tile for LinearInt4WideTile {
     fn candidates((): (), limits: &Limits) -> Vec<Self> {
         let mut tiles = vec![Self::safe(())];
         for (warps_rows, warps_tokens, row_tiles, token_tiles, blocks) in [
-            (4, 2, 2, 8, 1),
-            (2, 4, 2, 8, 1),
-            (2, 2, 2, 8, 2),
+            (4, 1, 2, 8, 2),
+            (4, 1, 2, 8, 3),
+            (2, 2, 2, 8, 3),
+            (4, 1, 2, 16, 2),
+            (2, 2, 2, 16, 2),
+            (4, 2, 2, 16, 1),
+            (4, 4, 2, 4, 1),
+            (4, 2, 2, 4, 2),
             (4, 2, 3, 8, 1),
             (4, 2, 4, 8, 1),
-            (2, 4, 4, 4, 1),
-            (4, 2, 2, 4, 1),
-            (4, 1, 2, 8, 2),
         ] {
             tiles.extend([3, 4].map(|stages| Self {
                 warps_rows,
@@ -78,13 +80,15 @@ impl Tile for LinearInt4WideTile {
         let warps = warps_rows * warps_tokens;
         require(self, (1..=16).contains(&warps), || "a block has 1 to 16 warps".into())?;
         require(self, (1..=4).contains(&row_tiles), || "a warp has 1 to 4 tiles of features".into())?;
-        require(self, matches!(token_tiles, 2 | 4 | 8), || "a warp has 2, 4 or 8 tiles of tokens".into())?;
+        require(self, matches!(token_tiles, 2 | 4 | 8 | 16), || {
+            "a warp has 2, 4, 8 or 16 tiles of tokens".into()
+        })?;
         require(self, (2..=8).contains(&stages), || "a block has 2 to 8 stages".into())?;
         require(self, split_blocks <= 2, || {
             "inputs are shared out for at most 2 blocks a multiprocessor".into()
         })?;
         // Sums, a step's fragments, the products of one or two tiles of tokens and their activations.
-        let registers = 4 * row_tiles * token_tiles + 16 * row_tiles + 12 * row_tiles + 60;
+        let registers = 4 * row_tiles * token_tiles + 28 * row_tiles + 36;
         let held = limits.registers_per_multiprocessor as usize / (32 * warps * blocks.max(1)).max(1);
         require(self, blocks > 0 && registers.min(255) <= held, || {
             format!("a thread needs {registers} registers, {blocks} blocks leave {held}")
@@ -167,7 +171,7 @@ mod tests {
         for (tile, reason) in [
             (LinearInt4WideTile { warps_rows: 9, ..safe }, "1 to 16 warps"),
             (LinearInt4WideTile { row_tiles: 5, ..safe }, "1 to 4 tiles of features"),
-            (LinearInt4WideTile { token_tiles: 3, ..safe }, "2, 4 or 8 tiles of tokens"),
+            (LinearInt4WideTile { token_tiles: 3, ..safe }, "2, 4, 8 or 16 tiles of tokens"),
             (LinearInt4WideTile { stages: 1, ..safe }, "2 to 8 stages"),
             (LinearInt4WideTile { blocks: 3, ..safe }, "registers"),
             (

@@ -21,8 +21,10 @@ const SUM: &str = "moe_sum";
 
 /// Tokens that are done at once: what the workspace has room for.
 const CHUNK: usize = 2048;
-/// Threads of a block of the sum, four columns each.
+/// Threads of a block of the sum, eight columns each.
 const SUM_THREADS: usize = 128;
+/// Bytes of what comes next that gate-up brings to the L2 at its end.
+const EARLY_BYTES: usize = 16 << 20;
 /// Tokens of an item at least.
 const MIN_ITEM: usize = 8;
 
@@ -150,20 +152,31 @@ impl Tile for MoeInt4Tile {
     }
 }
 
-const FEW: [MoeInt4Tile; 3] = [
+const FEW: [MoeInt4Tile; 6] = [
     MoeInt4Tile::of(8, [1, 8, 2, 1, 4, 1, 2], [8, 1, 1, 4, 3, 8, 2]),
     MoeInt4Tile::of(8, [1, 8, 4, 1, 3, 1, 1], [4, 1, 2, 4, 3, 4, 2]),
     MoeInt4Tile::of(8, [2, 4, 2, 1, 5, 1, 2], [4, 1, 2, 2, 4, 8, 2]),
+    MoeInt4Tile::of(8, [1, 4, 2, 2, 4, 1, 2], [4, 1, 2, 4, 2, 2, 3]),
+    MoeInt4Tile::of(8, [1, 4, 4, 1, 3, 1, 3], [4, 1, 2, 4, 2, 4, 3]),
+    MoeInt4Tile::of(8, [1, 8, 2, 2, 3, 1, 1], [8, 1, 1, 2, 4, 4, 2]),
 ];
-const SOME: [MoeInt4Tile; 3] = [
+const SOME: [MoeInt4Tile; 6] = [
     MoeInt4Tile::of(16, [4, 2, 2, 1, 4, 1, 2], [4, 1, 2, 2, 4, 8, 2]),
-    MoeInt4Tile::of(8, [2, 4, 4, 1, 3, 1, 1], [8, 1, 1, 2, 4, 8, 2]),
+    MoeInt4Tile::of(8, [2, 4, 4, 1, 3, 1, 1], [8, 1, 2, 2, 4, 8, 2]),
     MoeInt4Tile::of(16, [4, 2, 2, 2, 3, 1, 1], [8, 1, 2, 2, 3, 4, 1]),
+    MoeInt4Tile::of(16, [4, 1, 2, 1, 5, 1, 3], [4, 1, 2, 2, 3, 4, 3]),
+    MoeInt4Tile::of(16, [4, 1, 2, 2, 4, 1, 3], [4, 1, 2, 2, 4, 4, 3]),
+    MoeInt4Tile::of(24, [4, 1, 2, 2, 4, 1, 2], [4, 1, 2, 2, 4, 4, 2]),
 ];
-const MANY: [MoeInt4Tile; 3] = [
-    MoeInt4Tile::of(96, [4, 1, 2, 1, 4, 1, 2], [4, 1, 2, 1, 4, 8, 2]),
+const MANY: [MoeInt4Tile; 8] = [
+    MoeInt4Tile::of(80, [4, 1, 2, 1, 3, 1, 3], [4, 1, 2, 1, 3, 8, 3]),
+    MoeInt4Tile::of(80, [4, 1, 2, 1, 4, 1, 2], [4, 1, 2, 1, 4, 8, 2]),
+    MoeInt4Tile::of(64, [4, 1, 2, 1, 4, 1, 3], [4, 1, 2, 1, 4, 4, 3]),
     MoeInt4Tile::of(96, [8, 1, 2, 1, 4, 1, 1], [8, 1, 2, 1, 4, 6, 1]),
-    MoeInt4Tile::of(64, [8, 1, 2, 1, 4, 1, 1], [8, 1, 2, 1, 4, 6, 1]),
+    MoeInt4Tile::of(96, [8, 1, 2, 2, 3, 1, 1], [8, 1, 2, 2, 3, 6, 1]),
+    MoeInt4Tile::of(80, [4, 1, 2, 1, 4, 2, 2], [8, 1, 2, 1, 4, 3, 1]),
+    MoeInt4Tile::of(72, [4, 1, 2, 1, 3, 1, 3], [4, 1, 2, 1, 3, 4, 3]),
+    MoeInt4Tile::of(48, [4, 1, 2, 1, 4, 1, 3], [4, 1, 2, 1, 4, 4, 3]),
 ];
 
 /// The tiles of every way through.
@@ -220,7 +233,7 @@ pub fn programs(tile: &MoeInt4Tile, dims: MoeInt4Dims) -> Vec<ProgramEntry> {
         })
         .collect();
     entries.extend(moe_sort::programs(256));
-    entries.push(sum_entry());
+    entries.push(sum_entry(tile.down.packs()));
     entries
 }
 
@@ -274,7 +287,7 @@ impl<D: Device> MoeInt4Workspace<D> {
             columns,
             experts,
             activated: device.alloc("moe activated", pairs * columns * 2)?,
-            parts: device.alloc("moe parts", pairs * hidden * size_of::<f32>())?,
+            parts: device.alloc("moe parts", pairs * hidden.next_multiple_of(16) * size_of::<f32>())?,
             sorted: Sorted::alloc(device, pairs, experts, MIN_ITEM)?,
         })
     }
@@ -357,6 +370,8 @@ impl<D: Device> Step<'_, D> {
 
     fn pairs(&self, device: &D, tile: &MoeInt4PairsTile, tokens: usize) -> Result<()> {
         let Self { workspace, experts, top_k, .. } = *self;
+        let bytes = tokens * top_k * experts.down.shape().weight_bytes();
+        let share = 256 * EARLY_BYTES / bytes.max(EARLY_BYTES);
         Product {
             tile: &tile.gate_up,
             variant: pairs_variant(self.dims.gate_up),
@@ -370,6 +385,7 @@ impl<D: Device> Step<'_, D> {
             out_columns: self.columns(),
             top_k,
             first_token: 0,
+            next: Some((&experts.down, share)),
         }
         .launch(device)?;
         Down {
@@ -405,6 +421,7 @@ impl<D: Device> Step<'_, D> {
             out_columns: self.columns(),
             top_k,
             first_token,
+            next: None,
         };
         product.launch(device)?;
         Product {
@@ -418,11 +435,12 @@ impl<D: Device> Step<'_, D> {
             ..product
         }
         .launch(device)?;
-        self.sum(device, first_token, tokens)
+        self.sum(device, tile.down.packs(), first_token, tokens)
     }
 
-    fn sum(&self, device: &D, first_token: usize, tokens: usize) -> Result<()> {
-        let (entry, hidden) = (sum_entry(), self.experts.hidden());
+    fn sum(&self, device: &D, packed: bool, first_token: usize, tokens: usize) -> Result<()> {
+        let (entry, hidden) = (sum_entry(packed), self.experts.hidden());
+        let vectors = if packed { hidden.div_ceil(32) * 4 } else { hidden / 8 };
         let numbers = [self.experts.count(), hidden, self.top_k, first_token];
         let mut args = vec![
             Arg::Buffer(&self.workspace.parts),
@@ -435,7 +453,7 @@ impl<D: Device> Step<'_, D> {
         device.launch(&Launch {
             program: &entry.program,
             entry: entry.entry,
-            grid: [(hidden / 4).div_ceil(SUM_THREADS) as u32, tokens as u32, 1],
+            grid: [vectors.div_ceil(SUM_THREADS) as u32, tokens as u32, 1],
             threads: entry.threads,
             shared_bytes: entry.shared_bytes,
             shape: format!("{tokens} tokens of {} experts, hidden {hidden}", self.top_k),
@@ -444,13 +462,14 @@ impl<D: Device> Step<'_, D> {
     }
 }
 
-fn sum_entry() -> ProgramEntry {
+fn sum_entry(packed: bool) -> ProgramEntry {
+    let defines = [("PACKED", usize::from(packed)), ("TILE_THREADS", SUM_THREADS)];
     ProgramEntry {
-        program: Program::new("moe_sum.cu", [("TILE_THREADS", SUM_THREADS)]),
+        program: Program::new("moe_sum.cu", defines),
         entry: SUM,
         threads: SUM_THREADS as u32,
         shared_bytes: 0,
-        variant: "sum".into(),
+        variant: if packed { "sum of packed parts" } else { "sum" }.into(),
     }
 }
 
@@ -493,7 +512,11 @@ mod tests {
         for load in [MoeLoad::Few, MoeLoad::Some, MoeLoad::Many] {
             let dims = MoeInt4Dims::glm(load);
             let candidates = MoeInt4Tile::candidates(dims, &limits);
-            assert_eq!(candidates.len(), 4, "{load:?} {candidates:?}");
+            assert_eq!(
+                candidates.len(),
+                if load == MoeLoad::Many { 9 } else { 7 },
+                "{load:?} {candidates:?}"
+            );
             assert_eq!(candidates[0], MoeInt4Tile::safe(dims));
         }
         let dims = MoeInt4Dims::glm(MoeLoad::Few);
@@ -504,14 +527,15 @@ mod tests {
             (gate_up(ProductTile { warps_m: 8, warps_k: 4, ..safe.gate_up }), "8 x 4 warps"),
             (gate_up(ProductTile { stages: 1, ..safe.gate_up }), "2 to 16 stages"),
             (gate_up(ProductTile { row_tiles: 16, ..safe.gate_up }), "registers"),
-            (gate_up(ProductTile { k_tiles: 16, ..safe.gate_up }), "bytes of shared memory"),
+            (gate_up(ProductTile { k_tiles: 3, ..safe.gate_up }), "power of 2"),
+            (gate_up(ProductTile { k_tiles: 4, stages: 8, ..safe.gate_up }), "bytes of shared memory"),
             (gate_up(ProductTile { blocks: 4, ..safe.gate_up }), "4 blocks"),
         ] {
             let error = tile.validate(dims, &limits).unwrap_err().to_string();
             assert!(error.starts_with("moe_int4: ") && error.contains(reason), "{error}");
         }
         let pairs = MoeInt4PairsTile::candidates(dims, &limits);
-        assert!(pairs.contains(&MoeInt4PairsTile::safe(dims)) && pairs.len() == 11, "{pairs:?}");
+        assert!(pairs.contains(&MoeInt4PairsTile::safe(dims)) && pairs.len() == 12, "{pairs:?}");
     }
 
     #[test]

@@ -55,6 +55,11 @@ impl ProductTile {
         self.warps_m * self.row_tiles
     }
 
+    /// Whether down packs what it gives, two row tiles at a time.
+    pub(crate) fn packs(&self) -> bool {
+        self.row_tiles.is_multiple_of(2)
+    }
+
     /// Whether every stage is full, and every row ends with one.
     fn whole(&self, shape: &Int4Shape) -> bool {
         shape.in_features.is_multiple_of(TILE_INPUTS * self.warps_k * self.k_tiles)
@@ -85,6 +90,7 @@ impl ProductTile {
             ("UNIT", unit(&shape)),
             ("ZEROS", usize::from(shape.zero_points)),
             ("WHOLE", usize::from(self.whole(&shape))),
+            ("PACKED", usize::from(!gate_up && self.packs())),
             ("TILE_WARPS_M", self.warps_m),
             ("TILE_WARPS_K", self.warps_k),
             ("TILE_ROW_TILES", self.row_tiles),
@@ -118,7 +124,7 @@ impl ProductTile {
         })?;
         require(tile, (2..=16).contains(&self.stages), || "there are 2 to 16 stages".into())?;
         // Sums, a tile's fragments, and what addresses and copies take.
-        let registers = self.row_tiles * (variant.tokens / 2 + 16 + 4) + 56;
+        let registers = self.row_tiles * (variant.tokens / 2 + 16 + 4) + 48;
         require(tile, registers <= 255, || {
             format!(
                 "{} tiles of rows x {} tokens are more than registers hold",
@@ -150,6 +156,8 @@ pub(crate) struct Product<'a, D: Device> {
     pub(crate) out_columns: usize,
     pub(crate) top_k: usize,
     pub(crate) first_token: usize,
+    /// What the next launch reads of the same experts, and how many 256ths of it are worth having early.
+    pub(crate) next: Option<(&'a PackedInt4<D>, usize)>,
 }
 
 impl<D: Device> Product<'_, D> {
@@ -179,6 +187,15 @@ impl<D: Device> Product<'_, D> {
             Arg::Buffer(self.out),
         ];
         args.extend(numbers.map(|number| Arg::I32(number as i32)));
+        args.extend(self.next.map_or([Arg::Null, Arg::Null, Arg::Null], |(next, _)| {
+            let zeros = next.zeros.as_ref().map_or(Arg::Null, Arg::Buffer);
+            [Arg::Buffer(&next.weight), Arg::Buffer(&next.scales), zeros]
+        }));
+        let next = self.next.map_or([0; 4], |(next, share)| {
+            let shape = next.shape();
+            [shape.weight_bytes(), shape.scales_bytes(), shape.zeros_bytes(), share]
+        });
+        args.extend(next.map(|number| Arg::I32(number as i32)));
         device.launch(&Launch {
             program: &entry.program,
             entry: entry.entry,

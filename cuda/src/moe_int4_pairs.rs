@@ -53,16 +53,14 @@ impl Tile for MoeInt4PairsTile {
     }
 
     fn candidates(dims: Self::Dims, limits: &Limits) -> Vec<Self> {
-        let tile = |[warps_k, row_tiles, k_tiles, stages, blocks]: [usize; 5],
-                    [warps, down_tiles]: [usize; 2]| {
+        let tile = |[max_tokens, warps_k, row_tiles, k_tiles, stages, blocks, warps, down_tiles]: [usize;
+                        8]| {
             let gate_up =
                 ProductTile { warps_m: 1, warps_k, row_tiles, k_tiles, stages, row_groups: 1, blocks };
             let down = DownTile { warps, row_tiles: down_tiles, k_tiles: 4 };
-            Self { max_tokens: 8, gate_up, down }
+            Self { max_tokens, gate_up, down }
         };
-        let gate_ups = GATE_UPS.map(|gate_up| tile(gate_up, [8, 1]));
-        let downs = DOWNS.map(|down| tile([8, 1, 1, 8, 2], down));
-        gate_ups.into_iter().chain(downs).filter(|tile| tile.validate(dims, limits).is_ok()).collect()
+        CANDIDATES.map(tile).into_iter().filter(|tile| tile.validate(dims, limits).is_ok()).collect()
     }
 
     fn validate(&self, dims: Self::Dims, limits: &Limits) -> Result<()> {
@@ -77,19 +75,21 @@ impl Tile for MoeInt4PairsTile {
     }
 }
 
-/// Columns of warps, row tiles, tiles of inputs, stages, blocks.
-const GATE_UPS: [[usize; 5]; 7] = [
-    [8, 1, 1, 8, 2],
-    [8, 1, 2, 4, 2],
-    [8, 1, 2, 6, 2],
-    [16, 1, 1, 6, 1],
-    [8, 2, 1, 6, 2],
-    [4, 1, 2, 6, 4],
-    [4, 2, 2, 4, 3],
+/// Tokens at most; of gate-up: columns of warps, row tiles, tiles of inputs, stages, blocks; of down: warps, row tiles.
+const CANDIDATES: [[usize; 8]; 12] = [
+    [8, 8, 1, 1, 8, 2, 8, 1],
+    [8, 8, 1, 2, 6, 2, 4, 1],
+    [8, 8, 1, 4, 3, 2, 4, 1],
+    [8, 4, 2, 2, 4, 3, 4, 1],
+    [8, 4, 2, 4, 3, 2, 4, 1],
+    [8, 4, 4, 1, 4, 2, 4, 1],
+    [8, 4, 2, 2, 3, 4, 4, 2],
+    [8, 4, 1, 4, 4, 3, 8, 2],
+    [8, 8, 2, 2, 4, 1, 2, 1],
+    [4, 4, 2, 2, 4, 3, 4, 1],
+    [4, 8, 1, 4, 3, 2, 8, 1],
+    [2, 4, 1, 4, 4, 3, 2, 1],
 ];
-
-/// Warps, row tiles.
-const DOWNS: [[usize; 2]; 4] = [[4, 1], [8, 2], [16, 2], [8, 4]];
 
 pub(crate) fn pairs_variant(shape: Int4Shape) -> Variant {
     Variant { shape, tokens: 8, sorted: false }

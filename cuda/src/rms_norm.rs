@@ -10,20 +10,20 @@ use crate::tile::{Cost, Tile, require};
 
 const KERNEL: &str = "rms_norm";
 
-/// Values of a row that a thread may hold: with a weight and the next row, as many registers as 1024 threads have.
-const MAX_VALUES: usize = 32;
+/// Columns of a row: 16 of them, with their weights and the next row's, are the registers of each of 1024 threads.
+const MAX_WIDTH: usize = 16 * 1024;
 
 /// How rows are laid over blocks, of which one takes a whole row at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RmsNormTile {
-    /// Vectors of neighbouring columns that a thread holds; more where a row has more than 1024 times as many.
+    /// Vectors of neighbouring columns that a thread holds; more where 1024 threads are not enough.
     pub vectors: usize,
     /// Blocks for every multiprocessor at most, which then take several rows.
     pub blocks: usize,
 }
 
-/// What the model fixes, and how many rows a launch has.
+/// What the model fixes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RmsNormDims {
     /// Columns of a row.
@@ -39,12 +39,6 @@ impl RmsNormTile {
     fn threads(&self, dims: RmsNormDims) -> usize {
         let vectors = dims.width / rows::vector(dims.width);
         32 * vectors.div_ceil(32 * self.vectors).clamp(1, 32)
-    }
-
-    /// Columns of a row that a thread holds.
-    fn values(&self, dims: RmsNormDims) -> usize {
-        let vector = rows::vector(dims.width);
-        (dims.width / vector).div_ceil(self.threads(dims)) * vector
     }
 
     /// What the warps summed, of two rows.
@@ -85,8 +79,8 @@ impl Tile for RmsNormTile {
     fn validate(&self, dims: RmsNormDims, _limits: &Limits) -> Result<()> {
         require(self, (1..=4).contains(&self.vectors), || "a thread holds 1 to 4 vectors".into())?;
         require(self, (1..=32).contains(&self.blocks), || "a multiprocessor has 1 to 32 blocks".into())?;
-        require(self, dims.width > 0 && self.values(dims) <= MAX_VALUES, || {
-            format!("{} columns are not 1 to {MAX_VALUES} for each of 1024 threads", dims.width)
+        require(self, (1..=MAX_WIDTH).contains(&dims.width), || {
+            format!("{} columns are not 1 to {MAX_WIDTH}, which the registers of a block hold", dims.width)
         })
     }
 }
@@ -200,8 +194,7 @@ mod tests {
             (RmsNormTile { vectors: 5, ..safe }, 6144, "1 to 4 vectors"),
             (RmsNormTile { blocks: 0, ..safe }, 6144, "1 to 32 blocks"),
             (safe, 0, "0 columns"),
-            (safe, 32 * 1024 + 8, "32776 columns"),
-            (safe, 32 * 1024 + 1, "32769 columns"),
+            (safe, MAX_WIDTH + 1, "16385 columns"),
         ] {
             let error = tile.validate(RmsNormDims { width }, &Limits::a100()).unwrap_err().to_string();
             assert!(error.starts_with("rms_norm: ") && error.contains(reason), "{error}");
@@ -210,17 +203,17 @@ mod tests {
 
     #[test]
     fn threads_are_enough_for_a_row() {
-        for (width, vectors, threads, values) in [
-            (6144, 1, 768, 8),
-            (6144, 3, 256, 24),
-            (2048, 1, 256, 8),
-            (512, 1, 64, 8),
-            (32, 1, 32, 8),
-            (6147, 1, 1024, 7),
-            (16384, 1, 1024, 16),
+        for (width, vectors, threads) in [
+            (6144, 1, 768),
+            (6144, 3, 256),
+            (2048, 1, 256),
+            (512, 1, 64),
+            (32, 1, 32),
+            (6147, 1, 1024),
+            (16384, 1, 1024),
         ] {
-            let (tile, dims) = (RmsNormTile { vectors, blocks: 1 }, RmsNormDims { width });
-            assert_eq!((tile.threads(dims), tile.values(dims)), (threads, values), "{width}");
+            let tile = RmsNormTile { vectors, blocks: 1 };
+            assert_eq!(tile.threads(RmsNormDims { width }), threads, "{width}");
         }
     }
 

@@ -59,16 +59,17 @@ impl Tile for SampleTile {
     }
 
     fn candidates((): (), limits: &Limits) -> Vec<Self> {
-        let tiles = [128, 256, 512, 1024]
+        let tiles = [(128, 4), (128, 8), (256, 2), (256, 4), (256, 8), (512, 1), (512, 2), (512, 4)]
             .into_iter()
-            .flat_map(|threads| [1, 2, 4, 8].map(|split| Self { threads, split, ..Self::safe(()) }));
+            .map(|(threads, split)| Self { threads, split, ..Self::safe(()) });
         tiles.filter(|tile| tile.validate((), limits).is_ok()).collect()
     }
 
     fn validate(&self, (): (), limits: &Limits) -> Result<()> {
         let Self { threads, split, fraction_bits, listed } = *self;
-        require(self, threads.is_power_of_two() && (32..=1024).contains(&threads), || {
-            format!("{threads} threads are not 1, 2, 4, 8, 16 or 32 warps")
+        // A thread takes up to 100 registers.
+        require(self, threads.is_power_of_two() && (32..=512).contains(&threads), || {
+            format!("{threads} threads are not 1, 2, 4, 8 or 16 warps")
         })?;
         require(self, (1..=32).contains(&split), || "a multiprocessor has 1 to 32 blocks".into())?;
         require(self, fraction_bits <= 8, || format!("{fraction_bits} bits are not 0 to 8"))?;
@@ -122,7 +123,7 @@ impl SampleTile {
                 // Candidates for the best tokens, and the threads' own.
                 Stage::Sample => 8 * TOP_LIST + 8 * self.threads + 16,
                 // Counts and masses, and where the cuts are.
-                Stage::Filter => 8 * self.bins() + 32,
+                Stage::Filter => 12 * self.bins() + 32,
                 // The list, and counts and masses of a digit.
                 Stage::Pick => 12 * self.listed + 12 * DIGITS + 24,
             }
@@ -232,6 +233,7 @@ pub struct SampleStep {
     first_row: usize,
     rows: usize,
     filtered: usize,
+    edits: usize,
 }
 
 /// The kernel of the contract's [`sample`](dsa80_reference::Kernels::sample).
@@ -361,7 +363,7 @@ pub fn upload<D: Device>(
         }
         requests.push(request(row, filters, begin, edits.len()));
     }
-    let step = SampleStep { first_row, rows: requests.len(), filtered: filtered.len() };
+    let step = SampleStep { first_row, rows: requests.len(), filtered: filtered.len(), edits: edits.len() };
     filtered.resize(requests.len().next_multiple_of(2), 0);
     let mut bytes: Vec<u8> = bytemuck::cast_slice(&requests).to_vec();
     bytes.extend_from_slice(bytemuck::cast_slice(&filtered));
@@ -469,7 +471,7 @@ pub fn launch<D: Device>(
     step: SampleStep,
     out: &mut SampleOutput<CudaTensor<D>>,
 ) -> Result<()> {
-    let SampleStep { first_row, rows, filtered } = step;
+    let SampleStep { first_row, rows, filtered, edits } = step;
     let [_, vocab] = logits.dims(KERNEL, "logits")?;
     let [_, top] = out.top_ids.dims(KERNEL, "top_ids")?;
     let SampleWorkspace { uploads, arrivals, states, parts, tops, counts, masses, lengths, lists, .. } =
@@ -489,7 +491,9 @@ pub fn launch<D: Device>(
         if stage == Stage::Sample {
             args.extend([&out.top_ids, &out.top_logprobs].map(|tensor| Arg::Buffer(tensor.buffer())));
         }
-        args.extend([rows, first_row, vocab, row_parts].map(|number| Arg::I32(number as i32)));
+        args.extend(
+            [rows, first_row, vocab, row_parts, usize::from(edits > 0)].map(|number| Arg::I32(number as i32)),
+        );
         if stage == Stage::Sample {
             args.push(Arg::I32(top as i32));
         }
@@ -504,4 +508,104 @@ pub fn launch<D: Device>(
         })?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rows::tests::assert_distinct;
+
+    #[test]
+    fn candidates_are_valid_and_refusals_say_why() {
+        let limits = Limits::a100();
+        let safe = SampleTile::safe(());
+        let candidates = SampleTile::candidates((), &limits);
+        assert!(candidates.contains(&safe) && candidates.len() == 8, "{candidates:?}");
+        for (tile, reason) in [
+            (SampleTile { threads: 96, ..safe }, "96 threads are not"),
+            (SampleTile { threads: 1024, ..safe }, "1024 threads are not"),
+            (SampleTile { split: 0, ..safe }, "1 to 32 blocks"),
+            (SampleTile { fraction_bits: 9, ..safe }, "9 bits are not 0 to 8"),
+            (SampleTile { listed: 100, ..safe }, "100 tokens are not a power of two"),
+        ] {
+            let error = tile.validate((), &limits).unwrap_err().to_string();
+            assert!(error.starts_with("sample: ") && error.contains(reason), "{error}");
+        }
+    }
+
+    #[test]
+    fn every_stage_is_a_program_of_its_own() {
+        let programs = programs(&SampleTile::safe(()));
+        assert_eq!(programs.len(), 3);
+        assert_distinct(&programs);
+    }
+
+    #[test]
+    fn parts_fill_the_device_and_can_be_counted() {
+        let (tile, limits) = (SampleTile::safe(()), Limits::a100());
+        assert_eq!(tile.parts(1, 154_880, &limits), MAX_PARTS);
+        assert_eq!(tile.parts(32, 154_880, &limits), 13);
+        assert_eq!(tile.parts(1, 100, &limits), 1);
+        assert_eq!(tile.parts(4096, 154_880, &limits), 3);
+    }
+
+    #[test]
+    fn edits_are_sorted_counted_and_end_at_a_ban() {
+        let params = SamplingParams {
+            repetition_penalty: 2.0,
+            frequency_penalty: 1.0,
+            logit_bias: vec![(4, 1.0), (9, 1.0), (4, -3.0), (2, 5.0)],
+            ..SamplingParams::default()
+        };
+        let row = SampleRow {
+            params: &params,
+            prompt: &[7, 1, 7, 8],
+            output: &[1, 3, 1],
+            banned: &[2, 99, 2],
+            position: 0,
+            forced: None,
+        };
+        let (mut edits, mut counts) = (Vec::new(), Vec::new());
+        edit(&mut edits, &mut counts, 8, &row);
+        let bias = |x: f32| x.to_bits();
+        let expected = [
+            change(1, SEEN, 2),
+            change(2, BAN, 0),
+            change(3, SEEN, 1),
+            change(4, BIAS, bias(1.0)),
+            change(4, BIAS, bias(-3.0)),
+            change(7, SEEN, 0),
+        ];
+        assert_eq!(edits, expected);
+        assert!(counts.iter().all(|&count| count == 0));
+        // Without a repetition penalty the prompt does not matter; a forced row has no edits.
+        let params = SamplingParams { presence_penalty: 1.0, ..SamplingParams::default() };
+        edits.clear();
+        edit(&mut edits, &mut counts, 8, &SampleRow { params: &params, banned: &[], ..row });
+        assert_eq!(edits, [change(1, SEEN, 2), change(3, SEEN, 1)]);
+        edits.clear();
+        edit(&mut edits, &mut counts, 8, &SampleRow { forced: Some(1), ..row });
+        assert!(edits.is_empty());
+    }
+
+    #[test]
+    fn rows_that_drop_nothing_are_not_filtered() {
+        let default = SamplingParams::default;
+        let filtered = |params: SamplingParams| {
+            let row = SampleRow {
+                params: &params,
+                prompt: &[],
+                output: &[],
+                banned: &[],
+                position: 0,
+                forced: None,
+            };
+            is_filtered(&row, 100)
+        };
+        assert!(!filtered(default()) && !filtered(SamplingParams { top_k: 100, ..default() }));
+        assert!(!filtered(SamplingParams { top_k: 5, temperature: 0.0, ..default() }));
+        assert!(filtered(SamplingParams { top_k: 99, ..default() }));
+        assert!(filtered(SamplingParams { top_p: 0.5, ..default() }));
+        assert!(filtered(SamplingParams { min_p: 0.1, ..default() }));
+    }
 }

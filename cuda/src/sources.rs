@@ -29,6 +29,7 @@ const EMBEDDED: &[(&str, &str)] = &[
     ("moe.cu", include_str!("../kernels/moe.cu")),
     ("moe_int4.cu", include_str!("../kernels/moe_int4.cu")),
     ("moe_int4_down.cu", include_str!("../kernels/moe_int4_down.cu")),
+    ("moe_parts.cuh", include_str!("../kernels/moe_parts.cuh")),
     ("moe_sort.cu", include_str!("../kernels/moe_sort.cu")),
     ("moe_sum.cu", include_str!("../kernels/moe_sum.cu")),
     ("ptx.cuh", include_str!("../kernels/ptx.cuh")),

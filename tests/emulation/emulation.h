@@ -337,6 +337,7 @@ DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
 
 DEVICE uint4 load_once_16(const void* global) { return *static_cast<const uint4*>(global); }
 DEVICE uint2 load_once_8(const void* global) { return *static_cast<const uint2*>(global); }
+DEVICE void prefetch_l2(const void* global) { static_cast<void>(*static_cast<const volatile uint8_t*>(global)); }
 DEVICE uint32_t load_published(const uint32_t* global) { return emulation_load_published(global, 4).r[0]; }
 DEVICE float4 load_published_16(const float4* global) {
     const EmulationWords words = emulation_load_published(global, 16);

@@ -4,6 +4,7 @@ pub mod distance;
 pub mod emulator;
 pub mod engine;
 pub mod fixture;
+pub mod glm;
 pub mod judge;
 pub mod layers;
 pub mod naive;

@@ -14,7 +14,7 @@ use dsa80_reference::SequenceSlice;
 use dsa80_reference::cpu::{Cpu, Real, ThreadCommunicator};
 use dsa80_tests::distance::{LogprobDelta, argmax, largest, mean, share_within};
 use dsa80_tests::fixture::{self, Fixture};
-use dsa80_tests::judge::{self, limits};
+use dsa80_tests::judge::{self, BF16_BOUND, Bf16Distance, limits};
 use dsa80_tests::prompt::{self, Run};
 
 /// Two scores closer than this may change places in float32.
@@ -198,7 +198,8 @@ fn the_oracle_rounding_to_bf16_is_about_as_far_as_hf_in_bf16() {
         let pages = prompt::scattered_pages(&limits(&fixture, 16), 0);
         let len = fixture.tokens.len();
         let run = prompt::run(&mut rank, &fixture.tokens, &pages, 16, &prompt::pieces(len, len)).unwrap();
-        judge::as_bf16(&fixture, "one piece", &run);
+        let distance = Bf16Distance::of(&fixture, "one piece", &run);
+        assert!(distance.within(BF16_BOUND), "{}: {distance:?}", fixture.name);
     }
 }
 

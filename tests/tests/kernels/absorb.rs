@@ -183,12 +183,7 @@ fn planted_faults_are_seen() {
         // The output's weights begin where the query's do.
         (OUTPUT, "absorb.cu", "+ weight_first)", ")"),
         // Columns beyond the last, and a matrix that is not turned.
-        (
-            QUERY,
-            "linear_tiles.cuh",
-            ", length, row < rows);",
-            ", length, row < rows - 1);",
-        ),
+        (QUERY, "linear_tiles.cuh", ", length, row < rows);", ", length, row < rows - 1);"),
         (QUERY, "linear_tiles.cuh", "ldmatrix_x4_trans(words", "ldmatrix_x4(words"),
     ] {
         let fault = Fault { file, find, replace };

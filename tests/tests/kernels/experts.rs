@@ -193,8 +193,9 @@ impl Matrix {
 
 impl Inputs {
     /// How far each element may be from the oracle's: the error of the sums in f32, what it becomes behind the rounding of `silu * up`,
-    /// which may go the other way than the oracle's, and the roundings of both results.
-    pub(crate) fn bounds(&self, experts: &[HostExpert], expected: &[f64]) -> Vec<f64> {
+    /// which may go the other way than the oracle's, `part` of the largest of four features where parts are packed, and the roundings of
+    /// both results.
+    pub(crate) fn bounds(&self, experts: &[HostExpert], expected: &[f64], part: f64) -> Vec<f64> {
         let read = |pair: &Pair| parity::oracle().read(&pair.host).unwrap();
         let (x, weights) = (read(&self.x), read(&self.weights));
         let ids = parity::oracle().read_index(&self.ids.host).unwrap();
@@ -219,9 +220,13 @@ impl Inputs {
             let (activated, off): (Vec<f64>, Vec<f64>) = activated.unzip();
             let weight = weights[pair].abs();
             let rows = down.products(&activated).zip(down.spread(&off));
-            for (bound, ((sum, error), spread)) in bounds[token * hidden..].iter_mut().zip(rows) {
-                let rounding = 4.0 * (self.top_k + 2) as f64 * F32_UNIT * (sum.abs() + spread);
-                *bound += weight * (1.01 * (error + spread) + rounding);
+            let rows: Vec<(f64, f64)> =
+                rows.map(|((sum, error), spread)| (sum.abs() + spread, error + spread)).collect();
+            for (i, (bound, &(most, error))) in bounds[token * hidden..].iter_mut().zip(&rows).enumerate() {
+                let four = rows[i / 32 * 32..].iter().take(32).skip(i % 8).step_by(8);
+                let largest = four.fold(0.0, |largest: f64, four| largest.max(four.0));
+                let rounding = 4.0 * (self.top_k + 2) as f64 * F32_UNIT * most + part * largest;
+                *bound += weight * 1.01 * (error + rounding);
             }
         }
         for (i, (bound, &expected)) in bounds.iter_mut().zip(expected).enumerate() {

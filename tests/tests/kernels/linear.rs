@@ -26,7 +26,7 @@ pub(crate) struct Variant {
 }
 
 const FEW: LinearFewTile =
-    LinearFewTile { warps: 2, row_tiles: 1, halves: 2, stages: 3, blocks: 1, sharing: 32 };
+    LinearFewTile { warps: 2, row_warps: 1, row_tiles: 1, halves: 2, stages: 3, blocks: 1, sharing: 32 };
 const MANY: LinearTile = LinearTile {
     tokens: 16,
     features: 64,
@@ -42,9 +42,9 @@ const fn few(
     tokens: (usize, usize),
     columns: (usize, usize),
     weight: DType,
-    [warps, row_tiles, halves, stages]: [usize; 4],
+    [warps, row_warps, row_tiles, halves, stages]: [usize; 5],
 ) -> Variant {
-    let few = LinearFewTile { warps, row_tiles, halves, stages, blocks: 1, sharing: 32 };
+    let few = LinearFewTile { warps, row_warps, row_tiles, halves, stages, blocks: 1, sharing: 32 };
     Variant { tokens, columns, features: 70, weight, few, many: MANY }
 }
 
@@ -69,16 +69,16 @@ const fn many(
 }
 
 /// The middling weight, with one block an output and with several that share it.
-const WHOLE: Variant = few((1, 8), (400, 8), DType::Bf16, [2, 1, 2, 3]);
-const SHARED: Variant = few((17, 32), (800, 8), DType::Bf16, [2, 4, 2, 2]);
+const WHOLE: Variant = few((1, 8), (400, 8), DType::Bf16, [2, 1, 1, 2, 3]);
+const SHARED: Variant = few((17, 32), (800, 8), DType::Bf16, [4, 2, 2, 2, 2]);
 const TILES: Variant = many((33, 60), (800, 8), DType::Bf16, [16, 64, 1, 2, 2]);
 
 /// Every constant of the kernels, in few programs.
 pub(crate) const VARIANTS: &[Variant] = &[
     WHOLE,
     SHARED,
-    few((9, 16), (90, 1), DType::F16, [3, 2, 1, 4]),
-    few((1, 8), (300, 8), DType::F32, [2, 1, 2, 4]),
+    few((9, 16), (90, 1), DType::F16, [3, 3, 2, 1, 4]),
+    few((1, 8), (300, 8), DType::F32, [2, 1, 1, 2, 4]),
     TILES,
     many((129, 150), (200, 8), DType::F16, [64, 128, 2, 4, 3]),
     many((33, 50), (100, 1), DType::F32, [32, 64, 1, 2, 2]),

@@ -228,7 +228,7 @@ fn planted_faults_are_seen() {
             "const int end = min(static_cast<int>(blockIdx.y + 1) * k_tiles_per_split, weight.k_tiles - 1);",
         ),
         ("linear_int4.cuh", few_128, "column >= tokens) continue", "column >= tokens - 1) continue"),
-        ("linear_int4_wide.cu", wide_32, "? tokens - token - row : 0;", "? tokens - token - row - 1 : 0;"),
+        ("linear_int4_wide.cu", wide_32, "/ 8), tokens - 1);", "/ 8), tokens - 2);"),
         // A warp's, and a split's, sums are left out; a ticket is kept.
         (
             "linear_int4.cu",

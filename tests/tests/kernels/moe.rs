@@ -110,7 +110,7 @@ fn run(device: &TestDevice, case: Case) {
     let shared = inputs.shared.as_ref().map(|shared| &shared.host);
     parity::oracle().moe(&inputs.x.host, &ids.host, &weights.host, &host, shared, &mut expected).unwrap();
     let expected = parity::oracle().read(&expected).unwrap();
-    let bounds = inputs.bounds(&experts, &expected);
+    let bounds = inputs.bounds(&experts, &expected, 0.0);
     let found = parity::numbers(DType::Act, &found);
     let most = relative_l2(&expected, &bounds);
     parity::assert_close("out", layer.hidden, &found, &expected, most, |i| bounds[i]);

@@ -64,7 +64,7 @@ impl Inputs {
         let experts = case.variant.experts;
         let logits = case.values.take(case.seed, case.tokens * experts);
         let logits: Vec<f64> = logits.iter().map(|x| x * case.spread).collect();
-        let bias = if case.seed % 3 == 0 { Values::Ties } else { Values::Normal };
+        let bias = if case.seed.is_multiple_of(3) { Values::Ties } else { Values::Normal };
         let bias: Vec<f64> = bias.take(case.seed ^ 1, experts).iter().map(|x| 0.3 * x).collect();
         Self {
             logits: Pair::new(device, "logits", DType::Float, &[case.tokens, experts], &logits),

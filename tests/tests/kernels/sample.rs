@@ -39,11 +39,11 @@ impl Logits {
             Logits::Special => match choice as i32 {
                 -3 => f64::NAN,
                 -2 => f64::NEG_INFINITY,
-                3 if seed % 2 == 0 && id % 5 == 0 => f64::INFINITY,
+                3 if seed.is_multiple_of(2) && id.is_multiple_of(5) => f64::INFINITY,
                 other => f64::from(other),
             },
             Logits::NoNumbers => {
-                [f64::NAN, -f64::NAN, f64::NEG_INFINITY][if seed % 2 == 0 { 2 } else { id % 2 }]
+                [f64::NAN, -f64::NAN, f64::NEG_INFINITY][if seed.is_multiple_of(2) { 2 } else { id % 2 }]
             }
             Logits::Peaked => 2.0 * Values::Normal.at(seed, id) + if id % 37 == 5 { 12.0 } else { 0.0 },
         }
@@ -313,7 +313,7 @@ fn only(kind: Only) -> impl Strategy<Value = Case> {
                     } else {
                         SamplingParams { top_p: 0.05 + 0.2 * (params.seed % 64) as f32 / 64.0, ..flat }
                     };
-                    let values = if row.position % 3 == 0 { Values::Ties } else { Values::Normal };
+                    let values = if row.position.is_multiple_of(3) { Values::Ties } else { Values::Normal };
                     (row.banned, row.logits) = (Vec::new(), Logits::Of(values, 1.0));
                 }
             }
@@ -328,7 +328,7 @@ fn planted_faults_are_seen() {
     for (kind, file, find, replace) in [
         // The counter of the random draw is off by one; the neighbour's word.
         (Drawn, "sample.cuh", "philox(group, request.position,", "philox(group, request.position + 1,"),
-        (Drawn, "sample.cuh", "rough(values[j], random.of[j])", "rough(values[j], random.of[j ^ 1])"),
+        (Drawn, "sample.cuh", "rough(logit, at(random.of, j))", "rough(logit, at(random.of, j ^ 1))"),
         // A penalty is applied twice, or to what has been edited before.
         (
             Greedy,
@@ -359,15 +359,10 @@ fn planted_faults_are_seen() {
         ),
         // The next launch finds what this one counted.
         (Greedy, "sample.cuh", "if (block.last) *arrivals = 0;", ""),
-        (Flat, "sample_filter.cu", "row_counts[bin] = 0, row_masses[bin] = 0;", "row_counts[bin] = 0;"),
+        (Flat, "sample_filter.cu", "row_masses[bin] = 0;", ";"),
         (Filtered, "sample_pick.cu", "if (threadIdx.x == 0) lengths[index] = 0;", ""),
         // Cuts: one token too few or too many, a sum without what stands above, half a sum.
-        (
-            Flat,
-            "sample_filter.cu",
-            "k - shared.kth_above, 0.0, 0.0",
-            "k - shared.kth_above - 1, 0.0, 0.0",
-        ),
+        (Flat, "sample_filter.cu", "k - shared.kth_above, 0.0, 0.0", "k - shared.kth_above - 1, 0.0, 0.0"),
         (Flat, "sample_filter.cu", "in_bin, shared.enough_mass_above, enough)", "in_bin, 0.0, enough)"),
         (Flat, "sample_filter.cu", "(1u << 16) + carry", "1u << 16"),
         (Flat, "sample_pick.cu", "atomicMin(&shared.cut, i + 1);", "atomicMin(&shared.cut, i + 2);"),

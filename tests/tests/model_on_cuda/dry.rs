@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex};
 
 use dsa80_cuda::gpu::Compiler;
 use dsa80_cuda::{Cuda, Device, Launch, Limits, Program, Sources, Tiles};
-use dsa80_reference::{Error, Result};
-use dsa80_tests::fixture;
-use dsa80_tests::judge::{self, limits};
-use dsa80_tests::prompt;
+use dsa80_reference::{Batch, Error, Result, SequenceSlice};
+use dsa80_tests::fixture::{self, Fixture};
+use dsa80_tests::glm::GlmShard;
+use dsa80_tests::{judge, prompt};
 
 /// Compiles what is launched, and computes nothing: all memory reads as zeros.
 struct Dry {
@@ -64,19 +64,60 @@ fn what_the_fixtures_launch_compiles_for_an_a100_without_spills() {
             return writeln!(std::io::stderr(), "{message}").unwrap();
         }
     };
-    let a100 = Limits { name: "NVIDIA A100-SXM4-80GB".into(), ..Limits::a100() };
     let seen = Arc::new(Mutex::new(HashSet::new()));
-    for fixture in fixture::all().unwrap() {
-        let device =
-            Dry { limits: a100.clone(), compiler: Arc::clone(&compiler), seen: Arc::clone(&seen) };
-        let tiles = Tiles::for_gpu(&a100.name, None).unwrap();
-        let mut rank = judge::load(Cuda::new(device, tiles), &fixture, 16).unwrap();
-        let pages = prompt::scattered_pages(&limits(&fixture, 16), 0);
-        let len = fixture.tokens.len();
-        for last in [len, 64, 20, 1] {
-            let pieces: Vec<_> = [0..len - last, len - last..len].into_iter().filter(|piece| !piece.is_empty()).collect();
-            prompt::run(&mut rank, &fixture.tokens, &pages, 16, &pieces).unwrap();
+    let fixtures = Mutex::new(fixture::all().unwrap());
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                loop {
+                    let Some(fixture) = fixtures.lock().unwrap().pop() else { return };
+                    run(&fixture, Arc::clone(&compiler), Arc::clone(&seen));
+                }
+            });
         }
+    });
+    let small = seen.lock().unwrap().len();
+    run_glm(Arc::clone(&compiler), Arc::clone(&seen));
+    println!("{} programs, {small} of them for small models", seen.lock().unwrap().len());
+}
+
+fn a100(compiler: Arc<Compiler>, seen: Arc<Mutex<HashSet<Program>>>) -> Cuda<Dry> {
+    let limits = Limits { name: "NVIDIA A100-SXM4-80GB".into(), ..Limits::a100() };
+    let tiles = Tiles::for_gpu(&limits.name, None).unwrap();
+    Cuda::new(Dry { limits, compiler, seen }, tiles)
+}
+
+/// GLM-5.2's own shapes: a prompt longer than the indexer selects, then 1 to 64 sequences.
+fn run_glm(compiler: Arc<Compiler>, seen: Arc<Mutex<HashSet<Program>>>) {
+    let mut limits = prompt::limits(4096, 64, 19360);
+    limits.max_batch_seqs = 64;
+    let mut rank = judge::load_weights(a100(compiler, seen), &GlmShard::new(8, 2048), &limits).unwrap();
+    let pages: Vec<u32> = (0..64).collect();
+    for (sequences, computed, tokens) in [
+        (1, 0, 2560),
+        (1, 2560, 100),
+        (1, 4095, 1),
+        (8, 4095, 1),
+        (16, 4095, 1),
+        (32, 4095, 1),
+        (64, 4095, 1),
+    ] {
+        let token_ids = vec![0; tokens];
+        let slice = SequenceSlice { token_ids: &token_ids, computed_len: computed, pages: &pages };
+        let batch = Batch::new(64, &vec![slice; sequences]).unwrap();
+        rank.forward(&batch, None).unwrap();
+        rank.logits(&[0]).unwrap();
     }
-    println!("{} programs", seen.lock().unwrap().len());
+}
+
+/// The prompt at once, and with a last step of many tokens, of few, and of one.
+fn run(fixture: &Fixture, compiler: Arc<Compiler>, seen: Arc<Mutex<HashSet<Program>>>) {
+    let mut rank = judge::load(a100(compiler, seen), fixture, 16).unwrap();
+    let pages = prompt::scattered_pages(&judge::limits(fixture, 16), 0);
+    let len = fixture.tokens.len();
+    for last in [len, 64, 20, 1] {
+        let pieces = [0..len - last, len - last..len].into_iter().filter(|piece| !piece.is_empty());
+        let pieces: Vec<_> = pieces.collect();
+        prompt::run(&mut rank, &fixture.tokens, &pages, 16, &pieces).unwrap();
+    }
 }

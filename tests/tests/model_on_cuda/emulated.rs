@@ -6,6 +6,7 @@ use dsa80_model::engine::{SampleTarget, Step};
 use dsa80_reference::{Batch, SamplingParams, SequenceSlice};
 use dsa80_tests::distance::{argmax, log_softmax};
 use dsa80_tests::fixture::{self, Fixture};
+use dsa80_tests::judge::Bf16Distance;
 use dsa80_tests::{judge, prompt};
 
 use super::{emulated, layers};
@@ -59,26 +60,15 @@ fn a_step_samples_from_its_logits() {
 
 #[test]
 fn every_prompt_is_about_as_far_from_hf_as_hf_in_bf16() {
+    let mut distances = Vec::new();
     for fixture in fixture::all().unwrap() {
         let Some(cuda) = emulated() else { return };
         let mut rank = judge::load(cuda, &fixture, 16).unwrap();
         let pages = prompt::scattered_pages(&judge::limits(&fixture, 16), 0);
-        for size in [200, 64, 33, 16] {
-        let pieces = prompt::pieces(fixture.tokens.len(), size);
+        let pieces = prompt::pieces(fixture.tokens.len(), 64);
         let run = prompt::run(&mut rank, &fixture.tokens, &pages, 16, &pieces).unwrap();
-        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| judge::as_bf16(&fixture, &format!("chunks of {size}"), &run)));
-        }
-        for cpu in [dsa80_reference::cpu::Cpu::<f32>::rounding_to_bf16()] {
-        let mut rank = judge::load(cpu, &fixture, 16).unwrap();
-        let pieces = prompt::pieces(fixture.tokens.len(), 200);
-        let run = prompt::run(&mut rank, &fixture.tokens, &pages, 16, &pieces).unwrap();
-        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| judge::as_bf16(&fixture, "oracle32", &run)));
-        }
-        for cpu in [dsa80_reference::cpu::Cpu::<f64>::rounding_to_bf16()] {
-        let mut rank = judge::load(cpu, &fixture, 16).unwrap();
-        let pieces = prompt::pieces(fixture.tokens.len(), 200);
-        let run = prompt::run(&mut rank, &fixture.tokens, &pages, 16, &pieces).unwrap();
-        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| judge::as_bf16(&fixture, "oracle64", &run)));
-        }
+        let distance = Bf16Distance::of(&fixture, "in emulation", &run);
+        distances.push((fixture.name, distance));
     }
+    judge::assert_as_bf16("in emulation", &distances);
 }

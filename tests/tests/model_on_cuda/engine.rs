@@ -62,7 +62,10 @@ fn a_greedy_continuation_is_what_the_backend_finds_best() {
             argmax(&run.logits[row * fixture.vocab_size..][..fixture.vocab_size]) != token as usize
         });
         let others = others.count();
-        println!("{name:>20}: {others} of {} tokens are not the best of a run in other pieces", answer.tokens.len());
+        println!(
+            "{name:>20}: {others} of {} tokens are not the best of a run in other pieces",
+            answer.tokens.len()
+        );
         assert!(others as f64 <= FLIPPED * answer.tokens.len() as f64, "{name}: {others} tokens");
     });
 }

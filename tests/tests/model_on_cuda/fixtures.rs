@@ -1,12 +1,34 @@
 //! Every fixture against HF transformers in float64, on the scale of HF's own bfloat16.
 
-use dsa80_tests::judge::{self, limits};
-use dsa80_tests::prompt;
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+use dsa80_tests::fixture::Fixture;
+use dsa80_tests::judge::{self, Bf16Distance, limits};
+use dsa80_tests::prompt::{self, Run};
 
 use super::every_fixture_on_a_gpu;
 
+/// The distances of all fixtures, by the way in which the prompt was run.
+#[derive(Default)]
+struct Distances(Mutex<BTreeMap<String, Vec<(String, Bf16Distance)>>>);
+
+impl Distances {
+    fn add(&self, fixture: &Fixture, way: &str, run: &Run) {
+        let distance = Bf16Distance::of(fixture, way, run);
+        self.0.lock().unwrap().entry(way.to_owned()).or_default().push((fixture.name.clone(), distance));
+    }
+
+    fn judge(self) {
+        for (way, distances) in self.0.into_inner().unwrap() {
+            judge::assert_as_bf16(&way, &distances);
+        }
+    }
+}
+
 #[test]
 fn in_one_piece_in_chunks_and_token_by_token() {
+    let distances = Distances::default();
     every_fixture_on_a_gpu(|cuda, fixture| {
         let mut rank = judge::load(cuda, fixture, 16).unwrap();
         let len = fixture.tokens.len();
@@ -17,13 +39,15 @@ fn in_one_piece_in_chunks_and_token_by_token() {
             let pages = prompt::scattered_pages(&limits(fixture, 16), size % 3);
             let pieces = prompt::pieces(len, size);
             let run = prompt::run(&mut rank, &fixture.tokens, &pages, 16, &pieces).unwrap();
-            judge::as_bf16(fixture, way, &run);
+            distances.add(fixture, way, &run);
         }
     });
+    distances.judge();
 }
 
 #[test]
 fn a_prefill_and_then_decodes_on_pages_of_every_size() {
+    let distances = Distances::default();
     every_fixture_on_a_gpu(|cuda, fixture| {
         let len = fixture.tokens.len();
         let mut cuda = Some(cuda);
@@ -34,9 +58,10 @@ fn a_prefill_and_then_decodes_on_pages_of_every_size() {
             pieces.extend((len / 2..len).map(|position| position..position + 1));
             let pages = prompt::scattered_pages(&limits(fixture, page_size), 1);
             let run = prompt::run(&mut rank, &fixture.tokens, &pages, page_size, &pieces).unwrap();
-            judge::as_bf16(fixture, &format!("pages of {page_size}"), &run);
+            distances.add(fixture, &format!("pages of {page_size}"), &run);
         }
     });
+    distances.judge();
 }
 
 #[test]

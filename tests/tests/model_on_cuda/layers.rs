@@ -1,9 +1,15 @@
 //! Layer by layer against the oracle, its choices forced.
 
+use std::ops::Range;
+
 use dsa80_cuda::{Cuda, Device};
+use dsa80_model::checkpoint::Checkpoint;
+use dsa80_model::engine::StepLimits;
+use dsa80_model::runner::WeightSource;
 use dsa80_reference::cpu::Cpu;
 use dsa80_reference::{Batch, SequenceSlice};
 use dsa80_tests::fixture::Fixture;
+use dsa80_tests::glm::GlmShard;
 use dsa80_tests::judge::{self, limits};
 use dsa80_tests::layers::{Forced, Trace, relative_l2};
 use dsa80_tests::parity::oracle;
@@ -23,13 +29,28 @@ const INDEPENDENT: f64 = 1.6;
 
 /// Runs the first `tokens` of the prompt in three steps, and compares after every layer of each.
 pub(super) fn compare<D: Device>(cuda: Cuda<D>, fixture: &Fixture, tokens: usize) {
-    const PAGE_SIZE: usize = 16;
-    let mut rounding = judge::load(oracle(), fixture, PAGE_SIZE).unwrap();
-    let mut exact = judge::load(Cpu::<f64>::new(), fixture, PAGE_SIZE).unwrap();
-    let mut rank = judge::load(cuda, fixture, PAGE_SIZE).unwrap();
-    let pages = prompt::scattered_pages(&limits(fixture, PAGE_SIZE), 1);
-    for piece in prompt::pieces(tokens, tokens.div_ceil(3)) {
-        let token_ids = &fixture.tokens[piece.clone()];
+    let limits = limits(fixture, PAGE_SIZE);
+    let pieces = prompt::pieces(tokens, tokens.div_ceil(3));
+    let checkpoint = Checkpoint::open(&fixture.dir).unwrap();
+    compare_steps(cuda, &fixture.name, &checkpoint, &limits, &fixture.tokens, &pieces);
+}
+
+const PAGE_SIZE: usize = 16;
+
+fn compare_steps<D: Device>(
+    cuda: Cuda<D>,
+    name: &str,
+    weights: &dyn WeightSource,
+    limits: &StepLimits,
+    tokens: &[u32],
+    pieces: &[Range<usize>],
+) {
+    let mut rounding = judge::load_weights(oracle(), weights, limits).unwrap();
+    let mut exact = judge::load_weights(Cpu::<f64>::new(), weights, limits).unwrap();
+    let mut rank = judge::load_weights(cuda, weights, limits).unwrap();
+    let pages = prompt::scattered_pages(limits, 1);
+    for piece in pieces {
+        let token_ids = &tokens[piece.clone()];
         let slice = SequenceSlice { token_ids, computed_len: piece.start, pages: &pages };
         let batch = Batch::new(PAGE_SIZE, &[slice]).unwrap();
         let mut expected = Trace::default();
@@ -43,11 +64,24 @@ pub(super) fn compare<D: Device>(cuda: Cuda<D>, fixture: &Fixture, tokens: usize
         let from_exact = last(relative_l2(&found.hidden, &unrounded.hidden));
         let own = last(relative_l2(&expected.hidden, &unrounded.hidden));
         let words: Vec<String> = by_layer.iter().map(|distance| format!("{distance:.1e}")).collect();
-        let place = format!("{:>20} {piece:?}", fixture.name);
-        println!("{place}: by layer {}; from exact {from_exact:.1e}, the oracle's {own:.1e}", words.join(" "));
+        let place = format!("{name:>20} {piece:?}");
+        println!(
+            "{place}: by layer {}; from exact {from_exact:.1e}, the oracle's {own:.1e}",
+            words.join(" ")
+        );
         assert!(from_exact <= FROM_EXACT * own, "{place}");
         assert!(last(by_layer) <= RELATIVE_L2.max(INDEPENDENT * own), "{place}");
     }
+}
+
+/// The shapes that the kernels were made for: every way through them, from 1 token to 160.
+#[test]
+fn a_shard_of_glm_is_the_oracles_within_rounding() {
+    let Some(cuda) = super::on_gpu() else { return };
+    let (glm, limits) = (GlmShard::new(16, 64), prompt::limits(208, PAGE_SIZE, 19360));
+    let tokens: Vec<u32> = (0..208).map(|i| (i * 7919 % 19360) as u32).collect();
+    let pieces = [0..160, 160..190, 190..202, 202..207, 207..208];
+    compare_steps(cuda, "GLM-5.2, a shard", &glm, &limits, &tokens, &pieces);
 }
 
 #[test]

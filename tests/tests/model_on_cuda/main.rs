@@ -9,6 +9,7 @@
     reason = "a test fails by panicking and shows what it measured"
 )]
 
+mod capture;
 mod dry;
 mod emulated;
 mod engine;
@@ -16,6 +17,7 @@ mod fixtures;
 mod layers;
 mod memory;
 mod serve;
+mod step_times;
 
 use std::sync::Mutex;
 

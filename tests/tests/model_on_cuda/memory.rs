@@ -58,8 +58,7 @@ fn weights_keep_their_type_and_value() {
 fn refusals_are_the_oracles() {
     fn refusals<K: Kernels>(kernels: &K) -> Vec<Error> {
         let alloc = |dtype| kernels.alloc(dtype, &[2]).unwrap();
-        let (mut index, mut float, mut bytes) =
-            (alloc(DType::Index), alloc(DType::Float), alloc(DType::Fp8));
+        let (mut index, mut float, mut bytes) = (alloc(DType::Index), alloc(DType::Float), alloc(DType::Fp8));
         let short = HostTensor { shape: vec![2, 2], data: HostData::F32(vec![0.0; 3]) };
         vec![
             kernels.read(&index).unwrap_err(),

@@ -5,11 +5,12 @@ use dsa80_cuda::moe_int4::{
 };
 use dsa80_cuda::moe_int4_pairs::MoeInt4PairsTile;
 use dsa80_cuda::{Cost, CudaTensor, Device, Gpu, Tile, Tiles};
+use dsa80_reference::cpu::Cpu;
 use dsa80_reference::{DType, HostExpert, HostLinear, Kernels, Result};
 
 use super::{Case, Run, copies, typed};
 use crate::inputs::{self, Random};
-use crate::oracle::{self, Accuracy, Memo, half_ulp_bf16, oracle, spread};
+use crate::oracle::{self, Accuracy, Memo, half_ulp_bf16, spread};
 
 const HIDDEN: usize = 6144;
 const EXPERTS: usize = 256;
@@ -144,7 +145,7 @@ impl Step {
                         3 * seed + 1,
                         1.0,
                     )?,
-                    shared: inputs::normal(gpu, "shared", DType::Act, &rows, 3 * seed + 2, 1.0)?,
+                    shared: inputs::normal(gpu, "shared", DType::Act, &rows, 3 * seed + 2, 0.5)?,
                     out: CudaTensor::alloc(gpu, "out", DType::Act, &rows)?,
                 })
             })
@@ -179,14 +180,16 @@ impl Step {
             let down_proj = HostLinear::Int4(dims.down.unpack(&down)?.swap_remove(0));
             Ok(HostExpert { gate_proj, up_proj, down_proj })
         });
-        let experts = oracle().upload_experts_int4(experts.collect::<Result<_>>()?)?;
+        // Without the rounding points: what the kernel's roundings cost in all is what is measured.
+        let exact = Cpu::<f64>::new();
+        let experts = exact.upload_experts_int4(experts.collect::<Result<_>>()?)?;
         let places: Vec<i32> =
             chosen.iter().map(|expert| known.binary_search(expert).unwrap_or_default() as i32).collect();
-        let mut ids = oracle().alloc(DType::Index, &[rows.len(), TOP_K])?;
-        oracle().write_index(&places, &mut ids)?;
-        let mut out = oracle().alloc(DType::Act, &[rows.len(), HIDDEN])?;
-        oracle().moe_int4(&x, &ids, &weights, &experts, Some(&shared), &mut out)?;
-        oracle().read(&out)
+        let mut ids = exact.alloc(DType::Index, &[rows.len(), TOP_K])?;
+        exact.write_index(&places, &mut ids)?;
+        let mut out = exact.alloc(DType::Act, &[rows.len(), HIDDEN])?;
+        exact.moe_int4(&x, &ids, &weights, &experts, Some(&shared), &mut out)?;
+        exact.read(&out)
     }
 }
 
@@ -237,9 +240,9 @@ impl Run for Step {
         let rows = spread(SAMPLED, self.shape.tokens);
         let expected = self.expected.get_or_make(copy, || self.ask_oracle(gpu, copy))?;
         let found = oracle::row_numbers(gpu, &self.sets[copy].out, &rows)?;
-        // A rounding of `silu * up` that flips is half a step of one of `intermediate` terms.
+        // The roundings of `silu * up` add up as noise does: their largest of some thousand elements is some deviations of 1.7e-3.
         let largest = expected.iter().fold(0.0_f64, |largest, value| largest.max(value.abs()));
-        let bound = |i: usize| 4.0 * half_ulp_bf16(expected[i]) + largest / 512.0;
+        let bound = |i: usize| half_ulp_bf16(expected[i]) + largest / 128.0;
         Ok(Accuracy::of(rows.len(), 2.5e-3, &found, &expected, bound))
     }
 }

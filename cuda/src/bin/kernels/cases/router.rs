@@ -2,7 +2,7 @@
 
 use dsa80_cuda::router::{self, RouterTile};
 use dsa80_cuda::{Cost, CudaTensor, Gpu};
-use dsa80_reference::{DType, DeviceTensor, Kernels, Result, RouterParams};
+use dsa80_reference::{DType, DeviceTensor, HostData, HostTensor, Kernels, Result, RouterParams};
 
 use super::Case;
 use super::plain::{self, Plain, sampled};
@@ -62,11 +62,13 @@ impl Plain for Tokens {
     fn check(&mut self, gpu: &Gpu, _tile: &RouterTile, bias: &CudaTensor<Gpu>) -> Result<Accuracy> {
         let rows = sampled(self.logits.shape()[0]);
         let logits = oracle::rows(gpu, &self.logits, &rows)?;
-        let bias = oracle::rows(gpu, bias, &(0..EXPERTS).collect::<Vec<_>>())?;
+        let bias = oracle::row_numbers(gpu, bias, &(0..EXPERTS).collect::<Vec<_>>())?;
+        let data = HostData::F32(bias.iter().map(|&x| x as f32).collect());
+        let host_bias = oracle().upload(HostTensor { shape: vec![EXPERTS], data })?;
         let mut ids = oracle().alloc(DType::Index, &[rows.len(), K])?;
         let mut weights = oracle().alloc(DType::Float, &[rows.len(), K])?;
-        oracle().router(&logits, &bias, PARAMS, &mut ids, &mut weights)?;
-        let (logits, bias) = (oracle().read(&logits)?, oracle().read(&bias)?);
+        oracle().router(&logits, &host_bias, PARAMS, &mut ids, &mut weights)?;
+        let logits = oracle().read(&logits)?;
         let choices = |ids: Vec<f64>| -> Vec<f64> {
             let choice = |(i, id): (usize, f64)| {
                 let expert = (id as usize).min(EXPERTS - 1);

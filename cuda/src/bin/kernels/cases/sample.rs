@@ -91,7 +91,7 @@ impl Rows {
                 })
             })
             .collect::<Result<_>>()?;
-        let params = (0..rows as u64).map(|seed| kind.params(seed)).collect();
+        let params: Vec<_> = (0..rows as u64).map(|seed| kind.params(seed)).collect();
         let tile = SampleTile::safe(());
         let (workspace, step) = prepared(gpu, &tile, &params, top)?;
         Ok(Self { tile, workspace, step, params, top, sets })
@@ -102,7 +102,7 @@ impl Rows {
 fn prepared(
     gpu: &Gpu,
     tile: &SampleTile,
-    params: &Vec<SamplingParams>,
+    params: &[SamplingParams],
     top: usize,
 ) -> Result<(SampleWorkspace<Gpu>, SampleStep)> {
     let workspace = SampleWorkspace::alloc(gpu, tile, params.len(), VOCAB, top)?;
