@@ -21,18 +21,12 @@ struct Bits<4> {
 };
 
 // 16 bytes of a row of `columns` elements of BYTES bytes, from `column` on, to shared memory; zeros beyond its end and where not `valid`.
-// L1: what other warps of the block copy too.
-template <int BYTES, bool L1 = false>
+template <int BYTES>
 DEVICE void copy_vector(void* shared, const void* row, int column, int columns, bool valid) {
     if constexpr (VECTORS) {
         const uint8_t* from = static_cast<const uint8_t*>(row);
         const bool inside = valid && column < columns;
-        from += inside ? column * BYTES : 0;
-        if constexpr (L1) {
-            cp_async_16_or_zero_l1(shared, from, inside);
-        } else {
-            cp_async_16_or_zero(shared, from, inside);
-        }
+        cp_async_16_or_zero(shared, from + (inside ? column * BYTES : 0), inside);
     } else {
         // One at a time: this is for odd widths, which are small.
         using Element = typename Bits<BYTES>::type;

@@ -3,16 +3,15 @@
 // Features are the 16 rows of an MMA, tokens its 8 columns. The order of the products of a dot product is free as long as weight and x
 // agree: lane (g, t) holds 8 neighbouring columns of rows g, g + 8 and of token g, 16 bytes each, which make two MMAs. Every lane copies
 // into slots of its own and reads them back itself: a ring as deep as shared memory allows, with no barrier.
-// TILE_ROW_WARPS warps have features of their own and the columns in common, and find x in the L1. The others share columns in turns, and
-// blocks share them in one stretch each (gridDim.y); parts are added in their order.
+// The warps of a block share its columns in turns, blocks share them in one stretch each (gridDim.y); parts are added in their order.
+// A block has as many features as make the multiprocessors' shares equal, up to 16 * TILE_ROW_TILES.
 //
 // Constants: WEIGHT_TYPE, VECTORS; TOKEN_GROUPS of 8 tokens.
-// Tile: TILE_WARPS, TILE_ROW_WARPS of them; TILE_ROW_TILES of 16 features a warp, TILE_HALVES of 32 columns a step, TILE_STAGES steps of the ring, TILE_BLOCKS.
+// Tile: TILE_WARPS, TILE_ROW_TILES of 16 features, TILE_HALVES of 32 columns a step, TILE_STAGES steps of the ring, TILE_BLOCKS.
 #include "linear.cuh"
 
-constexpr int WARP_FEATURES = 16 * TILE_ROW_TILES, FEATURES = WARP_FEATURES * TILE_ROW_WARPS, TOKENS = 8 * TOKEN_GROUPS, COLUMNS = 32 * TILE_HALVES;
-constexpr int THREADS = 32 * TILE_WARPS, COLUMN_WARPS = TILE_WARPS / TILE_ROW_WARPS;
-static_assert(TILE_WARPS % TILE_ROW_WARPS == 0, "as many warps for every feature");
+constexpr int FEATURES = 16 * TILE_ROW_TILES, TOKENS = 8 * TOKEN_GROUPS, COLUMNS = 32 * TILE_HALVES;
+constexpr int THREADS = 32 * TILE_WARPS;
 // Vectors of 16 bytes that hold 8 columns of a weight row, and of a lane's step.
 constexpr int ROW_VECTORS = WEIGHT_BYTES / 2, STEP_VECTORS = TILE_HALVES * (2 * TILE_ROW_TILES * ROW_VECTORS + TOKEN_GROUPS);
 // Rows of four banks more: the lanes that hold a fragment write to 32 different ones.
@@ -21,7 +20,7 @@ constexpr int STRIDE = FEATURES + 4;
 struct Shared {
     union {
         uint4 ring[TILE_WARPS][TILE_STAGES][STEP_VECTORS][32];
-        float parts[COLUMN_WARPS][TOKENS][STRIDE];
+        float parts[TILE_WARPS][TOKENS][STRIDE];
     };
     uint32_t last;
 };
@@ -30,8 +29,9 @@ static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
 // Where a lane's rows begin.
 struct Rows {
     const uint8_t* weight[2 * TILE_ROW_TILES];
+    bool weight_valid[2 * TILE_ROW_TILES];
     const uint16_t* x[TOKEN_GROUPS];
-    bool valid[TOKEN_GROUPS];
+    bool x_valid[TOKEN_GROUPS];
 };
 
 // Starts the copies of a step.
@@ -44,7 +44,7 @@ DEVICE void load(uint4 (&step)[STEP_VECTORS][32], const Rows& rows, int column, 
 #pragma unroll
             for (int part = 0; part < ROW_VECTORS; ++part) {
                 const int at = column + 32 * half + 4 * part;
-                copy_vector<WEIGHT_BYTES>(&step[slot++][lane], rows.weight[i], at, columns, true);
+                copy_vector<WEIGHT_BYTES>(&step[slot++][lane], rows.weight[i], at, columns, rows.weight_valid[i]);
             }
         }
     }
@@ -52,7 +52,7 @@ DEVICE void load(uint4 (&step)[STEP_VECTORS][32], const Rows& rows, int column, 
     for (int n = 0; n < TOKEN_GROUPS; ++n) {
 #pragma unroll
         for (int half = 0; half < TILE_HALVES; ++half) {
-            copy_vector<2, (TILE_ROW_WARPS > 1)>(&step[slot++][lane], rows.x[n], column + 32 * half, columns, rows.valid[n]);
+            copy_vector<2>(&step[slot++][lane], rows.x[n], column + 32 * half, columns, rows.x_valid[n]);
         }
     }
 }
@@ -112,30 +112,29 @@ linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
            uint8_t* __restrict__ out,            // [tokens, features] bf16, or floats
            float* __restrict__ parts,            // [row blocks, splits, TOKENS, FEATURES]
            uint32_t* __restrict__ arrivals,      // [row blocks], zero
-           int x_rows, int tokens, int columns, int features, int floats) {
+           int x_rows, int tokens, int columns, int features, int block_features, int floats) {
     Shared& shared = shared_memory<Shared>();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int splits = gridDim.y, first = blockIdx.x * FEATURES;
-    const int row_warp = warp % TILE_ROW_WARPS * WARP_FEATURES, column_warp = warp / TILE_ROW_WARPS;
+    const int splits = gridDim.y, first = blockIdx.x * block_features, last = min(first + block_features, features);
 
     Rows rows;
 #pragma unroll
     for (int i = 0; i < 2 * TILE_ROW_TILES; ++i) {
-        // Beyond the last feature the last is read again, and not stored.
-        const int feature = min(first + row_warp + 8 * i + g, features - 1);
-        rows.weight[i] = weight + static_cast<int64_t>(feature) * columns * WEIGHT_BYTES;
+        const int feature = first + 8 * i + g;
+        rows.weight_valid[i] = feature < last;
+        rows.weight[i] = weight + static_cast<int64_t>(rows.weight_valid[i] ? feature : 0) * columns * WEIGHT_BYTES;
     }
 #pragma unroll
     for (int n = 0; n < TOKEN_GROUPS; ++n) {
         const int token = 8 * n + g;
         int row = token < tokens ? token : -1;
         if (gathered != nullptr && token < tokens) row = gathered[token];
-        rows.valid[n] = row >= 0 && row < x_rows;
-        rows.x[n] = x + (rows.valid[n] ? static_cast<int64_t>(row) * columns : 0);
+        rows.x_valid[n] = row >= 0 && row < x_rows;
+        rows.x[n] = x + (rows.x_valid[n] ? static_cast<int64_t>(row) * columns : 0);
     }
 
     const int steps = (columns + COLUMNS - 1) / COLUMNS;
-    const int begin = static_cast<int>(static_cast<int64_t>(steps) * blockIdx.y / splits) + column_warp;
+    const int begin = static_cast<int>(static_cast<int64_t>(steps) * blockIdx.y / splits) + warp;
     const int end = static_cast<int>(static_cast<int64_t>(steps) * (blockIdx.y + 1) / splits);
     float c[TILE_ROW_TILES][TOKEN_GROUPS][4] = {};
     int next = begin;
@@ -143,14 +142,14 @@ linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
     for (int stage = 0; stage < TILE_STAGES - 1; ++stage) {
         if (next < end) load(shared.ring[warp][stage], rows, next * COLUMNS + 8 * t, columns, lane);
         cp_async_commit();
-        next += COLUMN_WARPS;
+        next += TILE_WARPS;
     }
     int stage = 0, stage_of_next = TILE_STAGES - 1;
-    for (int step = begin; step < end; step += COLUMN_WARPS) {
+    for (int step = begin; step < end; step += TILE_WARPS) {
         // The slot that was multiplied last is free again.
         if (next < end) load(shared.ring[warp][stage_of_next], rows, next * COLUMNS + 8 * t, columns, lane);
         cp_async_commit();
-        next += COLUMN_WARPS;
+        next += TILE_WARPS;
         cp_async_wait<TILE_STAGES - 1>();
         multiply(shared.ring[warp][stage], lane, c);
         stage = stage + 1 == TILE_STAGES ? 0 : stage + 1;
@@ -163,28 +162,26 @@ linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
 #pragma unroll
         for (int n = 0; n < TOKEN_GROUPS; ++n) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                shared.parts[column_warp][8 * n + 2 * t + i % 2][row_warp + 16 * r + g + i / 2 * 8] = c[r][n][i];
-            }
+            for (int i = 0; i < 4; ++i) shared.parts[warp][8 * n + 2 * t + i % 2][16 * r + g + i / 2 * 8] = c[r][n][i];
         }
     }
     __syncthreads();
 
     float4* all = reinterpret_cast<float4*>(parts) + static_cast<int64_t>(blockIdx.x) * splits * (TOKENS * FEATURES / 4);
     float4* own = all + blockIdx.y * (TOKENS * FEATURES / 4);
-    const bool aligned = features % 4 == 0;
+    const bool aligned = features % 4 == 0 && block_features % 4 == 0;
     const int64_t out_bytes = floats ? 4 : 2;
     for (int i = threadIdx.x; i < tokens * (FEATURES / 4); i += THREADS) {
         const int token = i / (FEATURES / 4), feature = i % (FEATURES / 4) * 4;
         float sums[4] = {};
 #pragma unroll
-        for (int w = 0; w < COLUMN_WARPS; ++w) {
+        for (int w = 0; w < TILE_WARPS; ++w) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) sums[j] += shared.parts[w][token][feature + j];
         }
         if (splits == 1) {
             uint8_t* row = out + static_cast<int64_t>(token) * features * out_bytes;
-            store_outputs(row, first + feature, features, floats, aligned, sums);
+            store_outputs(row, first + feature, last, floats, aligned, sums);
         } else {
             own[i] = make_float4(sums[0], sums[1], sums[2], sums[3]);
         }
@@ -209,6 +206,6 @@ linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
             }
         }
         uint8_t* row = out + static_cast<int64_t>(token) * features * out_bytes;
-        store_outputs(row, first + feature, features, floats, aligned, sums);
+        store_outputs(row, first + feature, last, floats, aligned, sums);
     }
 }

@@ -20,12 +20,17 @@ struct Int4Weight {
     const uint8_t* zeros; // [row tiles, groups, 8], or null
     int row_tiles, k_tiles, groups, group_size;
 
-    // The group of input 64 k_tile + 32 * part (where tiles have two), as an index of scales and zeros.
-    DEVICE int64_t group_index(int row_tile, int k_tile, int part) const {
+    // The group of input 64 k_tile + 32 * part (where tiles have two).
+    DEVICE int group(int k_tile, int part) const {
         const int input = 64 * k_tile + 32 * part;
         const int group = GROUP_SIZE != 0 ? input / (GROUP_SIZE + (GROUP_SIZE == 0)) : groups == 1 ? 0 : input / group_size;
         // A last tile may have its second half beyond the last group, where all activations are zero.
-        return (static_cast<int64_t>(row_tile) * groups + min(group, groups - 1)) * 8;
+        return GROUPS_PER_TILE == 1 || ALIGNED == 2 ? group : min(group, groups - 1);
+    }
+
+    // It as an index of a row tile's scales and zeros.
+    DEVICE int64_t group_index(int row_tile, int k_tile, int part) const {
+        return (static_cast<int64_t>(row_tile) * groups + group(k_tile, part)) * 8;
     }
 };
 

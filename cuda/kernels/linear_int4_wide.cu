@@ -1,9 +1,10 @@
-// out = x W^T for a packed INT4 weight and many tokens: blocks of features x tokens, whose operands pass through shared memory in
-// TILE_STAGES steps of 64 inputs.
+// out = x W^T for a packed INT4 weight and many tokens: blocks of features x tokens. Activations pass through shared memory in
+// TILE_STAGES steps of 64 inputs; the weight comes straight to the registers of the warp that unpacks it, a step before that.
 //
 // Warps lie TILE_WARPS_ROWS along the features and TILE_WARPS_TOKENS along the tokens, each with TILE_ROW_TILES tiles of 16 features and
-// TILE_TOKEN_TILES of 8 tokens. A warp unpacks a group's (or a step's) fragments once, then goes through its tokens: the products of one
-// group live for two tiles of tokens only, so that their scaled sums can have the registers.
+// TILE_TOKEN_TILES of 8 tokens. A warp unpacks a step's fragments once, then goes through its tokens: the products of one group live for
+// a tile or two of tokens only, so that their scaled sums can have the registers. With TILE_AHEAD it unpacks the next step's while the
+// tensor core is busy with this one's.
 //
 // Constants: those of linear_int4.cuh.
 #include "linear_int4.cuh"
@@ -14,13 +15,11 @@ constexpr int ROW_TILES = TILE_WARPS_ROWS * R, TOKENS = TILE_WARPS_TOKENS * N * 
 constexpr int M = R >= 3 ? 1 : 2;
 static_assert(N % M == 0, "whole turns");
 
-// A step's operands.
+// What a block's warps share of a step.
 struct Stage {
-    uint4 weight[ROW_TILES][32];
     // 16-byte pieces of a token's 64 activations: piece i lies at i ^ 4 in odd rows, so that two rows' fragments meet all banks.
     uint4 x[TOKENS][8];
     Int4Scale<SCALE_TYPE> scales[ROW_TILES][GROUPS_PER_TILE][8];
-    uint32_t zeros[ROW_TILES][GROUPS_PER_TILE][2];
 };
 
 struct Shared {
@@ -31,36 +30,29 @@ static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
 // A thread's part of the copies of a block's steps. What lies beyond the weight or the tokens is the last tile or token again: its results
 // are dropped.
 struct Loader {
-    static constexpr int WORDS = ROW_TILES * 32, PIECES = TOKENS * 8, PAIRS = ROW_TILES * GROUPS_PER_TILE * 8;
+    static constexpr int PIECES = TOKENS * 8, PAIRS = ROW_TILES * GROUPS_PER_TILE * 8;
     const uint16_t* x;
     const Int4Weight& weight;
     int tokens, in_features, row_tile, token;
-    uint32_t words[(WORDS + THREADS - 1) / THREADS], pieces[(PIECES + THREADS - 1) / THREADS];
+    uint32_t pieces[(PIECES + THREADS - 1) / THREADS], pairs[(PAIRS + THREADS - 1) / THREADS];
 
     // In bytes of 32 bits, which the launcher has counted.
     DEVICE void prepare() {
-        const uint32_t thread = threadIdx.x;
-#pragma unroll
-        for (uint32_t i = 0; i < (WORDS + THREADS - 1) / THREADS; ++i) {
-            const int tile = min(row_tile + static_cast<int>((i * THREADS + thread) / 32), weight.row_tiles - 1);
-            words[i] = (static_cast<uint32_t>(tile * weight.k_tiles) * 32 + thread % 32) * sizeof(uint4);
-        }
 #pragma unroll
         for (uint32_t i = 0; i < (PIECES + THREADS - 1) / THREADS; ++i) {
-            const int row = min(token + static_cast<int>((i * THREADS + thread) / 8), tokens - 1);
-            pieces[i] = (static_cast<uint32_t>(row * in_features) + thread % 8 * 8) * sizeof(uint16_t);
+            const int row = min(token + static_cast<int>((i * THREADS + threadIdx.x) / 8), tokens - 1);
+            pieces[i] = (static_cast<uint32_t>(row * in_features) + threadIdx.x % 8 * 8) * sizeof(uint16_t);
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < (PAIRS + THREADS - 1) / THREADS; ++i) {
+            const uint32_t place = i * THREADS + threadIdx.x, tile = place / 8 / GROUPS_PER_TILE;
+            pairs[i] = static_cast<uint32_t>(min(row_tile + static_cast<int>(tile), weight.row_tiles - 1) * weight.groups) * 8 + place % 8;
         }
     }
 
     // Starts those of k tile `k_tile`.
     DEVICE void start(Stage& stage, int k_tile) const {
         const uint32_t thread = threadIdx.x;
-        const auto* k_words = reinterpret_cast<const uint8_t*>(weight.words + k_tile * 32);
-#pragma unroll
-        for (uint32_t i = 0; i < (WORDS + THREADS - 1) / THREADS; ++i) {
-            const uint32_t place = i * THREADS + thread;
-            if (WORDS % THREADS == 0 || place < WORDS) cp_async_16(&stage.weight[place / 32][place % 32], k_words + words[i]);
-        }
         const auto* k_x = reinterpret_cast<const uint8_t*>(x + k_tile * 64);
         const int input = k_tile * 64 + thread % 8 * 8;
 #pragma unroll
@@ -78,46 +70,61 @@ struct Loader {
             }
         }
 #pragma unroll
-        for (uint32_t place = thread; place < (PAIRS + THREADS - 1) / THREADS * THREADS; place += THREADS) {
+        for (uint32_t i = 0; i < (PAIRS + THREADS - 1) / THREADS; ++i) {
+            const uint32_t place = i * THREADS + thread, tile = place / 8 / GROUPS_PER_TILE, part = place / 8 % GROUPS_PER_TILE;
             if (PAIRS % THREADS != 0 && place >= PAIRS) break;
-            const uint32_t tile = place / 8 / GROUPS_PER_TILE, part = place / 8 % GROUPS_PER_TILE;
-            const int from = min(row_tile + static_cast<int>(tile), weight.row_tiles - 1);
-            const int64_t index = weight.group_index(from, k_tile, part) + place % 8;
-            const auto* scale = static_cast<const Int4Scale<SCALE_TYPE>*>(weight.scales) + index;
+            const auto* scale =
+                static_cast<const Int4Scale<SCALE_TYPE>*>(weight.scales) + (pairs[i] + weight.group(k_tile, static_cast<int>(part)) * 8);
             if constexpr (SCALE_TYPE == F32) {
                 cp_async_8(&stage.scales[tile][part][place % 8], scale);
             } else {
                 cp_async_4(&stage.scales[tile][part][place % 8], scale);
             }
-            if constexpr (ZERO_POINTS) {
-                if (place % 4 == 0) cp_async_4(&stage.zeros[tile][part][place % 8 / 4], weight.zeros + index);
+        }
+    }
+};
+
+// What a lane needs of a step's weight.
+struct Packed {
+    uint4 words[R];
+    uint32_t zeros[R][GROUPS_PER_TILE];
+
+    // `places` are those of its tiles of the first step, in bytes of 32 bits.
+    DEVICE void load(const Int4Weight& weight, const uint32_t (&places)[R], int row_tile, int k_tile) {
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            words[r] = load_once_16(reinterpret_cast<const uint8_t*>(weight.words + k_tile * 32) + places[r]);
+#pragma unroll
+            for (int part = 0; part < GROUPS_PER_TILE; ++part) {
+                if constexpr (ZERO_POINTS) {
+                    const int tile = min(row_tile + r, weight.row_tiles - 1);
+                    zeros[r][part] = weight.zeros[weight.group_index(tile, k_tile, part) + threadIdx.x % 32 / 4];
+                }
+            }
+        }
+    }
+
+    DEVICE void unpack(uint32_t (&a)[R][4][4]) const {
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            const uint32_t all[4] = {words[r].x, words[r].y, words[r].z, words[r].w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const uint32_t pair = ZERO_POINTS ? zeros[r][i / WORDS_PER_GROUP] : 0x88u;
+                int4_fragment(all[i], int4_offset(pair), int4_offset(pair >> 4), a[r][i]);
             }
         }
     }
 };
 
 // The products of a step on top of the sums.
-DEVICE void multiply(const Stage& stage, int row_tile, int token, float (&sums)[R][N][4]) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    uint4 words[R];
-#pragma unroll
-    for (int r = 0; r < R; ++r) words[r] = stage.weight[row_tile + r][lane];
+DEVICE void multiply(const Stage& stage, const uint32_t (&a)[R][4][4], int row_tile, int token, float (&sums)[R][N][4]) {
+    const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int part = 0; part < GROUPS_PER_TILE; ++part) {
-        uint32_t a[R][WORDS_PER_GROUP][4];
         float2 scales[R];
 #pragma unroll
-        for (int r = 0; r < R; ++r) {
-            uint32_t low = INT4_OFFSET_SYMMETRIC, high = INT4_OFFSET_SYMMETRIC;
-            if constexpr (ZERO_POINTS) {
-                const uint32_t zeros = stage.zeros[row_tile + r][part][g / 4] >> (8 * (g % 4));
-                low = int4_offset(zeros), high = int4_offset(zeros >> 4);
-            }
-            const uint32_t all[4] = {words[r].x, words[r].y, words[r].z, words[r].w};
-#pragma unroll
-            for (int i = 0; i < WORDS_PER_GROUP; ++i) int4_fragment(all[part * WORDS_PER_GROUP + i], low, high, a[r][i]);
-            scales[r] = stage.scales[row_tile + r][part][g].widen();
-        }
+        for (int r = 0; r < R; ++r) scales[r] = stage.scales[row_tile + r][part][g].widen();
 #pragma unroll
         for (int n = 0; n < N; n += M) {
             float products[M][R][4] = {};
@@ -126,7 +133,7 @@ DEVICE void multiply(const Stage& stage, int row_tile, int token, float (&sums)[
             for (int m = 0; m < M; ++m) {
 #pragma unroll
                 for (int h = 0; h < WORDS_PER_GROUP / 2; ++h) {
-                    const int piece = 4 * (part + h) + t;
+                    const uint32_t piece = 4 * (part + h) + t;
                     x[m][h] = stage.x[token + 8 * (n + m) + g][piece ^ 4 * (g % 2)];
                 }
             }
@@ -137,7 +144,7 @@ DEVICE void multiply(const Stage& stage, int row_tile, int token, float (&sums)[
                     const uint4 eight = x[m][i / 2];
                     const uint32_t b[2] = {i % 2 == 0 ? eight.x : eight.z, i % 2 == 0 ? eight.y : eight.w};
 #pragma unroll
-                    for (int r = 0; r < R; ++r) mma_bf16(products[m][r], a[r][i], b);
+                    for (int r = 0; r < R; ++r) mma_bf16(products[m][r], a[r][part * WORDS_PER_GROUP + i], b);
                 }
             }
 #pragma unroll
@@ -174,17 +181,37 @@ linear_int4_wide(const uint16_t* __restrict__ x,    // [tokens, in_features] bf1
         if (first + s < end) loader.start(shared.stages[s], first + s);
         cp_async_commit();
     }
+    uint32_t places[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+        const int tile = min(row_tile + own_row_tile + r, weight.row_tiles - 1);
+        places[r] = (static_cast<uint32_t>(tile * weight.k_tiles) * 32 + threadIdx.x % 32) * sizeof(uint4);
+    }
+    Packed packed;
+    uint32_t a[TILE_AHEAD + 1][R][4][4];
+    if (first < end) packed.load(weight, places, row_tile + own_row_tile, first);
+    if constexpr (TILE_AHEAD) {
+        packed.unpack(a[0]);
+        if (first + 1 < end) packed.load(weight, places, row_tile + own_row_tile, first + 1);
+    }
     float sums[R][N][4] = {};
     int stage = 0;
-    for (int k_tile = first; k_tile < end; ++k_tile) {
-        cp_async_wait<TILE_STAGES - 2>();
-        // This step's operands are there, and the step before's are no longer read.
-        __syncthreads();
-        const int ahead = k_tile + TILE_STAGES - 1, free = stage == 0 ? TILE_STAGES - 1 : stage - 1;
-        if (ahead < end) loader.start(shared.stages[free], ahead);
-        cp_async_commit();
-        multiply(shared.stages[stage], own_row_tile, own_token, sums);
-        stage = stage == TILE_STAGES - 1 ? 0 : stage + 1;
+    for (int base = first; base < end; base += TILE_AHEAD + 1) {
+#pragma unroll
+        for (int i = 0; i < TILE_AHEAD + 1; ++i) {
+            const int k_tile = base + i;
+            if (k_tile >= end) break;
+            cp_async_wait<TILE_STAGES - 2>();
+            // This step's operands are there, and the step before's are no longer read.
+            __syncthreads();
+            const int ahead = k_tile + TILE_STAGES - 1, free = stage == 0 ? TILE_STAGES - 1 : stage - 1;
+            if (ahead < end) loader.start(shared.stages[free], ahead);
+            cp_async_commit();
+            packed.unpack(a[(i + TILE_AHEAD) % (TILE_AHEAD + 1)]);
+            if (k_tile + 1 + TILE_AHEAD < end) packed.load(weight, places, row_tile + own_row_tile, k_tile + 1 + TILE_AHEAD);
+            multiply(shared.stages[stage], a[i], own_row_tile, own_token, sums);
+            stage = stage == TILE_STAGES - 1 ? 0 : stage + 1;
+        }
     }
 
     const int splits = gridDim.z, group = blockIdx.y * gridDim.x + blockIdx.x;

@@ -29,8 +29,6 @@ struct Stretches {
 };
 struct Shared {
     Stage ring[TILE_STAGES];
-    // The rows of x that a tile takes, -1 for none.
-    int32_t x_rows[TILE_TOKENS];
     Stretches stretches;
     uint32_t last;
 };
@@ -52,26 +50,41 @@ DEVICE int place(int row, int vector) {
 
 // A thread copies one vector of every so many rows.
 constexpr int X_STRIDE = THREADS / X_VECTORS, WEIGHT_STRIDE = THREADS / WEIGHT_VECTORS;
-static_assert(THREADS % X_VECTORS == 0 && THREADS % WEIGHT_VECTORS == 0 && WEIGHT_ROWS % WEIGHT_STRIDE == 0, "the same vector of each");
+constexpr int X_COPIES = (TILE_TOKENS + X_STRIDE - 1) / X_STRIDE, WEIGHT_COPIES = (WEIGHT_ROWS + WEIGHT_STRIDE - 1) / WEIGHT_STRIDE;
+static_assert(THREADS % X_VECTORS == 0 && THREADS % WEIGHT_VECTORS == 0, "the same vector of each");
 
-DEVICE void load(Stage& stage, const int32_t (&x_rows)[TILE_TOKENS], const Operands& in, int first_feature, int column) {
-    const int x_vector = threadIdx.x % X_VECTORS, weight_vector = threadIdx.x % WEIGHT_VECTORS;
-   #pragma unroll
-    for (int i = 0; i < (TILE_TOKENS + X_STRIDE - 1) / X_STRIDE; ++i) {
-        const int row = threadIdx.x / X_VECTORS + i * X_STRIDE;
-        if (TILE_TOKENS % X_STRIDE != 0 && row >= TILE_TOKENS) break;
-        const int x_row = x_rows[row];
-        const uint16_t* from = in.x + static_cast<int64_t>(max(x_row, 0)) * in.x_stride;
-        copy_vector<2>(&stage.x[place<X_VECTORS>(row, x_vector)], from, column + 8 * x_vector, in.columns, x_row >= 0);
-    }
-    const int first = (TRANSPOSED ? column : first_feature) + threadIdx.x / WEIGHT_VECTORS, inner = TRANSPOSED ? first_feature : column;
-    const int rows = TRANSPOSED ? in.columns : in.features, length = TRANSPOSED ? in.features : in.columns;
+// The rows of x that a thread copies. Beyond the last token, and where `gathered` names none, some row serves: what becomes of it is not
+// stored, or not defined.
+DEVICE void find_rows(int32_t (&x_rows)[X_COPIES], const Operands& in, int first_token) {
 #pragma unroll
-    for (int i = 0; i < WEIGHT_ROWS / WEIGHT_STRIDE; ++i) {
-        const int row = first + i * WEIGHT_STRIDE;
-        const uint8_t* from = in.weight + static_cast<int64_t>(min(row, rows - 1)) * (length * WEIGHT_BYTES);
-        void* to = &stage.weight[place<WEIGHT_VECTORS>(threadIdx.x / WEIGHT_VECTORS + i * WEIGHT_STRIDE, weight_vector)];
-        copy_vector<WEIGHT_BYTES>(to, from, inner + weight_vector * (16 / WEIGHT_BYTES), length, row < rows);
+    for (int i = 0; i < X_COPIES; ++i) {
+        const int token = min(first_token + static_cast<int>(threadIdx.x) / X_VECTORS + i * X_STRIDE, in.tokens - 1);
+        x_rows[i] = in.gathered == nullptr ? token : min(max(in.gathered[token], 0), in.x_rows - 1);
+    }
+}
+
+// Starts a PARTS-th of the copies of the step from `column` on. They are spread over the products: their addresses would hold these up.
+template <int PARTS>
+DEVICE void load(Stage& stage, const int32_t (&x_rows)[X_COPIES], const Operands& in, int first_feature, int column, int part) {
+    const int x_vector = threadIdx.x % X_VECTORS, weight_vector = threadIdx.x % WEIGHT_VECTORS;
+#pragma unroll
+    for (int i = 0; i < X_COPIES; ++i) {
+        const int row = threadIdx.x / X_VECTORS + i * X_STRIDE;
+        if (i % PARTS != part || (TILE_TOKENS % X_STRIDE != 0 && row >= TILE_TOKENS)) continue;
+        const uint16_t* from = in.x + static_cast<int64_t>(x_rows[i]) * in.x_stride;
+        copy_vector<2>(&stage.x[place<X_VECTORS>(row, x_vector)], from, column + 8 * x_vector, in.columns, true);
+    }
+    const int outer = TRANSPOSED ? column : first_feature, inner = TRANSPOSED ? first_feature : column;
+    const int rows = TRANSPOSED ? in.columns : in.features, length = TRANSPOSED ? in.features : in.columns;
+    const int vector = inner + weight_vector * (16 / WEIGHT_BYTES);
+#pragma unroll
+    for (int i = 0; i < WEIGHT_COPIES; ++i) {
+        const int row = threadIdx.x / WEIGHT_VECTORS + i * WEIGHT_STRIDE;
+        if (i % PARTS != part || (WEIGHT_ROWS % WEIGHT_STRIDE != 0 && row >= WEIGHT_ROWS)) continue;
+        // Features beyond the last are not stored; columns beyond the last count.
+        const bool valid = !TRANSPOSED || outer + row < rows;
+        const uint8_t* from = in.weight + static_cast<int64_t>(min(outer + row, rows - 1)) * (length * WEIGHT_BYTES);
+        copy_vector<WEIGHT_BYTES>(&stage.weight[place<WEIGHT_VECTORS>(row, weight_vector)], from, vector, length, valid);
     }
 }
 
@@ -159,17 +172,13 @@ DEVICE void clear(float (&c)[M][N][4]) {
 // c = the products of steps `begin` to `end` for the tile from `first_token` and `first_feature` on.
 DEVICE void multiply_tile(Shared& shared, const Operands& in, int first_token, int first_feature, int begin, int end, float (&c)[M][N][4]) {
     clear(c);
+    int32_t x_rows[X_COPIES];
+    find_rows(x_rows, in, first_token);
     // The tile before may still be read.
-    __syncthreads();
-    for (int i = threadIdx.x; i < TILE_TOKENS; i += THREADS) {
-        const int token = first_token + i;
-        const int row = token >= in.tokens ? -1 : in.gathered == nullptr ? token : in.gathered[token];
-        shared.x_rows[i] = row < in.x_rows ? row : -1;
-    }
     __syncthreads();
 #pragma unroll 1
     for (int i = 0; i < TILE_STAGES - 1; ++i) {
-        if (begin + i < end) load(shared.ring[i], shared.x_rows, in, first_feature, (begin + i) * COLUMNS);
+        if (begin + i < end) load<1>(shared.ring[i], x_rows, in, first_feature, (begin + i) * COLUMNS, 0);
         cp_async_commit();
     }
     int stage = 0, stage_of_next = TILE_STAGES - 1;
@@ -195,10 +204,10 @@ DEVICE void multiply_tile(Shared& shared, const Operands& in, int first_token, i
             // After the last step what is there is read once more.
             const Stage& from = shared.ring[TILE_AHEAD && first_of_step && step + 1 < end ? next_stage : stage];
             load_fragments(from, 16 * read, fragments[TILE_AHEAD ? (part + 1) % 2 : 0]);
-            if (part == 0) {
-                if (next < end) load(shared.ring[stage_of_next], shared.x_rows, in, first_feature, next * COLUMNS);
-                cp_async_commit();
+            if (part < PARTS - 1 && next < end) {
+                load<PARTS - 1>(shared.ring[stage_of_next], x_rows, in, first_feature, next * COLUMNS, part);
             }
+            if (part == PARTS - 2) cp_async_commit();
             multiply(fragments[TILE_AHEAD ? part % 2 : 0], c);
         }
         stage = next_stage;

@@ -1,13 +1,13 @@
 // Routed experts, INT4: the product of an expert's weight with the rows of the tokens that chose it, gate and up (GATE_UP) or down.
 //
 // A block takes one item, up to TILE_TOKENS tokens of one expert, and a range of row groups, WARPS_M * ROW_TILES tiles of 16 features each.
-// Features lie on the 16 rows of an `mma` and tokens on its 8 columns. WARPS_K columns of WARPS_M warps share out the inputs: each column is
-// a pipeline of its own, with a ring of stages that its copies run ahead in, across row groups; a warp loads the weights that it uses, the
-// tokens' rows are shared by the column. Sums of columns are added up in a fixed order.
+// Features lie on the 16 rows of an `mma` and tokens on its 8 columns. WARPS_K columns of WARPS_M warps share out the inputs: each column
+// is a pipeline of its own, with a ring of stages that its copies run ahead in, across row groups; a warp loads the weights that it uses,
+// the tokens' rows are shared by the column. Sums of columns are added up in a fixed order.
 //
 // Constants: GATE_UP; SORTED (items from `moe_sort`) or one item a pair of token and k; SCALE_TYPE, GROUP_SIZE, UNIT (inputs that surely
-// share a scale: 32 or 64), ZEROS; WHOLE (no stage and no row ends early); PACKED. Tile: TILE_WARPS_M, TILE_WARPS_K, TILE_ROW_TILES, TILE_TOKENS,
-// TILE_K_TILES a stage, TILE_STAGES, TILE_BLOCKS.
+// share a scale: 32 or 64), ZEROS; WHOLE (no stage and no row ends early); PACKED. Tile: TILE_WARPS_M, TILE_WARPS_K, TILE_ROW_TILES,
+// TILE_TOKENS, TILE_K_TILES a stage, TILE_STAGES, TILE_BLOCKS.
 //
 // Arithmetic: products of a unit are summed in f32 by the tensor core, scaled and added in f32. Gate-up rounds silu(gate) * up to bf16, the
 // contract's rounding point; down writes f32, or with PACKED fours of neighbouring features as `moe_parts.cuh` packs them.
@@ -71,29 +71,42 @@ struct Source {
     static constexpr int PIECES = ROW_TILES * K_TILES * UNITS, SCALE_COPIES = (PIECES * SCALE_CHUNKS + 31) / 32;
 
     const uint4* weight[ROW_TILES];
+    const uint4* scales[SCALE_COPIES];
+#if ZEROS
+    const uint2* zeros[SCALE_COPIES];
+#endif
     const uint16_t* x[COPIES];
-    int64_t first_tile;
-    int row_tile, k_tile, step, lane, warp_m, thread, count;
+    int row_tile, k_tile, step, steps, column, lane, warp_m, thread_row, thread_chunk, rows;
 
-    DEVICE void start(const Arguments& args, int expert, int first_row_tile, int column) {
-        first_tile = static_cast<int64_t>(expert) * args.row_tiles;
-        row_tile = first_row_tile, k_tile = column * K_TILES, step = 0;
-        aim(args);
-    }
-
-    // The last row tile stands in for those beyond it, whose results nobody keeps.
-    DEVICE int64_t tile(const Arguments& args, int row) const { return first_tile + min(row_tile + row, args.row_tiles - 1); }
-
-    DEVICE void aim(const Arguments& args) {
+    // What stands at `row_tile` and `column`'s first tile of inputs. The last row tile stands in for those beyond it, whose results nobody
+    // keeps.
+    DEVICE void aim(const Arguments& args, int64_t first_tile) {
+        step = 0, k_tile = column * K_TILES;
 #pragma unroll
-        for (int r = 0; r < ROW_TILES; ++r) weight[r] = args.weight + tile(args, warp_m * ROW_TILES + r) * args.k_tiles * 32 + lane;
+        for (int r = 0; r < ROW_TILES; ++r) {
+            const int64_t tile = first_tile + min(row_tile + warp_m * ROW_TILES + r, args.row_tiles - 1);
+            weight[r] = args.weight + (tile * args.k_tiles + k_tile) * 32 + lane;
+        }
+#pragma unroll
+        for (int copy = 0; copy < SCALE_COPIES; ++copy) {
+            const int i = copy * 32 + lane, r = i / SCALE_CHUNKS / (K_TILES * UNITS);
+            const int64_t tile = first_tile + min(row_tile + warp_m * ROW_TILES + r, args.row_tiles - 1);
+            scales[copy] = args.scales + tile * args.groups * SCALE_CHUNKS + i % SCALE_CHUNKS;
+#if ZEROS
+            zeros[copy] = args.zeros + tile * args.groups;
+#endif
+        }
     }
 
-    DEVICE void advance(const Arguments& args, int column, int steps) {
+    DEVICE void advance(const Arguments& args, int64_t first_tile) {
+        if (++step == steps) {
+            row_tile += GROUP_TILES;
+            aim(args, first_tile);
+            return;
+        }
         k_tile += WARPS_K * K_TILES;
-        if (++step < steps) return;
-        step = 0, k_tile = column * K_TILES, row_tile += GROUP_TILES;
-        aim(args);
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; ++r) weight[r] += WARPS_K * K_TILES * 32;
     }
 
     // The weights of this warp's row tiles.
@@ -102,45 +115,48 @@ struct Source {
         for (int r = 0; r < ROW_TILES; ++r)
 #pragma unroll
             for (int j = 0; j < K_TILES; ++j)
-                if (WHOLE || k_tile + j < args.k_tiles)
-                    cp_async_16(&stage.weight[warp_m * ROW_TILES + r][j][lane], weight[r] + (k_tile + j) * 32);
+                if (WHOLE || k_tile + j < args.k_tiles) cp_async_16(&stage.weight[warp_m * ROW_TILES + r][j][lane], weight[r] + j * 32);
+        uint4* const to = &stage.scales[warp_m * ROW_TILES][0][0][0] + lane;
 #pragma unroll
         for (int copy = 0; copy < SCALE_COPIES; ++copy) {
-            const int i = copy * 32 + lane, piece = i / SCALE_CHUNKS, chunk = i % SCALE_CHUNKS;
+            const int i = copy * 32 + lane, piece = i / SCALE_CHUNKS;
             if (PIECES * SCALE_CHUNKS % 32 != 0 && piece >= PIECES) break;
-            const int row = warp_m * ROW_TILES + piece / (K_TILES * UNITS), j = piece / UNITS % K_TILES, unit = piece % UNITS;
-            const uint32_t input = (k_tile + j) * 64 + unit * UNIT;
-            const int group = min(static_cast<int>(input / GROUP_SIZE), args.groups - 1);
-            const int64_t source = tile(args, row) * args.groups + group;
-            cp_async_16(&stage.scales[row][j][unit][chunk], args.scales + source * SCALE_CHUNKS + chunk);
+            const uint32_t input = (k_tile + piece / UNITS % K_TILES) * 64 + piece % UNITS * UNIT;
+            int group = static_cast<int>(input / GROUP_SIZE);
+            if (!WHOLE) group = min(group, args.groups - 1);
+            cp_async_16(to + copy * 32, scales[copy] + group * SCALE_CHUNKS);
 #if ZEROS
-            if (chunk == 0) cp_async_8(&stage.zeros[row][j][unit], args.zeros + source);
+            if (i % SCALE_CHUNKS == 0) cp_async_8(&stage.zeros[warp_m * ROW_TILES][0][0] + piece, zeros[copy] + group);
 #endif
         }
     }
 
-    DEVICE void aim_x(const Arguments& args, const int32_t* pairs, int first_token, int top_k) {
+    // A thread has one place of every ROWS-th row.
+    DEVICE void aim_x(const Arguments& args, const int32_t* pairs, int count, int thread, int first_token, int top_k) {
+        thread_row = thread / CHUNKS, thread_chunk = thread % CHUNKS, rows = count - thread_row;
 #pragma unroll
         for (int copy = 0; copy < COPIES; ++copy) {
-            const int row = copy * ROWS + thread / CHUNKS;
-            const int pair = row < count ? pairs[row] : 0, source = GATE_UP ? first_token + pair / top_k : pair;
-            x[copy] = args.x + static_cast<int64_t>(source) * args.columns + thread % CHUNKS * 8;
+            const int pair = copy * ROWS < rows ? pairs[copy * ROWS + thread_row] : 0;
+            const int row = GATE_UP ? first_token + pair / top_k : pair;
+            x[copy] = args.x + static_cast<int64_t>(row) * args.columns + thread_chunk * 8;
         }
     }
 
     DEVICE void copy_x(Stage& stage, const Arguments& args) const {
-        const int j = thread / 8 % K_TILES, chunk = thread % 8;
+        // With an odd step, rows of odd copies have the other parity.
+        uint4* const row = &stage.x[0][0][0] + (thread_chunk / 8 * X_ROWS + thread_row) * 8;
+        uint4* const to = row + (thread_chunk % 8 ^ (thread_row & 1) << 2);
+        uint4* const other = row + (thread_chunk % 8 ^ (~thread_row & 1) << 2);
 #pragma unroll
         for (int copy = 0; copy < COPIES; ++copy) {
-            const int row = copy * ROWS + thread / CHUNKS;
-            if (row >= count) break;
-            uint4* to = &stage.x[j][row][chunk ^ (row & 1) << 2];
+            if (copy * ROWS >= rows) continue;
+            uint4* const place = ROWS % 2 != 0 && copy % 2 != 0 ? other : to;
             const uint16_t* from = x[copy] + k_tile * 64;
             if constexpr (WHOLE) {
-                cp_async_16(to, from);
+                cp_async_16(place + copy * ROWS * 8, from);
             } else {
-                const bool valid = (k_tile + j) * 64 + chunk * 8 < args.columns;
-                cp_async_16_or_zero(to, valid ? from : args.x, valid);
+                const bool valid = k_tile * 64 + thread_chunk * 8 < args.columns;
+                cp_async_16_or_zero(place + copy * ROWS * 8, valid ? from : args.x, valid);
             }
         }
     }
@@ -250,8 +266,8 @@ DEVICE void store(const Arguments& args, const int32_t* pairs, int count, int ro
     }
 }
 
-// What comes next reads other weights of the same expert: `part` of `parts` blocks bring `share` 256ths of their first bytes to the L2, while
-// the memory has nothing else to do.
+// What comes next reads other weights of the same expert: `part` of `parts` blocks bring `share` 256ths of their first bytes to the L2,
+// while the memory has nothing else to do.
 struct Next {
     const uint8_t* data[3];
     int bytes[3];
@@ -268,9 +284,9 @@ struct Next {
 };
 
 // `x` [rows, columns] bf16: of a token at row `first_token` + pair / top_k (gate-up), or of a pair; columns are a multiple of 8. `items`
-// (expert, first, count, 0) over `order`, pairs of token and k by expert; without SORTED the topk_ids. `out` [pairs, out_features]: bf16 of
-// whole row tiles (gate-up), or f32, or packed parts. Grid: ranges of `row_groups` row groups and items, without SORTED the other way round,
-// where `next_` is what down reads.
+// (expert, first, count, 0) over `order`, pairs of token and k by expert; without SORTED the topk_ids. `out` [pairs, out_features]: bf16
+// of whole row tiles (gate-up), or f32, or packed parts. Grid: ranges of `row_groups` row groups and items, without SORTED the other way
+// round; then `next_` is what down reads.
 KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
 moe_int4(const uint16_t* x, const uint4* weight, const uint4* scales, const uint2* zeros, const int32_t* items, const int32_t* order,
          void* out, int experts, int columns, int k_tiles, int row_tiles, int groups, int out_features, int top_k, int first_token,
@@ -308,25 +324,27 @@ moe_int4(const uint16_t* x, const uint4* weight, const uint4* scales, const uint
     const int first_row_tile = range * row_groups * GROUP_TILES;
     const int my_groups = min(row_groups, (row_tiles - first_row_tile + GROUP_TILES - 1) / GROUP_TILES);
     const int all_steps = my_groups * steps;
+    const int64_t first_tile = static_cast<int64_t>(expert) * row_tiles;
 
     // The first weights are under way before it is known whose rows they meet.
     Source source;
-    source.lane = lane, source.warp_m = warp_m, source.thread = thread, source.count = count;
-    source.start(args, expert, first_row_tile, column);
+    source.lane = lane, source.warp_m = warp_m, source.column = column, source.steps = steps, source.row_tile = first_row_tile;
+    source.aim(args, first_tile);
+    Source rows = source;
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {
         if (i < all_steps) source.copy_weights(ring[i], args);
-        source.advance(args, column, steps);
+        source.advance(args, first_tile);
     }
     __syncthreads();
-    source.aim_x(args, shared.pairs, first_token, top_k);
-    source.start(args, expert, first_row_tile, column);
+    rows.aim_x(args, shared.pairs, count, thread, first_token, top_k);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {
-        if (i < all_steps) source.copy_x(ring[i], args);
+        if (i < all_steps) rows.copy_x(ring[i], args);
         cp_async_commit();
-        source.advance(args, column, steps);
+        rows.advance(args, first_tile);
     }
+    source = rows;
 
     float acc[ROW_TILES][TOKEN_TILES][4] = {};
     int slot = 0, step = 0, row_tile = first_row_tile;
@@ -339,7 +357,7 @@ moe_int4(const uint16_t* x, const uint4* weight, const uint4* scales, const uint
             source.copy_x(next, args);
         }
         cp_async_commit();
-        source.advance(args, column, steps);
+        source.advance(args, first_tile);
         multiply(acc, ring[slot], k_tiles - (step * WARPS_K + column) * K_TILES, count, warp_m, lane);
         slot = slot + 1 == STAGES ? 0 : slot + 1;
         if (++step < steps) continue;

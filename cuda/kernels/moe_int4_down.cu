@@ -1,8 +1,8 @@
 // Routed experts, INT4, few tokens: down and the weighted sum. A block has ROW_TILES tiles of 16 features of one token; its warps take the
 // token's experts in turn, whole rows each, and what they give is added up in the order of k.
 //
-// Constants: SCALE_TYPE, GROUP_SIZE, UNIT (inputs that surely share a scale: 32 or 64), ZEROS. Tile: TILE_WARPS, TILE_ROW_TILES, TILE_K_TILES (loaded at
-// once). TOP_K: at most that many experts a token.
+// Constants: SCALE_TYPE, GROUP_SIZE, UNIT (inputs that surely share a scale: 32 or 64), ZEROS; TOP_K (at most that many experts a token).
+// Tile: TILE_WARPS, TILE_ROW_TILES, TILE_K_TILES (loaded at once).
 #include "int4.cuh"
 
 constexpr int WARPS = TILE_WARPS, THREADS = 32 * WARPS, ROW_TILES = TILE_ROW_TILES, K_TILES = TILE_K_TILES, UNITS = 64 / UNIT;

@@ -6,6 +6,8 @@
 
 constexpr int WARPS = TILE_WARPS, THREADS = 32 * WARPS;
 constexpr uint32_t ALL = 0xffffffffu;
+// Places of a range that are under way at once.
+constexpr int BATCH = 4;
 
 struct Shared {
     // Pairs of an expert in a warp's range, then the place of the next one.
@@ -39,7 +41,17 @@ DEVICE int2 block_prefix(Shared& shared, int2 value, int2& before, int warp, int
     return sum;
 }
 
-// `topk_ids` from number `first_pair` on; `order` [pairs]; `items` [max_items] (expert, first place in order, count, 0), of which the unused get a count of 0.
+// Of the places `at`, `at` + 32, ..., the experts; -1 for those that do not exist, and beyond `end`.
+DEVICE void load_batch(const int32_t* topk_ids, int at, int end, int (&experts)[BATCH]) {
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) experts[i] = at + i * 32 < end ? topk_ids[at + i * 32] : -1;
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i)
+        if (experts[i] >= EXPERTS || experts[i] < 0) experts[i] = -1;
+}
+
+// `topk_ids` from number `first_pair` on; `order` [pairs]; `items` [max_items] (expert, first place in order, count, 0), of which the
+// unused get a count of 0.
 KERNEL void __launch_bounds__(THREADS, 1)
 moe_sort(const int32_t* topk_ids, int32_t* order, int4* items, int first_pair, int pairs, int item_tokens, int max_items) {
     Shared& shared = shared_memory<Shared>();
@@ -50,9 +62,12 @@ moe_sort(const int32_t* topk_ids, int32_t* order, int4* items, int first_pair, i
 
     const int share = (pairs + THREADS - 1) / THREADS * 32;
     const int first = min(warp * share, pairs), end = min(first + share, pairs);
-    for (int i = first + lane; i < end; i += 32) {
-        const int expert = topk_ids[i];
-        if (expert >= 0 && expert < EXPERTS) atomicAdd(&shared.counts[warp][expert], 1);
+    for (int base = first; base < end; base += 32 * BATCH) {
+        int experts[BATCH];
+        load_batch(topk_ids, base + lane, end, experts);
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i)
+            if (experts[i] >= 0) atomicAdd(&shared.counts[warp][experts[i]], 1);
     }
     __syncthreads();
 
@@ -80,17 +95,20 @@ moe_sort(const int32_t* topk_ids, int32_t* order, int4* items, int first_pair, i
     for (int i = before.y + threadIdx.x; i < max_items; i += THREADS) items[i] = make_int4(0, 0, 0, 0);
     __syncthreads();
 
-    for (int base = first; base < end; base += 32) {
-        const int i = base + lane;
-        const int expert = i < end ? topk_ids[i] : -1;
-        const bool valid = expert >= 0 && expert < EXPERTS;
-        const uint32_t same = __match_any_sync(ALL, valid ? expert : -1);
-        const int place = valid ? shared.counts[warp][expert] : 0;
-        __syncwarp();
-        if (valid) {
-            order[place + __popc(same & ((1u << lane) - 1u))] = i;
-            if ((same >> lane) == 1u) shared.counts[warp][expert] = place + __popc(same);
+    for (int base = first; base < end; base += 32 * BATCH) {
+        int experts[BATCH];
+        load_batch(topk_ids, base + lane, end, experts);
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const int expert = experts[i];
+            const uint32_t same = __match_any_sync(ALL, expert);
+            const int place = expert >= 0 ? shared.counts[warp][expert] : 0;
+            __syncwarp();
+            if (expert >= 0) {
+                order[place + __popc(same & ((1u << lane) - 1u))] = base + i * 32 + lane;
+                if ((same >> lane) == 1u) shared.counts[warp][expert] = place + __popc(same);
+            }
+            __syncwarp();
         }
-        __syncwarp();
     }
 }

@@ -48,13 +48,13 @@ moe_sum(const uint4* parts, const int32_t* topk_ids, const float* topk_weights, 
     float sum[COLUMNS] = {};
 #pragma unroll 8
     for (int k = 0; k < top_k; ++k) {
-        const int expert = topk_ids[token * top_k + k];
-        if (expert < 0 || expert >= experts) continue;
         const int64_t row = static_cast<int64_t>(blockIdx.y) * top_k + k;
         uint4 raw[LOADS];
 #pragma unroll
         for (int i = 0; i < LOADS; ++i) raw[i] = parts[(row * vectors + vector) * LOADS + i];
-        add(sum, topk_weights[token * top_k + k], raw);
+        // Not waited for before the parts are under way.
+        const int expert = topk_ids[token * top_k + k];
+        if (expert >= 0 && expert < experts) add(sum, topk_weights[token * top_k + k], raw);
     }
 #pragma unroll
     for (int i = 0; i < COLUMNS / 2; ++i) {

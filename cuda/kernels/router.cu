@@ -13,6 +13,7 @@ static_assert(EXPERTS > 0 && N_GROUP > 0 && EXPERTS % N_GROUP == 0, "groups are 
 
 struct Shared {
     float scores[TILE_WARPS][EXPERTS];
+    int32_t chosen[TILE_WARPS][32];
 #if GROUPED
     uint32_t choices[TILE_WARPS][EXPERTS];
     uint32_t groups[TILE_WARPS][N_GROUP];
@@ -61,6 +62,20 @@ DEVICE Best lane_best(const uint32_t (&keys)[COUNT], int lane) {
         if (keys[i] > best.key) best = {keys[i], static_cast<uint32_t>(32 * i + lane)};
     }
     return best;
+}
+
+// Sorts what a lane holds, best first; equal keys stay in order.
+DEVICE void sort(uint32_t (&keys)[PER_LANE], uint32_t (&experts)[PER_LANE]) {
+#pragma unroll
+    for (int round = 0; round < PER_LANE; ++round) {
+#pragma unroll
+        for (int i = round % 2; i + 1 < PER_LANE; i += 2) {
+            const bool swap = keys[i] < keys[i + 1];
+            const uint32_t key = keys[i], expert = experts[i];
+            keys[i] = swap ? keys[i + 1] : key, keys[i + 1] = swap ? key : keys[i + 1];
+            experts[i] = swap ? experts[i + 1] : expert, experts[i + 1] = swap ? expert : experts[i + 1];
+        }
+    }
 }
 
 #if GROUPED
@@ -142,16 +157,37 @@ KERNEL void __launch_bounds__(TILE_WARPS * 32, 1)
     drop_groups(shared, keys, warp, lane, topk_group);
 #endif
 
-    int chosen = 0;
+    // Every lane's best is at hand when it is sorted. Of equal ones all leave at once, which shows at the end; then they go one by one.
+    uint32_t sorted[PER_LANE], experts[PER_LANE];
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) sorted[i] = keys[i], experts[i] = static_cast<uint32_t>(32 * i + lane);
+    sort(sorted, experts);
+    bool tied = false;
+#pragma unroll 2
     for (int place = 0; place < k; ++place) {
-        const int expert = static_cast<int>(warp_best(lane_best(keys, lane)).index);
-        if (lane == place) chosen = expert;
+        const uint32_t best = __reduce_max_sync(ALL_LANES, sorted[0]);
+        const bool own = sorted[0] == best;
+        const uint32_t owners = __ballot_sync(ALL_LANES, own);
+        tied |= (owners & (owners - 1)) != 0;
+        if (lane == __ffs(static_cast<int>(owners)) - 1) shared.chosen[warp][place] = static_cast<int32_t>(experts[0]);
 #pragma unroll
         for (int i = 0; i < PER_LANE; ++i) {
-            if (32 * i + lane == expert) keys[i] = NONE;
+            sorted[i] = !own ? sorted[i] : i + 1 < PER_LANE ? sorted[i + 1] : NONE;
+            if (i + 1 < PER_LANE) experts[i] = own ? experts[i + 1] : experts[i];
         }
     }
     __syncwarp();
+    int chosen = lane < k ? shared.chosen[warp][lane] : 0;
+    if (tied) {
+        for (int place = 0; place < k; ++place) {
+            const int expert = static_cast<int>(warp_best(lane_best(keys, lane)).index);
+            if (lane == place) chosen = expert;
+#pragma unroll
+            for (int i = 0; i < PER_LANE; ++i) {
+                if (32 * i + lane == expert) keys[i] = NONE;
+            }
+        }
+    }
     float weight = lane < k ? shared.scores[warp][chosen] : 0.0f;
     if (normalise != 0) weight /= warp_sum(weight) + 1e-20f;
     weight *= scaling;

@@ -95,7 +95,7 @@ DEVICE uint64_t load_published_place(const uint64_t* place) {
     return static_cast<uint64_t>(load_published(words + 1)) << 32 | load_published(words);
 }
 
-KERNEL void __launch_bounds__(THREADS, 1)
+KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
     sample(const float* __restrict__ all_logits, // [rows, vocab]
            const uint8_t* __restrict__ uploads,  // requests, filtered rows, edits
            uint32_t* arrivals,                   // [rows] zeros
@@ -141,7 +141,7 @@ KERNEL void __launch_bounds__(THREADS, 1)
     const bool finite = raw_max - raw_max == 0.0f;
     const double reference = to_double(best.key);
     const bool draws = request.forced == NOBODY && request.filtered == 0 && request.temperature > 0.0f && reference > negative_infinity();
-    Draw draw(request, reference);
+    Draw draw(request, reference, draws ? best.id : NOBODY);
     Top best_tokens(shared, top, own);
     float powers = 0.0f;
     row.each<2>(
@@ -196,7 +196,7 @@ KERNEL void __launch_bounds__(THREADS, 1)
     const double max_logit = value_of(raw_best);
     double total = 0.0;
     Ranked choice{0, NOBODY};
-    Draw exactly(request, to_double(best.key));
+    const Draw exactly(request, to_double(best.key), NOBODY);
 #pragma unroll 1
     for (uint32_t p = threadIdx.x; p < num_parts; p += THREADS) {
         if (p >= THREADS || num_parts > THREADS) mine = load_published_part(row_parts + p);
@@ -217,7 +217,7 @@ KERNEL void __launch_bounds__(THREADS, 1)
         const uint32_t greedy = none_left ? id_of(raw_best) : best.id;
         const uint32_t id = request.forced != NOBODY ? request.forced : none_left || request.temperature == 0.0f ? greedy : choice.id;
         const uint32_t plan = request.filtered != 0 && !none_left ? FILTER : DONE;
-        states[index] = {max_logit, ln_total, exactly.reference, 0.0, 0.0, plan, 0, 0, 0, 0, 0};
+        states[index] = {max_logit, ln_total, exactly.reference, 0.0, 0.0, plan, 0, 0, 0, 0, best.id};
         if (plan == DONE) {
             token_ids[first_row + index] = static_cast<int32_t>(id);
             logprobs[first_row + index] = logprob(row.logits[id]);

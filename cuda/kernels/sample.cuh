@@ -8,6 +8,8 @@
 constexpr uint32_t THREADS = TILE_THREADS, WARPS = THREADS / 32;
 constexpr uint32_t ALL_LANES = 0xffffffffu, NOBODY = 0xffffffffu;
 constexpr uint32_t MAX_PARTS = 128;
+// Blocks of a multiprocessor: registers for 24 warps, where it has them.
+constexpr uint32_t MIN_BLOCKS = THREADS < 768 / 2 ? 768 / THREADS : 1;
 static_assert(THREADS % 32 == 0 && (WARPS & (WARPS - 1)) == 0 && WARPS <= 32, "a warp holds one number of each of them");
 
 // What the host asks of a row. Its edits are pairs in the order of their tokens: 4 * token + what happens, and a bias or a count.
@@ -27,7 +29,7 @@ enum Plan : uint32_t { DONE, FILTER, CUT, SEARCH };
 struct alignas(16) State {
     double raw_max, ln_total, max;
     double enough, mass_above;
-    uint32_t plan, draw_below, list_from, list_to, keep, unused;
+    uint32_t plan, draw_below, list_from, list_to, keep, best_id;
 };
 static_assert(sizeof(State) == 64, "the launcher allocates it");
 
@@ -106,13 +108,12 @@ struct Ranked {
     DEVICE bool operator<(const Ranked& other) const { return key < other.key || (key == other.key && id > other.id); }
 };
 
-DEVICE Ranked warp_best(Ranked best) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-        const Ranked other{__shfl_xor_sync(ALL_LANES, best.key, distance), __shfl_xor_sync(ALL_LANES, best.id, distance)};
-        if (best < other) best = other;
-    }
-    return best;
+DEVICE Ranked warp_best(Ranked own) {
+    const uint32_t own_high = static_cast<uint32_t>(own.key >> 32), own_low = static_cast<uint32_t>(own.key);
+    const uint32_t high = __reduce_max_sync(ALL_LANES, own_high);
+    const uint32_t low = __reduce_max_sync(ALL_LANES, own_high == high ? own_low : 0);
+    const bool best = own_high == high && own_low == low;
+    return {static_cast<uint64_t>(high) << 32 | low, __reduce_min_sync(ALL_LANES, best ? own.id : NOBODY)};
 }
 
 DEVICE Ranked block_best(Block& block, Ranked own) {
@@ -362,7 +363,8 @@ struct Draw {
     Ranked chosen;
     double chosen_logit;
 
-    DEVICE Draw(const Request& request, double reference)
+    // `best_id` is a token with the reference's logit: nothing with less than its noise is drawn.
+    DEVICE Draw(const Request& request, double reference, uint32_t best_id)
         : request(request),
           reference(reference),
           inverse(1.0 / static_cast<double>(request.temperature)),
@@ -376,7 +378,7 @@ struct Draw {
         const double infinity = -negative_infinity();
         lowest = static_cast<float>(reference == infinity ? infinity : reference - reach - (fabs(reference) + reach) * 0x1p-22);
         slack = fabsf(rough_reference) * scale * 0x1p-23f + 2e-4f;
-        offset = 2.82f * LOG2_E + slack;
+        offset = slack - (best_id == NOBODY ? -2.82f : rough_noise(word_of(best_id))) * LOG2_E;
     }
 
     DEVICE Words words(uint32_t group) const { return philox(group, request.position, request.seed_low, request.seed_high); }
@@ -415,8 +417,13 @@ struct Draw {
         const Words random = words(vector);
         const uint32_t largest = max(max(random.of[0], random.of[1]), max(random.of[2], random.of[3]));
         // In units of words, and a little less than it is.
-        if (share < 1.0f && largest < static_cast<uint32_t>((1.0f - share) * 0x1.fffffp31f)) return;
+        const uint32_t least = share < 1.0f ? static_cast<uint32_t>((1.0f - share) * 0x1.fffffp31f) : 0;
+        if (largest < least) return;
         tokens = probable(values, tokens);
+#pragma unroll
+        for (uint32_t j = 0; j < 4; ++j) {
+            if (random.of[j] < least) tokens &= ~(1u << j);
+        }
 #pragma unroll 1
         for (; tokens != 0; tokens &= tokens - 1) {
             const uint32_t j = static_cast<uint32_t>(__ffs(static_cast<int>(tokens)) - 1);

@@ -35,7 +35,7 @@ DEVICE double ratio(double x) {
     return sum * x + 1.0;
 }
 
-KERNEL void __launch_bounds__(THREADS, 1)
+KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
     sample_filter(const float* __restrict__ all_logits, const uint8_t* __restrict__ uploads,
                   uint32_t* arrivals,  // [rows] zeros
                   State* states,       // [rows]

@@ -162,7 +162,7 @@ KERNEL void __launch_bounds__(THREADS, 1)
     const Request& request = row.request;
     const Depths depths(request, state.max);
     const Search search{shared, row, depths};
-    Draw draw(request, state.max);
+    Draw draw(request, state.max, state.best_id);
     Ranked choice{0, NOBODY};
 
     if (searches) {

@@ -46,7 +46,7 @@ impl Tile for AbsorbTile {
     fn safe(_tokens: AbsorbTokens) -> Self {
         Self {
             few: LinearTile::of([16, 64, 1, 4, 8, 1], true),
-            many: LinearTile::of([128, 128, 2, 4, 2, 2], false),
+            many: LinearTile::of([64, 128, 2, 4, 3, 2], true),
         }
     }
 
@@ -62,8 +62,8 @@ impl Tile for AbsorbTile {
         ];
         let many = [
             ([64, 128, 2, 4, 3, 2], true),
-            ([128, 128, 2, 4, 2, 2], false),
-            ([128, 128, 2, 2, 2, 2], true),
+            ([64, 128, 2, 4, 3, 2], false),
+            ([128, 128, 2, 2, 2, 2], false),
             ([128, 128, 2, 4, 3, 1], true),
             ([128, 256, 2, 4, 3, 1], true),
         ];

@@ -212,7 +212,8 @@ impl<'a, D: Device> Product<'a, D> {
         tile.validate(LinearTokens::of(self.tokens), limits)?;
         let variant =
             linear_few::Variant { weight, vectors: self.vectors(), groups: linear_few::groups(self.tokens) };
-        let (blocks, splits) = tile.grid(self.features, self.columns, limits);
+        let grid = tile.grid([self.tokens, self.columns, self.features], limits);
+        let (blocks, splits) = (grid.blocks, grid.splits);
         let need = if splits > 1 { tile.need(blocks * splits, variant.groups) } else { Need::default() };
         let [parts, arrivals] = workspace.arguments(tile, need)?;
         let [x_rows, tokens, columns, features, floats] = self.sizes();
@@ -234,6 +235,7 @@ impl<'a, D: Device> Product<'a, D> {
                 tokens,
                 columns,
                 features,
+                Arg::I32(grid.block_features as i32),
                 floats,
             ],
         })

@@ -14,11 +14,9 @@ pub(crate) const ENTRY: &str = "linear_few";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LinearFewTile {
-    /// Warps of a block.
+    /// Warps of a block: they share its columns.
     pub warps: usize,
-    /// Warps that have features of their own; the others share columns.
-    pub row_warps: usize,
-    /// Groups of 16 features of a warp.
+    /// Groups of 16 features, of which the last need not be whole.
     pub row_tiles: usize,
     /// Groups of 32 columns that a warp takes in one step.
     pub halves: usize,
@@ -26,8 +24,6 @@ pub struct LinearFewTile {
     pub stages: usize,
     /// Blocks of a multiprocessor.
     pub blocks: usize,
-    /// Blocks share an output where that saves a multiprocessor more than so many KiB.
-    pub sharing: usize,
 }
 
 /// What is compiled apart.
@@ -38,6 +34,17 @@ pub(crate) struct Variant {
     pub(crate) vectors: bool,
     /// Groups of 8 tokens.
     pub(crate) groups: usize,
+}
+
+/// How a launch is cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Grid {
+    /// Features of a block.
+    pub(crate) block_features: usize,
+    /// Blocks along the features.
+    pub(crate) blocks: usize,
+    /// Blocks that share the columns.
+    pub(crate) splits: usize,
 }
 
 /// Groups of 8 tokens that a program for `tokens` has.
@@ -51,49 +58,36 @@ impl Tile for LinearFewTile {
 
     fn safe(tokens: LinearTokens) -> Self {
         match tokens {
-            LinearTokens::UpTo8 => Self::of([8, 1, 1, 2, 4, 1]),
-            _ => Self::of([8, 1, 2, 1, 4, 1]),
+            LinearTokens::UpTo8 => Self::of([8, 2, 1, 4, 1]),
+            _ => Self::of([8, 2, 1, 4, 1]),
         }
     }
 
     fn candidates(tokens: LinearTokens, limits: &Limits) -> Vec<Self> {
-        let shapes: &[[usize; 6]] = match tokens {
+        let shapes: &[[usize; 5]] = match tokens {
             LinearTokens::UpTo8 => &[
-                [8, 1, 1, 2, 3, 2],
-                [8, 1, 1, 2, 4, 1],
-                [8, 1, 1, 2, 6, 1],
-                [8, 2, 1, 2, 4, 1],
-                [16, 1, 1, 2, 3, 1],
-                [16, 2, 1, 2, 3, 1],
-                [4, 1, 2, 2, 4, 2],
-                [8, 1, 2, 1, 4, 1],
-                [8, 1, 2, 1, 6, 1],
-                [8, 1, 2, 2, 3, 1],
-                [8, 1, 4, 1, 4, 1],
+                [8, 1, 2, 4, 1],
+                [8, 1, 2, 6, 1],
+                [8, 1, 2, 3, 2],
+                [4, 2, 2, 4, 2],
+                [8, 2, 1, 4, 1],
+                [8, 2, 1, 6, 1],
+                [8, 2, 2, 3, 1],
+                [8, 3, 1, 4, 1],
             ],
             _ => &[
-                [8, 1, 1, 1, 4, 1],
-                [8, 2, 1, 1, 4, 1],
-                [8, 4, 1, 1, 4, 1],
-                [8, 4, 1, 1, 3, 2],
-                [8, 8, 1, 1, 4, 1],
-                [8, 8, 1, 1, 3, 2],
-                [16, 4, 1, 1, 3, 1],
-                [16, 8, 1, 1, 3, 1],
-                [4, 1, 2, 1, 4, 2],
-                [8, 1, 2, 1, 3, 1],
-                [8, 1, 2, 1, 4, 1],
-                [8, 2, 2, 1, 4, 1],
-                [8, 2, 2, 1, 2, 2],
-                [8, 4, 2, 1, 4, 1],
-                [8, 1, 3, 1, 3, 1],
-                [8, 1, 4, 1, 3, 1],
-                [8, 2, 4, 1, 3, 1],
+                [8, 1, 1, 4, 1],
+                [4, 2, 1, 4, 2],
+                [8, 2, 1, 3, 1],
+                [8, 2, 1, 4, 1],
+                [8, 3, 1, 3, 1],
+                [4, 3, 1, 4, 1],
+                [8, 4, 1, 3, 1],
             ],
         };
         shapes
             .iter()
-            .flat_map(|&shape| [4, 16, 64, 1000].map(|sharing| Self { sharing, ..Self::of(shape) }))
+            .map(|&shape| Self::of(shape))
             .filter(|tile| tile.validate(tokens, limits).is_ok())
             .collect()
     }
@@ -120,17 +114,17 @@ impl Tile for LinearFewTile {
 }
 
 impl LinearFewTile {
-    const fn of([warps, row_warps, row_tiles, halves, stages, blocks]: [usize; 6]) -> Self {
-        Self { warps, row_warps, row_tiles, halves, stages, blocks, sharing: 32 }
+    const fn of([warps, row_tiles, halves, stages, blocks]: [usize; 5]) -> Self {
+        Self { warps, row_tiles, halves, stages, blocks }
     }
 
     pub(crate) fn threads(&self) -> u32 {
         32 * self.warps as u32
     }
 
-    /// Features of a block.
+    /// Features of a block at most.
     fn features(&self) -> usize {
-        16 * self.row_tiles * self.row_warps
+        16 * self.row_tiles
     }
 
     fn max_groups(tokens: LinearTokens) -> usize {
@@ -146,7 +140,7 @@ impl LinearFewTile {
         let row_vectors = if weight == DType::F32 { 2 } else { 1 };
         let step = self.halves * (2 * self.row_tiles * row_vectors + groups) * 32 * 16;
         let ring = self.warps * self.stages(weight) * step;
-        let parts = self.warps / self.row_warps * 8 * groups * (self.features() + 4) * 4;
+        let parts = self.warps * 8 * groups * (self.features() + 4) * 4;
         let flag = 16;
         ring.max(parts) + flag
     }
@@ -160,7 +154,6 @@ impl LinearFewTile {
                 ("VECTORS", u8::from(vectors).to_string()),
                 ("TOKEN_GROUPS", groups.to_string()),
                 ("TILE_WARPS", self.warps.to_string()),
-                ("TILE_ROW_WARPS", self.row_warps.to_string()),
                 ("TILE_ROW_TILES", self.row_tiles.to_string()),
                 ("TILE_HALVES", self.halves.to_string()),
                 ("TILE_STAGES", self.stages(weight).to_string()),
@@ -176,18 +169,26 @@ impl LinearFewTile {
         self.blocks * limits.multiprocessors as usize
     }
 
-    /// Blocks along the features, and along the columns: those that cost least, by the bytes that the busiest multiprocessor reads.
-    /// Sharing an output costs time too.
-    pub(crate) fn grid(&self, features: usize, columns: usize, limits: &Limits) -> (usize, usize) {
-        let blocks = features.div_ceil(self.features());
+    /// Features of a block, and blocks along the features and along the columns: those that cost least, by the bytes that the busiest
+    /// multiprocessor reads. Sharing an output costs as much as reading 64 KiB.
+    pub(crate) fn grid(&self, [tokens, columns, features]: [usize; 3], limits: &Limits) -> Grid {
+        const SHARING: usize = 64 * 1024;
         let steps = columns.div_ceil(32 * self.halves);
-        let step_bytes = self.features() * 32 * self.halves * 2;
-        let most = (self.slots(limits) / blocks).min(steps.div_ceil(self.warps / self.row_warps)).max(1);
-        let cost = |splits: usize| {
-            let busiest = (blocks * splits).div_ceil(limits.multiprocessors as usize);
-            busiest * steps.div_ceil(splits) * step_bytes + if splits > 1 { 1024 * self.sharing } else { 0 }
+        let step_bytes = 2 * 32 * self.halves;
+        let multiprocessors = limits.multiprocessors as usize;
+        let whole = self.features();
+        let grids = (whole - 12..=whole).rev().step_by(4).flat_map(|block_features| {
+            let blocks = features.div_ceil(block_features);
+            let most = (self.slots(limits) / blocks).min(steps.div_ceil(self.warps)).max(1);
+            (1..=most).map(move |splits| Grid { block_features, blocks, splits })
+        });
+        let cost = |&Grid { block_features, blocks, splits }: &Grid| {
+            let busiest = (blocks * splits).div_ceil(multiprocessors);
+            let sharing = if splits > 1 { SHARING } else { 0 };
+            busiest * steps.div_ceil(splits) * step_bytes * (block_features + tokens) + sharing
         };
-        (blocks, (1..=most).min_by_key(|&splits| cost(splits)).unwrap_or(1))
+        let apart = Grid { block_features: whole, blocks: features.div_ceil(whole), splits: 1 };
+        grids.min_by_key(cost).unwrap_or(apart)
     }
 
     pub(crate) fn need(&self, blocks: usize, groups: usize) -> Need {
@@ -239,7 +240,6 @@ mod tests {
         for (tile, reason) in [
             (LinearFewTile { warps: 17, ..safe }, "1 to 16 warps"),
             (LinearFewTile { row_tiles: 5, ..safe }, "1 to 4 groups of 16 features"),
-            (LinearFewTile { row_warps: 3, ..safe }, "not the same number"),
             (LinearFewTile { halves: 3, ..safe }, "32 or 64 columns"),
             (LinearFewTile { stages: 1, ..safe }, "2 to 8 steps"),
             (LinearFewTile { blocks: 9, ..safe }, "1 to 8 blocks"),
@@ -265,13 +265,26 @@ mod tests {
             for tile in LinearFewTile::candidates(tokens, &limits) {
                 let most = tile.needs(&limits, tokens);
                 for (features, columns) in [(16, 6144), (512, 65536), (2624, 6144), (19360, 6144), (70, 8)] {
-                    let (blocks, splits) = tile.grid(features, columns, &limits);
-                    assert!(blocks * tile.features() >= features && splits >= 1);
+                    let grid = tile.grid([8, columns, features], &limits);
+                    let Grid { block_features, blocks, splits } = grid;
+                    assert!(blocks * block_features >= features && splits >= 1);
+                    assert!(block_features <= tile.features());
                     let need = tile.need(blocks * splits, LinearFewTile::max_groups(tokens));
                     let fits = need.part_bytes <= most.part_bytes && need.arrivals <= most.arrivals;
-                    assert!(splits == 1 || fits, "{tile:?} {features} {columns}");
+                    assert!(splits == 1 || fits, "{tile:?} {grid:?}");
                 }
             }
         }
+    }
+
+    #[test]
+    fn multiprocessors_read_the_same() {
+        let limits = Limits { multiprocessors: 132, ..Limits::a100() };
+        let tile = LinearFewTile::of([8, 2, 1, 4, 1]);
+        let grid = |features, columns| tile.grid([1, columns, features], &limits);
+        assert_eq!(grid(2624, 6144), Grid { block_features: 20, blocks: 132, splits: 1 });
+        assert_eq!(grid(6144, 2048).blocks, 256);
+        // Few features and many columns are shared.
+        assert!(grid(64, 6144).splits > 8);
     }
 }

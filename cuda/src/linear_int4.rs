@@ -448,11 +448,11 @@ pub fn linear_int4<D: Device>(
     if tokens == 0 || out_features == 0 {
         return Ok(());
     }
-    // Places of activations, and of 16 bytes of the weight, are counted in 32 bits.
-    let pieces = shape.weight_bytes() / 16;
-    if (tokens * in_features).max(tokens * out_features).max(pieces) >= 1 << 31 {
+    // Bytes of activations and of the weight are counted in 32 bits.
+    let most = (2 * tokens * in_features).max(tokens * out_features).max(shape.weight_bytes());
+    if most >= 1 << 32 {
         let found = format!("{tokens} x {in_features} x {out_features}");
-        let expected = "fewer than 2^31 activations and pieces of a weight".into();
+        let expected = "less than 2^32 bytes of activations, and of a weight".into();
         return Err(Error::Value { kernel: KERNEL, name: "dims", expected, found });
     }
     let variant = Variant::of(shape, out.dtype());

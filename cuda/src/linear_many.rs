@@ -29,8 +29,6 @@ pub struct LinearTile {
     pub blocks: usize,
     /// Whether a warp reads what it multiplies next while it multiplies.
     pub ahead: bool,
-    /// Blocks share tiles where that saves more than so many steps.
-    pub sharing: usize,
 }
 
 /// What is compiled apart.
@@ -50,7 +48,7 @@ impl Tile for LinearTile {
 
     fn safe(tokens: LinearTokens) -> Self {
         match tokens {
-            LinearTokens::Many => Self::of([128, 128, 2, 2, 2, 2], true),
+            LinearTokens::Many => Self::of([128, 256, 2, 4, 3, 1], true),
             _ => Self::of([64, 64, 2, 4, 4, 2], true),
         }
     }
@@ -58,31 +56,25 @@ impl Tile for LinearTile {
     fn candidates(tokens: LinearTokens, limits: &Limits) -> Vec<Self> {
         let shapes: &[([usize; 6], bool)] = match tokens {
             LinearTokens::Many => &[
-                ([128, 128, 2, 2, 2, 2], true),
-                ([128, 128, 2, 4, 4, 1], true),
                 ([128, 256, 2, 4, 3, 1], true),
                 ([128, 256, 2, 4, 3, 1], false),
-                ([256, 128, 4, 2, 3, 1], true),
+                ([128, 128, 2, 4, 4, 1], true),
+                ([128, 128, 2, 2, 2, 2], false),
                 ([64, 128, 2, 4, 3, 2], true),
-                ([64, 128, 1, 4, 3, 2], true),
-                ([64, 256, 1, 4, 2, 2], true),
             ],
             _ => &[
-                ([64, 128, 2, 4, 3, 2], true),
-                ([64, 128, 2, 4, 4, 1], true),
-                ([64, 128, 2, 4, 6, 1], true),
                 ([64, 64, 2, 2, 4, 2], true),
                 ([64, 64, 2, 4, 4, 2], true),
+                ([64, 128, 2, 4, 4, 1], true),
+                ([64, 128, 2, 4, 6, 1], true),
                 ([64, 256, 2, 4, 3, 1], true),
-                ([128, 128, 2, 2, 2, 2], true),
-                ([128, 128, 2, 4, 4, 1], true),
                 ([128, 64, 4, 2, 4, 1], true),
                 ([128, 64, 4, 2, 3, 2], true),
             ],
         };
         shapes
             .iter()
-            .flat_map(|&(shape, ahead)| [2, 1000].map(|sharing| Self { sharing, ..Self::of(shape, ahead) }))
+            .map(|&(shape, ahead)| Self::of(shape, ahead))
             .filter(|tile| tile.validate(tokens, limits).is_ok())
             .collect()
     }
@@ -97,7 +89,7 @@ impl LinearTile {
         [tokens, features, token_warps, feature_warps, stages, blocks]: [usize; 6],
         ahead: bool,
     ) -> Self {
-        Self { tokens, features, token_warps, feature_warps, stages, blocks, ahead, sharing: 8 }
+        Self { tokens, features, token_warps, feature_warps, stages, blocks, ahead }
     }
 
     /// Fails in the name of `tile` unless a kernel can run with this.
@@ -131,8 +123,8 @@ impl LinearTile {
     pub(crate) fn shared_bytes(&self, weight: DType) -> usize {
         let weight_bytes = if weight == DType::F32 { 4 } else { 2 };
         let stage = COLUMNS * (2 * self.tokens + weight_bytes * self.features);
-        let (rows, stretches_and_flag) = (4 * self.tokens, 32);
-        self.stages * stage + rows + stretches_and_flag
+        let stretches_and_flag = 32;
+        self.stages * stage + stretches_and_flag
     }
 
     /// Pieces take registers, f32 shared memory: with such weights a small tile serves.
@@ -167,7 +159,8 @@ impl LinearTile {
     }
 
     /// Blocks of a launch, and what they need of a workspace: a tile each, or, where that leaves much of the last wave empty, as many as
-    /// are resident, which then share tiles.
+    /// are resident, which then share tiles
+    /// at the cost of eight steps.
     pub(crate) fn grid(
         &self,
         tokens: usize,
@@ -175,12 +168,13 @@ impl LinearTile {
         columns: usize,
         limits: &Limits,
     ) -> (usize, Need) {
+        const SHARING: usize = 8;
         let multiprocessors = limits.multiprocessors as usize;
         let (tiles, steps) =
             (tokens.div_ceil(self.tokens) * features.div_ceil(self.features), columns.div_ceil(COLUMNS));
         let slots = self.slots(limits).min(tiles * steps);
         let apart = tiles.div_ceil(multiprocessors) * steps;
-        let shared = (tiles * steps).div_ceil(multiprocessors) + self.sharing;
+        let shared = (tiles * steps).div_ceil(multiprocessors) + SHARING;
         if shared < apart && tiles <= MAX_WAVES * slots {
             (slots, self.need(slots, tiles))
         } else {
@@ -299,7 +293,7 @@ mod tests {
 
     #[test]
     fn blocks_share_tiles_where_the_last_wave_would_be_empty() {
-        let (limits, tile) = (Limits::a100(), LinearTile::of([128, 128, 2, 2, 2, 2], true));
+        let (limits, tile) = (Limits::a100(), LinearTile::of([128, 128, 2, 2, 2, 2], false));
         let slots = 2 * limits.multiprocessors as usize;
         // 168 tiles on 108 multiprocessors, and 108.
         assert_eq!(tile.grid(1024, 2624, 6144, &limits).0, slots);

@@ -49,7 +49,7 @@ impl Tile for MoeInt4PairsTile {
             row_groups: 1,
             blocks: 2,
         };
-        Self { max_tokens: 8, gate_up, down: DownTile { warps: 8, row_tiles: 1, k_tiles: 4 } }
+        Self { max_tokens: 4, gate_up, down: DownTile { warps: 8, row_tiles: 1, k_tiles: 4 } }
     }
 
     fn candidates(dims: Self::Dims, limits: &Limits) -> Vec<Self> {
@@ -76,19 +76,15 @@ impl Tile for MoeInt4PairsTile {
 }
 
 /// Tokens at most; of gate-up: columns of warps, row tiles, tiles of inputs, stages, blocks; of down: warps, row tiles.
-const CANDIDATES: [[usize; 8]; 12] = [
-    [8, 8, 1, 1, 8, 2, 8, 1],
-    [8, 8, 1, 2, 6, 2, 4, 1],
-    [8, 8, 1, 4, 3, 2, 4, 1],
-    [8, 4, 2, 2, 4, 3, 4, 1],
-    [8, 4, 2, 4, 3, 2, 4, 1],
-    [8, 4, 4, 1, 4, 2, 4, 1],
-    [8, 4, 2, 2, 3, 4, 4, 2],
-    [8, 4, 1, 4, 4, 3, 8, 2],
-    [8, 8, 2, 2, 4, 1, 2, 1],
+const CANDIDATES: [[usize; 8]; 8] = [
+    [4, 8, 1, 1, 8, 2, 8, 1],
+    [4, 4, 2, 4, 3, 2, 4, 1],
     [4, 4, 2, 2, 4, 3, 4, 1],
-    [4, 8, 1, 4, 3, 2, 8, 1],
-    [2, 4, 1, 4, 4, 3, 2, 1],
+    [4, 4, 1, 4, 4, 3, 8, 2],
+    [4, 8, 1, 4, 3, 2, 4, 1],
+    [4, 8, 2, 4, 2, 1, 8, 1],
+    [4, 4, 4, 2, 3, 2, 4, 2],
+    [4, 8, 1, 4, 2, 2, 2, 1],
 ];
 
 pub(crate) fn pairs_variant(shape: Int4Shape) -> Variant {

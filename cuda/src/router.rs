@@ -64,10 +64,10 @@ impl RouterTile {
         32 * self.warps as u32
     }
 
-    /// A token's scores; what they are chosen by and the groups' scores, where groups are dropped.
+    /// A token's scores and who is chosen; what they are chosen by and the groups' scores, where groups are dropped.
     fn shared_bytes(&self, dims: RouterDims, grouped: bool) -> usize {
         let RouterDims { experts, groups } = dims;
-        self.warps * 4 * if grouped { 2 * experts + groups } else { experts }
+        self.warps * 4 * (MAX_CHOSEN + if grouped { 2 * experts + groups } else { experts })
     }
 
     fn program(&self, dims: RouterDims, bias: DType, grouped: bool) -> Program {

@@ -59,7 +59,7 @@ impl Tile for SampleTile {
     }
 
     fn candidates((): (), limits: &Limits) -> Vec<Self> {
-        let tiles = [(128, 4), (128, 8), (256, 2), (256, 4), (256, 8), (512, 1), (512, 2), (512, 4)]
+        let tiles = [(128, 4), (128, 6), (256, 2), (256, 3), (256, 4), (256, 6), (512, 1), (512, 2)]
             .into_iter()
             .map(|(threads, split)| Self { threads, split, ..Self::safe(()) });
         tiles.filter(|tile| tile.validate((), limits).is_ok()).collect()

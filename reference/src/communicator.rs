@@ -12,7 +12,7 @@ use crate::tensor::DeviceTensor;
 /// run.
 ///
 /// # Errors
-/// Every method fails with [`Error::Communicator`](crate::Error::Communicator) when another rank has failed
+/// Every method fails with [`Error::Communicator`] when another rank has failed
 /// or left: never a hang.
 pub trait Communicator<T>: Send {
     /// This rank, `0..world_size`.

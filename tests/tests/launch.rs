@@ -45,7 +45,10 @@ fn refusals_name_the_option_and_what_would_fit() {
             LaunchOptions { max_model_len: Some(512), num_pages: Some(4), page_size: 64, ..options() },
             "longest context that would fit is 256 tokens",
         ),
-        (LaunchOptions { kv_cache_bytes: Some(1), ..options() }, "longest context that would fit is 0 tokens"),
+        (
+            LaunchOptions { kv_cache_bytes: Some(1), ..options() },
+            "longest context that would fit is 0 tokens",
+        ),
     ];
     for (options, expected) in cases {
         let message = refusal(&options);
@@ -62,7 +65,8 @@ fn without_a_gpu_cuda_says_what_is_missing() {
         Err(error) => {
             let message = error.to_string();
             assert!(message.starts_with("--device cuda: ") && message.contains("--device cpu"), "{message}");
-            let missing = ["install the NVIDIA driver", "lists no GPU", "new enough", "cuda/requirements.txt"];
+            let missing =
+                ["install the NVIDIA driver", "lists no GPU", "new enough", "cuda/requirements.txt"];
             assert!(missing.iter().any(|words| message.contains(words)), "{message}");
         }
     }

@@ -1,6 +1,7 @@
 //! The model on one GPU.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use dsa80_cuda::{Cuda, Device as _, Gpu};
 use dsa80_reference::communicator::SingleRank;
@@ -72,10 +73,11 @@ fn cache_memory(gpu: &Gpu, options: &LaunchOptions) -> Result<CacheMemory, Launc
     Ok(CacheMemory { bytes, element_bytes: 2 })
 }
 
-/// A prompt in chunks, past the length from which the indexer has to choose, and a decode of one and of all sequences: what they launch
-/// is compiled (or found in the cache on disk), and what the kernels keep has grown.
+/// A prompt in chunks, past the length from which the indexer has to choose, then chunks and batches of every power of two: what they
+/// launch is compiled (or found in the cache on disk), and what the kernels keep between launches has grown.
 fn warm_up(model: &mut dyn StepModel, config: &ModelConfig) -> Result<(), LaunchError> {
-    let started = std::time::Instant::now();
+    tracing::info!("compiling the kernels: a minute the first time, then they are found on disk");
+    let started = Instant::now();
     let limits = model.limits();
     let held = limits.max_model_len.min(limits.num_pages.saturating_mul(limits.page_size));
     let context = held.min(config.index_topk.saturating_add(limits.max_batch_tokens));
@@ -83,14 +85,20 @@ fn warm_up(model: &mut dyn StepModel, config: &ModelConfig) -> Result<(), Launch
         let chunk = limits.max_batch_tokens.min(context - start);
         warm_up_step(model, &limits, 1, start, chunk)?;
     }
-    for sequences in [1, limits.max_batch_seqs] {
+    let up_to =
+        |most: usize| (0..usize::BITS).map(|i| 1 << i).take_while(move |&n: &usize| n < most).chain([most]);
+    for tokens in up_to(limits.max_batch_tokens.min(context)) {
+        warm_up_step(model, &limits, 1, context - tokens, tokens)?;
+    }
+    for sequences in up_to(limits.max_batch_seqs) {
         warm_up_step(model, &limits, sequences, context - 1, 1)?;
     }
     tracing::info!(elapsed_ms = started.elapsed().as_millis() as u64, "the kernels are compiled");
     Ok(())
 }
 
-/// `sequences` with `tokens` new ones each after `computed`, all on the same pages: what they write is never read again.
+/// `sequences` with `tokens` new ones each after `computed`, all on the same pages: what they write is never read again. Every second one
+/// draws with all filters.
 fn warm_up_step(
     model: &mut dyn StepModel,
     limits: &StepLimits,
@@ -103,10 +111,12 @@ fn warm_up_step(
     let token_ids: Vec<u32> = (computed..computed + tokens).map(|i| (i % limits.vocab_size) as u32).collect();
     let slice = SequenceSlice { token_ids: &token_ids, computed_len: computed, pages: &pages };
     let batch = Batch::new(limits.page_size, &vec![slice; sequences])?;
-    let params = Arc::new(SamplingParams::default());
+    let plain = Arc::new(SamplingParams::default());
+    let filtered =
+        Arc::new(SamplingParams { top_k: 40, top_p: 0.9, min_p: 0.01, ..SamplingParams::default() });
     let target = |sequence: usize| SampleTarget {
         row: (sequence + 1) * tokens - 1,
-        params: Arc::clone(&params),
+        params: Arc::clone(if sequence.is_multiple_of(2) { &filtered } else { &plain }),
         prompt: Arc::default(),
         output: Vec::new(),
         banned: Arc::default(),

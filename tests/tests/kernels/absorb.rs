@@ -20,7 +20,6 @@ const FEW: LinearTile = LinearTile {
     stages: 2,
     blocks: 1,
     ahead: true,
-    sharing: 8,
 };
 const MANY: LinearTile = LinearTile {
     tokens: 32,
@@ -30,7 +29,6 @@ const MANY: LinearTile = LinearTile {
     stages: 3,
     blocks: 1,
     ahead: false,
-    sharing: 8,
 };
 const TILE: AbsorbTile = AbsorbTile { few: FEW, many: MANY };
 
@@ -183,7 +181,7 @@ fn planted_faults_are_seen() {
         // The output's weights begin where the query's do.
         (OUTPUT, "absorb.cu", "+ weight_first)", ")"),
         // Columns beyond the last, and a matrix that is not turned.
-        (QUERY, "linear_tiles.cuh", ", length, row < rows);", ", length, row < rows - 1);"),
+        (QUERY, "linear_tiles.cuh", "outer + row < rows;", "outer + row < rows - 1;"),
         (QUERY, "linear_tiles.cuh", "ldmatrix_x4_trans(words", "ldmatrix_x4(words"),
     ] {
         let fault = Fault { file, find, replace };

@@ -25,8 +25,7 @@ pub(crate) struct Variant {
     many: LinearTile,
 }
 
-const FEW: LinearFewTile =
-    LinearFewTile { warps: 2, row_warps: 1, row_tiles: 1, halves: 2, stages: 3, blocks: 1, sharing: 32 };
+const FEW: LinearFewTile = LinearFewTile { warps: 2, row_tiles: 1, halves: 2, stages: 3, blocks: 1 };
 const MANY: LinearTile = LinearTile {
     tokens: 16,
     features: 64,
@@ -35,16 +34,15 @@ const MANY: LinearTile = LinearTile {
     stages: 2,
     blocks: 1,
     ahead: true,
-    sharing: 8,
 };
 
 const fn few(
     tokens: (usize, usize),
     columns: (usize, usize),
     weight: DType,
-    [warps, row_warps, row_tiles, halves, stages]: [usize; 5],
+    [warps, row_tiles, halves, stages]: [usize; 4],
 ) -> Variant {
-    let few = LinearFewTile { warps, row_warps, row_tiles, halves, stages, blocks: 1, sharing: 32 };
+    let few = LinearFewTile { warps, row_tiles, halves, stages, blocks: 1 };
     Variant { tokens, columns, features: 70, weight, few, many: MANY }
 }
 
@@ -55,30 +53,22 @@ const fn many(
     [tile_tokens, features, token_warps, feature_warps, stages]: [usize; 5],
 ) -> Variant {
     let ahead = stages == 2;
-    let many = LinearTile {
-        tokens: tile_tokens,
-        features,
-        token_warps,
-        feature_warps,
-        stages,
-        blocks: 1,
-        ahead,
-        sharing: 8,
-    };
+    let many =
+        LinearTile { tokens: tile_tokens, features, token_warps, feature_warps, stages, blocks: 1, ahead };
     Variant { tokens, columns, features: 150, weight, few: FEW, many }
 }
 
 /// The middling weight, with one block an output and with several that share it.
-const WHOLE: Variant = few((1, 8), (400, 8), DType::Bf16, [2, 1, 1, 2, 3]);
-const SHARED: Variant = few((17, 32), (800, 8), DType::Bf16, [4, 2, 2, 2, 2]);
+const WHOLE: Variant = few((1, 8), (400, 8), DType::Bf16, [2, 1, 2, 3]);
+const SHARED: Variant = few((17, 32), (800, 8), DType::Bf16, [2, 4, 2, 2]);
 const TILES: Variant = many((33, 60), (800, 8), DType::Bf16, [16, 64, 1, 2, 2]);
 
 /// Every constant of the kernels, in few programs.
 pub(crate) const VARIANTS: &[Variant] = &[
     WHOLE,
     SHARED,
-    few((9, 16), (90, 1), DType::F16, [3, 3, 2, 1, 4]),
-    few((1, 8), (300, 8), DType::F32, [2, 1, 1, 2, 4]),
+    few((9, 16), (90, 1), DType::F16, [3, 2, 1, 4]),
+    few((1, 8), (300, 8), DType::F32, [2, 1, 2, 4]),
     TILES,
     many((129, 150), (200, 8), DType::F16, [64, 128, 2, 4, 3]),
     many((33, 50), (100, 1), DType::F32, [32, 64, 1, 2, 2]),
@@ -135,7 +125,7 @@ fn pieces(weight: DType) -> usize {
 
 /// The relative L2 error of such sums: their roundings are many, and mostly cancel.
 pub(crate) fn sum_l2(columns: usize) -> f64 {
-    1e-6 + columns as f64 / 64.0 * F32_UNIT
+    3e-6 + columns as f64 / 32.0 * F32_UNIT
 }
 
 struct Inputs {

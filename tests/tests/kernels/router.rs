@@ -215,7 +215,8 @@ fn planted_faults_are_seen() {
         ("if (better >= topk_group)", "if (better + 1 >= topk_group)"),
         // A group is scored by its best alone.
         ("to_key(to_value(best) + to_value(second))", "best"),
-        // Ties go to the higher expert, inside a lane and among lanes.
+        // Ties go to the higher expert, inside a lane and among lanes; they are not seen.
+        ("tied |= (owners & (owners - 1)) != 0;", ""),
         ("if (keys[i] > best.key)", "if (keys[i] >= best.key)"),
         (
             "__reduce_min_sync(ALL_LANES, own.key == key ? own.index : 0xffffffffu)",
@@ -225,7 +226,7 @@ fn planted_faults_are_seen() {
         ("float weight = lane < k ?", "float weight = lane < k - 1 ?"),
         ("if (normalise != 0)", "if (normalise == 0)"),
         // Scores are read before they are there.
-        ("    __syncwarp();\n    float weight", "    float weight"),
+        ("    __syncwarp();\n    int chosen", "    int chosen"),
         // The last token of a block is left out.
         ("if (token >= tokens) return;", "if (token >= tokens - 1) return;"),
     ] {
@@ -258,6 +259,10 @@ fn ties(device: &TestDevice) {
     assert_eq!(ids(&[1.0; 6], 4, (3, 2)), [0, 1, 2, 3]);
     // Group 1 ties with group 2 for the second place.
     assert_eq!(ids(&[5.0, 1.0, 0.5, 2.0, 2.0, 0.5], 4, (3, 2)), [0, 3, 1, 2]);
+    // One lane has the best three, which tie.
+    let mut one_lane = [0.0; 100];
+    [3, 35, 99].map(|expert| one_lane[expert] = 1.0);
+    assert_eq!(ids(&one_lane, 4, (1, 1)), [3, 35, 99, 0]);
     // NaN is last of all, and so is a group that needs it; infinities are the ends.
     let (nan, infinity) = (f64::NAN, f64::INFINITY);
     assert_eq!(ids(&[nan, -infinity, infinity, 0.0, nan, 1.0], 6, (1, 1)), [2, 5, 3, 1, 0, 4]);
@@ -271,10 +276,14 @@ fn ties(device: &TestDevice) {
 #[test]
 fn ties_and_what_is_no_number() {
     parity::small_cases(ties);
-    // Ties go to the higher group.
-    let (find, replace) = ("groups[own] && group < own", "groups[own] && group > own");
-    let fault = Fault { file: "router.cu", find, replace };
-    parity::catches(fault, Just(()), |device, ()| ties(device));
+    for (find, replace) in [
+        // Ties go to the higher group; to the higher expert of a lane.
+        ("groups[own] && group < own", "groups[own] && group > own"),
+        ("const bool swap = keys[i] < keys[i + 1];", "const bool swap = keys[i] <= keys[i + 1];"),
+    ] {
+        let fault = Fault { file: "router.cu", find, replace };
+        parity::catches(fault, Just(()), |device, ()| ties(device));
+    }
 }
 
 #[test]

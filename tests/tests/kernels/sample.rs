@@ -156,9 +156,18 @@ impl Row {
 
     fn adjusted(&self, logits: &[f64]) -> Vec<f64> {
         let (params, mut logits) = (&self.params, logits.to_vec());
-        let times = |ids: &[u32], id: usize| ids.iter().filter(|&&other| other as usize == id).count() as f64;
+        let times = |ids: &[u32]| {
+            let mut times = vec![0.0; logits.len()];
+            for &id in ids {
+                if let Some(times) = times.get_mut(id as usize) {
+                    *times += 1.0;
+                }
+            }
+            times
+        };
+        let (banned, prompt, output) = (times(&self.banned), times(&self.prompt), times(&self.output));
         for (id, x) in logits.iter_mut().enumerate() {
-            if times(&self.banned, id) > 0.0 {
+            if banned[id] > 0.0 {
                 *x = f64::NEG_INFINITY;
             }
             params
@@ -166,13 +175,12 @@ impl Row {
                 .iter()
                 .filter(|bias| bias.0 as usize == id)
                 .for_each(|bias| *x += f64::from(bias.1));
-            let output = times(&self.output, id);
-            if output + times(&self.prompt, id) > 0.0 {
+            if output[id] + prompt[id] > 0.0 {
                 let penalty = f64::from(params.repetition_penalty);
                 *x = if *x > 0.0 { *x / penalty } else { *x * penalty };
             }
-            if output > 0.0 {
-                *x -= f64::from(params.frequency_penalty) * output + f64::from(params.presence_penalty);
+            if output[id] > 0.0 {
+                *x -= f64::from(params.frequency_penalty) * output[id] + f64::from(params.presence_penalty);
             }
         }
         logits
@@ -284,7 +292,7 @@ fn agrees_with_the_oracle() {
 #[test]
 fn agrees_with_the_oracle_at_size_with_every_tile() {
     let tiles = SampleTile::candidates((), &Limits::a100());
-    parity::check_on_gpu("sample_at_size", cases(tiles.leak(), &[151_553, 154_880], 4), run);
+    parity::check_on_gpu("sample_at_size", cases(tiles.leak(), &[151_553, 154_880], 2), run);
 }
 
 #[derive(Debug, Clone, Copy)]

@@ -48,6 +48,8 @@ fn steps_of_a_shard_of_glm() {
     }
     for (sequences, tokens) in [(1, 1), (8, 1), (32, 1), (64, 1), (1, 512), (1, 2048)] {
         let milliseconds = milliseconds(&mut rank, sequences, tokens);
-        println!("{sequences:>2} sequences of {tokens:>4} new tokens, context {CONTEXT}: {milliseconds:.2} ms");
+        println!(
+            "{sequences:>2} sequences of {tokens:>4} new tokens, context {CONTEXT}: {milliseconds:.2} ms"
+        );
     }
 }

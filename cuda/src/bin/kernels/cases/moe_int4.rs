@@ -20,7 +20,7 @@ const TOP_K: usize = 8;
 const SAMPLED: usize = 2;
 
 /// Tokens that take the way of few.
-const FEW: usize = 8;
+const FEW: usize = 4;
 
 #[derive(Debug, Clone, Copy)]
 struct Shape {
@@ -126,8 +126,8 @@ impl Step {
     fn new(gpu: &Gpu, tiles: &Tiles, shape: Shape) -> Result<Self> {
         let (tokens, dims) = (shape.tokens, shape.dims());
         let mut random = Random::new(tokens as u64);
-        let gate_up = inputs::packed_int4(gpu, dims.gate_up, EXPERTS, 1, 0.005)?;
-        let down = inputs::packed_int4(gpu, dims.down, EXPERTS, 2, 0.02)?;
+        let gate_up = inputs::packed_int4(gpu, dims.gate_up, EXPERTS, 1, 0.003)?;
+        let down = inputs::packed_int4(gpu, dims.down, EXPERTS, 2, 0.04)?;
         let active = active(&shape.choices(&mut random));
         let bytes = moe_int4::cost(tokens, TOP_K, active, &dims).bytes;
         let sets = (0..copies(gpu, bytes).min(32) as u64)
@@ -137,14 +137,7 @@ impl Step {
                     x: inputs::normal(gpu, "x", DType::Act, &rows, 3 * seed, 1.0)?,
                     ids: inputs::indices(gpu, "topk_ids", &[tokens, TOP_K], &host_ids)?,
                     host_ids,
-                    weights: inputs::normal(
-                        gpu,
-                        "topk_weights",
-                        DType::Float,
-                        &[tokens, TOP_K],
-                        3 * seed + 1,
-                        1.0,
-                    )?,
+                    weights: weights(gpu, tokens, &mut random)?,
                     shared: inputs::normal(gpu, "shared", DType::Act, &rows, 3 * seed + 2, 0.5)?,
                     out: CudaTensor::alloc(gpu, "out", DType::Act, &rows)?,
                 })
@@ -191,6 +184,14 @@ impl Step {
         exact.moe_int4(&x, &ids, &weights, &experts, Some(&shared), &mut out)?;
         exact.read(&out)
     }
+}
+
+/// What the router gives: the same order of magnitude for every expert.
+fn weights(gpu: &Gpu, tokens: usize, random: &mut Random) -> Result<CudaTensor<Gpu>> {
+    let tensor = CudaTensor::alloc(gpu, "topk_weights", DType::Float, &[tokens, TOP_K])?;
+    let values: Vec<f32> = (0..tensor.len()).map(|_| 0.2 + random.below(1000) as f32 * 3e-4).collect();
+    gpu.write(tensor.buffer(), 0, bytemuck::cast_slice(&values))?;
+    Ok(tensor)
 }
 
 /// Experts that somebody chose.
