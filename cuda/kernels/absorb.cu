@@ -19,8 +19,9 @@ absorb(const uint16_t* __restrict__ x,     // [tokens, heads, x_width] bf16
     uint16_t* to = out + static_cast<int64_t>(head) * out_width;
     float c[M][N][4];
     multiply_tile(shared, in, first_token, first_feature, 0, (columns + COLUMNS - 1) / COLUMNS, c);
-    const bool aligned = out_width % 2 == 0;
-    store_tile(c, reinterpret_cast<uint8_t*>(to), out_stride, first_token, first_feature, tokens, features, false, aligned);
+    store_tile(c, first_token, first_feature, tokens, [&](int token, int feature, const float(&pair)[2]) {
+        store_outputs(to + token * out_stride, feature, features, false, out_width % 2 == 0, pair);
+    });
 
     // What a row has beyond its columns; vectors where all of it is aligned.
     const int rotary = TRANSPOSED && blockIdx.y == 0 ? x_width - columns : 0, rows = min(TILE_TOKENS, tokens - first_token);

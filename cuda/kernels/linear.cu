@@ -1,4 +1,4 @@
-// `linear` and `lm_head` for many tokens: out[t, o] = weight[o] . x[t].
+// `linear`, `linear_split`, `swiglu` and `lm_head` for many tokens: out[t, o] = weight[o] . x[t].
 //
 // The steps of all tiles lie in a row, the tiles of a weight's features side by side, and every block takes an equal stretch of it. Where
 // the stretches are whole tiles that is one tile a block. Otherwise blocks share tiles: each leaves its part of one, and the last to
@@ -53,11 +53,13 @@ KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
 linear(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
        const int32_t* __restrict__ gathered, // [tokens] rows of x, or null: one after the other
        const uint8_t* __restrict__ weight,   // [features, columns]
-       uint8_t* __restrict__ out,            // [tokens, features] bf16, or floats
+       uint8_t* __restrict__ out,            // [tokens, split] bf16, or floats
+       uint8_t* __restrict__ second,         // [tokens, features - split]
        float* __restrict__ parts,            // [blocks, 2, M * N, THREADS, 4]
        uint32_t* __restrict__ arrivals,      // [tiles], zero
-       int x_rows, int tokens, int columns, int features, int floats) {
+       int x_rows, int tokens, int columns, int features, int split, int floats) {
     Shared& shared = shared_memory<Shared>();
+    const Outputs outputs = {out, second, split, features, floats != 0};
     const Operands in = {x, gathered, weight, x_rows, tokens, columns, features, columns};
     // In shared memory: the products need every register.
     Stretches& all = shared.stretches;
@@ -74,7 +76,13 @@ linear(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
         const int from = at % all.steps, to = min(all.steps, from + all.end - at);
         multiply_tile(shared, in, first_token(at, all), first_feature(at, all), from, to, c);
         if (to - from == all.steps || add_parts(shared, c, reinterpret_cast<float4*>(parts), arrivals, at)) {
-            store_tile(c, out, features, first_token(at, all), first_feature(at, all), tokens, features, floats, features % 2 == 0);
+            store_tile(c, first_token(at, all), first_feature(at, all), tokens, [&](int token, int feature, const auto&... values) {
+                if constexpr (SWIGLU) {
+                    outputs.store_swiglu(token, feature, values...);
+                } else {
+                    outputs.store(token, feature, features, values...);
+                }
+            });
         }
         at += to - from;
     }

@@ -3,10 +3,11 @@
 // A weight is never rounded: a bf16 is one piece, an f16 is the sum of two bf16 numbers, an f32 of three. Each piece is the upper half of
 // what is left, so the rest is exact and no piece overflows; only bits of an f32 below 2^-133 are lost. One bf16 MMA for every piece.
 //
-// Constants: WEIGHT_TYPE; VECTORS (rows of x and of the weight are whole and aligned vectors of 16 bytes, or elements are copied one by one).
+// Constants: WEIGHT_TYPE; VECTORS (rows of x and of the weight are whole and aligned vectors of 16 bytes, or elements are copied one by one);
+// SWIGLU (what the outputs are).
 #pragma once
 
-#include "rows.cuh"
+#include "silu.cuh"
 
 constexpr int PIECES = WEIGHT_TYPE == BF16 ? 1 : WEIGHT_TYPE == F16 ? 2 : 3;
 constexpr int WEIGHT_BYTES = WEIGHT_TYPE == F32 ? 4 : 2;
@@ -86,6 +87,55 @@ DEVICE void store_outputs(void* row, int feature, int features, bool floats, boo
         }
     }
 }
+
+// Where the outputs of `features` rows of the weight go: those below `split` to `first` [tokens, split], the others to `second`. Of SWIGLU, rows
+// are eight of a gate and the same eight of its up projection in turns, and `first` [tokens, split] gets silu(gate) * up.
+struct Outputs {
+    uint8_t* first;
+    uint8_t* second;
+    int split, features;
+    bool floats;
+
+    // COUNT outputs of rows from `row` on, which ends before `end`.
+    template <int COUNT>
+    DEVICE void store(int token, int row, int end, const float (&values)[COUNT]) const {
+        if (row < split && row + COUNT > split) {
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) {
+                if (row + i < end) store_one(token, row + i, values[i]);
+            }
+            return;
+        }
+        const bool upper = row >= split;
+        const int start = upper ? split : 0, width = upper ? features - split : split;
+        const bool aligned = width % COUNT == 0 && (row - start) % COUNT == 0;
+        store_outputs(row_of(token, upper), row - start, min(end - start, width), floats, aligned, values);
+    }
+
+    DEVICE void store_one(int token, int row, float value) const {
+        const bool upper = row >= split;
+        const int column = upper ? row - split : row;
+        if (floats) {
+            reinterpret_cast<float*>(row_of(token, upper))[column] = value;
+        } else {
+            reinterpret_cast<uint16_t*>(row_of(token, upper))[column] = float_to_bf16(value);
+        }
+    }
+
+    // COUNT features of a SwiGLU from `feature` on.
+    template <int COUNT>
+    DEVICE void store_swiglu(int token, int feature, const float (&gate)[COUNT], const float (&up)[COUNT]) const {
+        float values[COUNT];
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) values[i] = swiglu(gate[i], up[i]);
+        store_outputs(row_of(token, false), feature, split, floats, split % COUNT == 0, values);
+    }
+
+    DEVICE uint8_t* row_of(int token, bool upper) const {
+        const int64_t width = upper ? features - split : split;
+        return (upper ? second : first) + token * width * (floats ? 4 : 2);
+    }
+};
 
 // What a block that shares an output with others does once its part is written: true in the last of `blocks` to arrive, which then sees
 // every part; `arrivals` is left zero.

@@ -1,12 +1,11 @@
-// `linear` and `lm_head` for few tokens: out[t, o] = weight[o] . x[t]. The weight, which is read once, is all that counts.
+// `linear`, `linear_split`, `swiglu` and `lm_head` for few tokens: out[t, o] = weight[o] . x[t]. The weight, which is read once, is all that counts.
 //
 // Features are the 16 rows of an MMA, tokens its 8 columns. The order of the products of a dot product is free as long as weight and x
 // agree: lane (g, t) holds 8 neighbouring columns of rows g, g + 8 and of token g, 16 bytes each, which make two MMAs. Every lane copies
 // into slots of its own and reads them back itself: a ring as deep as shared memory allows, with no barrier.
 // The warps of a block share its columns in turns, blocks share them in one stretch each (gridDim.y); parts are added in their order.
-// A block has as many features as make the multiprocessors' shares equal, up to 16 * TILE_ROW_TILES.
 //
-// Constants: WEIGHT_TYPE, VECTORS; TOKEN_GROUPS of 8 tokens.
+// Constants: those of linear.cuh; TOKEN_GROUPS of 8 tokens.
 // Tile: TILE_WARPS, TILE_ROW_TILES of 16 features, TILE_HALVES of 32 columns a step, TILE_STAGES steps of the ring, TILE_BLOCKS.
 #include "linear.cuh"
 
@@ -109,19 +108,21 @@ KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
 linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
            const int32_t* __restrict__ gathered, // [tokens] rows of x, or null: one after the other
            const uint8_t* __restrict__ weight,   // [features, columns]
-           uint8_t* __restrict__ out,            // [tokens, features] bf16, or floats
+           uint8_t* __restrict__ out,            // [tokens, split] bf16, or floats
+           uint8_t* __restrict__ second,         // [tokens, features - split]
            float* __restrict__ parts,            // [row blocks, splits, TOKENS, FEATURES]
            uint32_t* __restrict__ arrivals,      // [row blocks], zero
-           int x_rows, int tokens, int columns, int features, int block_features, int floats) {
+           int x_rows, int tokens, int columns, int features, int split, int floats) {
     Shared& shared = shared_memory<Shared>();
+    const Outputs outputs = {out, second, split, features, floats != 0};
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int splits = gridDim.y, first = blockIdx.x * block_features, last = min(first + block_features, features);
+    const int splits = gridDim.y, first = blockIdx.x * FEATURES;
 
     Rows rows;
 #pragma unroll
     for (int i = 0; i < 2 * TILE_ROW_TILES; ++i) {
         const int feature = first + 8 * i + g;
-        rows.weight_valid[i] = feature < last;
+        rows.weight_valid[i] = feature < features;
         rows.weight[i] = weight + static_cast<int64_t>(rows.weight_valid[i] ? feature : 0) * columns * WEIGHT_BYTES;
     }
 #pragma unroll
@@ -169,28 +170,45 @@ linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
 
     float4* all = reinterpret_cast<float4*>(parts) + static_cast<int64_t>(blockIdx.x) * splits * (TOKENS * FEATURES / 4);
     float4* own = all + blockIdx.y * (TOKENS * FEATURES / 4);
-    const bool aligned = features % 4 == 0 && block_features % 4 == 0;
-    const int64_t out_bytes = floats ? 4 : 2;
-    for (int i = threadIdx.x; i < tokens * (FEATURES / 4); i += THREADS) {
+    // Every four outputs, once they are summed by `sum_of(sums, i)`. Of a SwiGLU the four of a gate with those of its up projection, which
+    // are two further.
+    const auto store_all = [&](auto sum_of) {
+        for (int i = threadIdx.x; i < tokens * (FEATURES / 4); i += THREADS) {
+            const int token = i / (FEATURES / 4), feature = i % (FEATURES / 4) * 4;
+            float sums[4];
+            if constexpr (SWIGLU) {
+                if (feature % 16 >= 8) continue;
+                float ups[4];
+                sum_of(sums, i);
+                sum_of(ups, i + 2);
+                outputs.store_swiglu(token, first / 2 + feature / 16 * 8 + feature % 8, sums, ups);
+            } else {
+                sum_of(sums, i);
+                outputs.store(token, first + feature, features, sums);
+            }
+        }
+    };
+    const auto sum_of_warps = [&](float(&sums)[4], int i) {
         const int token = i / (FEATURES / 4), feature = i % (FEATURES / 4) * 4;
-        float sums[4] = {};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[j] = 0.0f;
 #pragma unroll
         for (int w = 0; w < TILE_WARPS; ++w) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) sums[j] += shared.parts[w][token][feature + j];
         }
-        if (splits == 1) {
-            uint8_t* row = out + static_cast<int64_t>(token) * features * out_bytes;
-            store_outputs(row, first + feature, last, floats, aligned, sums);
-        } else {
-            own[i] = make_float4(sums[0], sums[1], sums[2], sums[3]);
-        }
+    };
+    if (splits == 1) return store_all(sum_of_warps);
+    for (int i = threadIdx.x; i < tokens * (FEATURES / 4); i += THREADS) {
+        float sums[4];
+        sum_of_warps(sums, i);
+        own[i] = make_float4(sums[0], sums[1], sums[2], sums[3]);
     }
     constexpr int BATCH = 4;
-    if (splits == 1 || !arrive_last(arrivals + blockIdx.x, splits, shared.last)) return;
-    for (int i = threadIdx.x; i < tokens * (FEATURES / 4); i += THREADS) {
-        const int token = i / (FEATURES / 4), feature = i % (FEATURES / 4) * 4;
-        float sums[4] = {};
+    if (!arrive_last(arrivals + blockIdx.x, splits, shared.last)) return;
+    store_all([&](float(&sums)[4], int i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[j] = 0.0f;
         for (int first_of_batch = 0; first_of_batch < splits; first_of_batch += BATCH) {
             // All under way before the first is waited for.
             float4 batch[BATCH];
@@ -205,7 +223,5 @@ linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
                 sums[0] += batch[j].x, sums[1] += batch[j].y, sums[2] += batch[j].z, sums[3] += batch[j].w;
             }
         }
-        uint8_t* row = out + static_cast<int64_t>(token) * features * out_bytes;
-        store_outputs(row, first + feature, last, floats, aligned, sums);
-    }
+    });
 }

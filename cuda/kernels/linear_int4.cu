@@ -31,7 +31,8 @@ struct Shared {
 static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
 
 // Whether the groups of a warp's tiles are equally far apart, and none lies beyond the last.
-constexpr bool EVEN_GROUPS = GROUP_SIZE != 0 && 64 * TILE_WARPS % (GROUP_SIZE + (GROUP_SIZE == 0)) == 0 && (GROUPS_PER_TILE == 1 || ALIGNED == 2);
+constexpr bool EVEN_GROUPS =
+    GROUP_SIZE != 0 && 64 * TILE_WARPS % (GROUP_SIZE + (GROUP_SIZE == 0)) == 0 && (GROUPS_PER_TILE == 1 || ALIGNED == 2);
 constexpr int GROUPS_APART = EVEN_GROUPS ? 64 * TILE_WARPS / (GROUP_SIZE + (GROUP_SIZE == 0)) : 0;
 
 // Where a lane reads: a warp's k tiles are TILE_WARPS apart, and counted from the one that it is at.
@@ -162,7 +163,8 @@ linear_int4(const uint16_t* __restrict__ x,    // [tokens, in_features] bf16
             int tokens, int in_features, int out_features, int groups, int group_size, int k_tiles_per_split) {
     Shared& shared = shared_memory<Shared>();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const Int4Weight weight{words, scales, zeros, (out_features + 15) / 16, (in_features + 63) / 64, groups, group_size};
+    const int row_tiles = (out_features + FEATURES_PER_TILE - 1) / FEATURES_PER_TILE, k_tiles = (in_features + 63) / 64;
+    const Int4Weight weight{words, scales, zeros, row_tiles, k_tiles, groups, group_size};
     const int row_tile = blockIdx.x * R, token = blockIdx.z * (8 * N);
     const int end = min(static_cast<int>(blockIdx.y + 1) * k_tiles_per_split, weight.k_tiles);
     const int first = blockIdx.y * k_tiles_per_split + warp;
@@ -202,7 +204,7 @@ linear_int4(const uint16_t* __restrict__ x,    // [tokens, in_features] bf16
 #pragma unroll
         for (int w = 1; w < TILE_WARPS; ++w) add(sum, shared.warps[w].sums[fragment][lane]);
         if (splits == 1) {
-            store_fragment(out, sum, (row_tile + fragment / N) * 16, token + fragment % N * 8, out_features, tokens);
+            store_fragment(out, sum, row_tile + fragment / N, token + fragment % N * 8, out_features, tokens);
         } else {
             all[(blockIdx.y * (R * N) + fragment) * 32 + lane] = sum;
         }
@@ -212,6 +214,6 @@ linear_int4(const uint16_t* __restrict__ x,    // [tokens, in_features] bf16
         float4 sum = load_published_16(all + fragment * 32 + lane);
 #pragma unroll 4
         for (int split = 1; split < splits; ++split) add(sum, load_published_16(all + (split * (R * N) + fragment) * 32 + lane));
-        store_fragment(out, sum, (row_tile + fragment / N) * 16, token + fragment % N * 8, out_features, tokens);
+        store_fragment(out, sum, row_tile + fragment / N, token + fragment % N * 8, out_features, tokens);
     }
 }

@@ -1,15 +1,21 @@
 // What the two kernels of linear_int4 share: scales and zero points of a tile, results, and the sum over the blocks that split the inputs.
 //
 // Constants: SCALE_TYPE, ZERO_POINTS; GROUP_SIZE, or 0 where it is an argument; GROUPS_PER_TILE, 2 where a group may end within the 64
-// inputs of a tile (after 32) and 1 where none does; OUT_FLOAT (f32 results) or bf16; ALIGNED, 1 where rows of x are multiples of 16
+// inputs of a tile (after 32) and 1 where none does; OUT, what becomes of the products; ALIGNED, 1 where rows of x are multiples of 16
 // bytes, 2 where they are whole tiles.
 //
-// Arithmetic: a product of an activation and q - z is exact in f32, and so is no sum of them: with u = 2^-24, each group's sum of n products
-// is off by 2 n u of the sum of their magnitudes at most (the tensor core truncates), scale and sum over groups, warps and splits add 2 u
-// and u an addition. A bf16 result is then rounded once.
+// Arithmetic: a product of an activation and q - z is exact in f32, a sum of them is not: with u = 2^-24, a group's sum of n products is
+// off by 2 n u of the sum of their magnitudes at most (the tensor core truncates); the scale adds 2 u, each addition over groups, warps
+// and splits u. In a SwiGLU the exponent is then off by 2 u |gate|, the exponential by that and 4 u, the reciprocal of the sum and two
+// products by 5 u more. A bf16 result is rounded once, at the end.
 #pragma once
 
 #include "int4.cuh"
+#include "silu.cuh"
+
+// Results in bf16, in f32, or of a SwiGLU, in bf16: then a tile has eight rows of the gate and the same eight of the up projection.
+constexpr int OUT_BF16 = 0, OUT_F32 = 1, OUT_SWIGLU = 2;
+constexpr int FEATURES_PER_TILE = OUT == OUT_SWIGLU ? 8 : 16;
 
 static_assert(GROUP_SIZE % 32 == 0 && (GROUPS_PER_TILE == 2 || GROUP_SIZE % 64 == 0), "groups end where words do");
 constexpr int WORDS_PER_GROUP = 4 / GROUPS_PER_TILE;
@@ -49,30 +55,39 @@ DEVICE uint4 activations(const uint16_t* x, int token, int input, int tokens, in
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// An accumulator fragment to out[tokens, features]: rows are features from `feature` on, columns tokens from `token` on.
-DEVICE void store_fragment(void* out, float4 c, int feature, int token, int features, int tokens) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    if (!OUT_FLOAT && features % 2 == 0) {
-        // Transposed, a lane has two neighbouring features of a token.
-        const uint32_t pairs[2] = {movmatrix_trans(pack_bf16(c.x, c.y)), movmatrix_trans(pack_bf16(c.z, c.w))};
+// The results of an accumulator fragment, of row tile `tile` and the tokens from `token` on, to out[tokens, features].
+DEVICE void store_fragment(void* out, float4 c, int tile, int token, int features, int tokens) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, feature = tile * FEATURES_PER_TILE;
+    constexpr int HALVES = FEATURES_PER_TILE / 8;
+    float values[HALVES][2];
+    if constexpr (OUT == OUT_SWIGLU) {
+        values[0][0] = swiglu(c.x, c.z), values[0][1] = swiglu(c.y, c.w);
+    } else {
+        values[0][0] = c.x, values[0][1] = c.y, values[1][0] = c.z, values[1][1] = c.w;
+    }
+    if (OUT != OUT_F32 && features % 2 == 0) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < HALVES; ++i) {
+            // Transposed, a lane has two neighbouring features of a token.
+            const uint32_t pair = movmatrix_trans(pack_bf16(values[i][0], values[i][1]));
             const int row = feature + 8 * i + 2 * t, column = token + g;
             const int64_t place = static_cast<int64_t>(column) * features + row;
-            if (row < features && column < tokens) *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(out) + place) = pairs[i];
+            if (row < features && column < tokens) *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(out) + place) = pair;
         }
         return;
     }
-    const float values[4] = {c.x, c.y, c.z, c.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int row = feature + g + 8 * (i / 2), column = token + 2 * t + i % 2;
-        const int64_t place = static_cast<int64_t>(column) * features + row;
-        if (row >= features || column >= tokens) continue;
-        if constexpr (OUT_FLOAT) {
-            static_cast<float*>(out)[place] = values[i];
-        } else {
-            static_cast<uint16_t*>(out)[place] = float_to_bf16(values[i]);
+    for (int i = 0; i < HALVES; ++i) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int row = feature + g + 8 * i, column = token + 2 * t + j;
+            const int64_t place = static_cast<int64_t>(column) * features + row;
+            if (row >= features || column >= tokens) continue;
+            if constexpr (OUT == OUT_F32) {
+                static_cast<float*>(out)[place] = values[i][j];
+            } else {
+                static_cast<uint16_t*>(out)[place] = float_to_bf16(values[i][j]);
+            }
         }
     }
 }

@@ -55,18 +55,21 @@ struct Loader {
         const uint32_t thread = threadIdx.x;
         const auto* k_x = reinterpret_cast<const uint8_t*>(x + k_tile * 64);
         const int input = k_tile * 64 + thread % 8 * 8;
+        // A thread's rows are all even or all odd.
+        static_assert(THREADS % 16 == 0, "whole pairs of rows");
+        uint4* first = &stage.x[thread / 8][thread % 8 ^ 4 * (thread / 8 % 2)];
 #pragma unroll
         for (uint32_t i = 0; i < (PIECES + THREADS - 1) / THREADS; ++i) {
-            const uint32_t place = i * THREADS + thread, row = place / 8;
-            if (PIECES % THREADS != 0 && place >= PIECES) break;
-            uint4* to = &stage.x[row][place % 8 ^ 4 * (row % 2)];
+            if (PIECES % THREADS != 0 && i * THREADS + thread >= PIECES) break;
+            uint4* to = first + i * THREADS;
             if constexpr (ALIGNED == 2) {
                 cp_async_16(to, k_x + pieces[i]);
             } else if constexpr (ALIGNED == 1) {
                 const bool valid = input < in_features;
                 cp_async_16_or_zero(to, valid ? k_x + pieces[i] : k_x, valid);
             } else {
-                *to = activations(x, token + static_cast<int>(row), input, tokens, in_features);
+                const int row = static_cast<int>((i * THREADS + thread) / 8);
+                *to = activations(x, token + row, input, tokens, in_features);
             }
         }
 #pragma unroll
@@ -169,7 +172,8 @@ linear_int4_wide(const uint16_t* __restrict__ x,    // [tokens, in_features] bf1
                  uint32_t* __restrict__ tickets,    // [token blocks, row blocks], zero
                  int tokens, int in_features, int out_features, int groups, int group_size, int k_tiles_per_split) {
     Shared& shared = shared_memory<Shared>();
-    const Int4Weight weight{words, scales, zeros, (out_features + 15) / 16, (in_features + 63) / 64, groups, group_size};
+    const int row_tiles = (out_features + FEATURES_PER_TILE - 1) / FEATURES_PER_TILE, k_tiles = (in_features + 63) / 64;
+    const Int4Weight weight{words, scales, zeros, row_tiles, k_tiles, groups, group_size};
     const int row_tile = blockIdx.x * ROW_TILES, token = blockIdx.y * TOKENS;
     Loader loader{x, weight, tokens, in_features, row_tile, token};
     loader.prepare();
@@ -221,7 +225,7 @@ linear_int4_wide(const uint16_t* __restrict__ x,    // [tokens, in_features] bf1
 #pragma unroll
             for (int n = 0; n < N; ++n) {
                 const float4 sum = make_float4(sums[r][n][0], sums[r][n][1], sums[r][n][2], sums[r][n][3]);
-                store_fragment(out, sum, (row_tile + own_row_tile + r) * 16, token + own_token + 8 * n, out_features, tokens);
+                store_fragment(out, sum, row_tile + own_row_tile + r, token + own_token + 8 * n, out_features, tokens);
             }
         }
         return;
@@ -241,6 +245,6 @@ linear_int4_wide(const uint16_t* __restrict__ x,    // [tokens, in_features] bf1
         float4 sum = load_published_16(all + i * THREADS);
 #pragma unroll 1
         for (int split = 1; split < splits; ++split) add(sum, load_published_16(all + (split * (R * N) + i) * THREADS));
-        store_fragment(out, sum, (row_tile + own_row_tile + i / N) * 16, token + own_token + 8 * (i % N), out_features, tokens);
+        store_fragment(out, sum, row_tile + own_row_tile + i / N, token + own_token + 8 * (i % N), out_features, tokens);
     }
 }

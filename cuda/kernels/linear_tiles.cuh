@@ -129,31 +129,26 @@ DEVICE void load_weight(const Stage& stage, int feature, int column, int lane, u
     }
 }
 
-// What a warp multiplies at a time: 16 columns.
-struct Fragments {
-    uint32_t a[M][4];
-    uint32_t b[N / 2][2][PIECES][2];
-};
-
-DEVICE void load_fragments(const Stage& stage, int column, Fragments& fragments) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int token = warp / TILE_FEATURE_WARPS * WARP_TOKENS, feature = warp % TILE_FEATURE_WARPS * WARP_FEATURES;
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-        const int at = lane % 16 * X_VECTORS + (lane / 16 ^ lane % 8);
-        ldmatrix_x4(fragments.a[m], &stage.x[(token + 16 * m) * X_VECTORS + (at ^ column / 8)]);
-    }
-#pragma unroll
-    for (int n = 0; n < N / 2; ++n) load_weight(stage, feature + 16 * n, column, lane, fragments.b[n]);
+// The fragment of 16 rows of x, from the warp's `m`-th 16 and `column` on.
+DEVICE void load_x(const Stage& stage, int m, int column, uint32_t (&a)[4]) {
+    const int lane = threadIdx.x % 32, token = threadIdx.x / 32 / TILE_FEATURE_WARPS * WARP_TOKENS;
+    const int at = lane % 16 * X_VECTORS + (lane / 16 ^ lane % 8);
+    ldmatrix_x4(a, &stage.x[(token + 16 * m) * X_VECTORS + (at ^ column / 8)]);
 }
 
-DEVICE void multiply(const Fragments& fragments, float (&c)[M][N][4]) {
+// Those of the warp's `pair`-th 16 features.
+DEVICE void load_pair(const Stage& stage, int pair, int column, uint32_t (&b)[2][PIECES][2]) {
+    const int lane = threadIdx.x % 32, feature = threadIdx.x / 32 % TILE_FEATURE_WARPS * WARP_FEATURES;
+    load_weight(stage, feature + 16 * pair, column, lane, b);
+}
+
+DEVICE void multiply(const uint32_t (&a)[M][4], const uint32_t (&b)[2][PIECES][2], int pair, float (&c)[M][N][4]) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
+    for (int i = 0; i < 2; ++i) {
 #pragma unroll
         for (int piece = 0; piece < PIECES; ++piece) {
 #pragma unroll
-            for (int m = 0; m < M; ++m) mma_bf16(c[m][n], fragments.a[m], fragments.b[n / 2][n % 2][piece]);
+            for (int m = 0; m < M; ++m) mma_bf16(c[m][2 * pair + i], a[m], b[i][piece]);
         }
     }
 }
@@ -182,42 +177,67 @@ DEVICE void multiply_tile(Shared& shared, const Operands& in, int first_token, i
         cp_async_commit();
     }
     int stage = 0, stage_of_next = TILE_STAGES - 1;
-    constexpr int PARTS = COLUMNS / 16;
-    Fragments fragments[TILE_AHEAD ? 2 : 1];
+    constexpr int PARTS = COLUMNS / 16, PAIRS = N / 2;
+    // With TILE_AHEAD a warp reads what it multiplies next, a pair of weight fragments and its share of those of x, before it multiplies.
+    uint32_t a[TILE_AHEAD ? 2 : 1][M][4], b[TILE_AHEAD ? 2 : 1][2][PIECES][2];
     if constexpr (TILE_AHEAD) {
         cp_async_wait<TILE_STAGES - 2>();
         __syncthreads();
-        load_fragments(shared.ring[0], 0, fragments[0]);
+#pragma unroll
+        for (int m = 0; m < M; ++m) load_x(shared.ring[0], m, 0, a[0][m]);
+        load_pair(shared.ring[0], 0, 0, b[0]);
     }
     for (int step = begin; step < end; ++step) {
         const int next = step + TILE_STAGES - 1, next_stage = stage + 1 == TILE_STAGES ? 0 : stage + 1;
+        if constexpr (!TILE_AHEAD) {
+            // Every warp's copies of this step are there, and none reads the step before any more.
+            cp_async_wait<TILE_STAGES - 2>();
+            __syncthreads();
+        }
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
-            // Fragments are read a part before they are multiplied, or just before.
-            const int read = TILE_AHEAD ? (part + 1) % PARTS : part;
-            const bool first_of_step = read == 0;
-            if (first_of_step) {
-                // Every warp's copies of this step are there, and none reads the step before any more.
-                cp_async_wait<TILE_STAGES - 2>();
-                __syncthreads();
+            const bool last_part = part == PARTS - 1;
+#pragma unroll
+            for (int pair = 0; pair < PAIRS; ++pair) {
+                const int now = TILE_AHEAD ? (part * PAIRS + pair) % 2 : 0, x_now = TILE_AHEAD ? part % 2 : 0;
+                const bool last_pair = pair == PAIRS - 1;
+                if constexpr (TILE_AHEAD) {
+                    if (last_part && last_pair) {
+                        cp_async_wait<TILE_STAGES - 2>();
+                        __syncthreads();
+                    }
+                    // After the last step what is there is read once more.
+                    const Stage& from = shared.ring[last_part && last_pair && step + 1 < end ? next_stage : stage];
+                    const int column = (part + 1) % PARTS * 16;
+                    load_pair(from, (pair + 1) % PAIRS, last_pair ? column : 16 * part, b[now ^ 1]);
+#pragma unroll
+                    for (int m = 0; m < M; ++m) {
+                        if ((last_part ? PAIRS - 1 : m * PAIRS / M) == pair) load_x(from, m, column, a[x_now ^ 1][m]);
+                    }
+                } else {
+                    if (pair == 0) {
+#pragma unroll
+                        for (int m = 0; m < M; ++m) load_x(shared.ring[stage], m, 16 * part, a[0][m]);
+                    }
+                    load_pair(shared.ring[stage], pair, 16 * part, b[0]);
+                }
+                if (!last_part && pair == 0) {
+                    if (next < end) {
+                        load<PARTS - 1>(shared.ring[stage_of_next], x_rows, in, first_feature, next * COLUMNS, part);
+                    }
+                    if (part == PARTS - 2) cp_async_commit();
+                }
+                multiply(a[x_now], b[now], pair, c);
             }
-            // After the last step what is there is read once more.
-            const Stage& from = shared.ring[TILE_AHEAD && first_of_step && step + 1 < end ? next_stage : stage];
-            load_fragments(from, 16 * read, fragments[TILE_AHEAD ? (part + 1) % 2 : 0]);
-            if (part < PARTS - 1 && next < end) {
-                load<PARTS - 1>(shared.ring[stage_of_next], x_rows, in, first_feature, next * COLUMNS, part);
-            }
-            if (part == PARTS - 2) cp_async_commit();
-            multiply(fragments[TILE_AHEAD ? part % 2 : 0], c);
         }
         stage = next_stage;
         stage_of_next = stage_of_next + 1 == TILE_STAGES ? 0 : stage_of_next + 1;
     }
 }
 
-// Stores a tile to `out`, the head's first row.
-DEVICE void store_tile(const float (&c)[M][N][4], uint8_t* out, int64_t out_stride, int first_token, int first_feature, int tokens,
-                       int features, bool floats, bool aligned) {
+// Hands the outputs of a tile to `store(token, feature, pair)`; of SWIGLU to `store(token, feature of the output, gates, ups)`.
+template <typename Store>
+DEVICE void store_tile(const float (&c)[M][N][4], int first_token, int first_feature, int tokens, Store store) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int token = first_token + warp / TILE_FEATURE_WARPS * WARP_TOKENS + lane / 4;
     const int feature = first_feature + warp % TILE_FEATURE_WARPS * WARP_FEATURES + lane % 4 * 2;
@@ -227,11 +247,15 @@ DEVICE void store_tile(const float (&c)[M][N][4], uint8_t* out, int64_t out_stri
         for (int half = 0; half < 2; ++half) {
             const int row = token + 16 * m + 8 * half;
             if (row >= tokens) continue;
-            uint8_t* to = out + row * out_stride * (floats ? 4 : 2);
 #pragma unroll
-            for (int n = 0; n < N; ++n) {
+            for (int n = 0; n < N; n += SWIGLU ? 2 : 1) {
                 const float pair[2] = {c[m][n][2 * half], c[m][n][2 * half + 1]};
-                store_outputs(to, feature + 8 * n, features, floats, aligned, pair);
+                if constexpr (SWIGLU) {
+                    const float ups[2] = {c[m][n + 1][2 * half], c[m][n + 1][2 * half + 1]};
+                    store(row, (feature - lane % 4 * 2 + 8 * n) / 2 + lane % 4 * 2, pair, ups);
+                } else {
+                    store(row, feature + 8 * n, pair);
+                }
             }
         }
     }

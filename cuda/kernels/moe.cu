@@ -2,7 +2,7 @@
 // f32. Two entries: gate-up of every pair of token and k, and down with the weighted sum of a token's experts in the order of k.
 //
 // Tile: TILE_WARPS. Arithmetic: a lane adds up its columns, then lanes are added pairwise; silu(gate) * up is rounded to bf16, and the end.
-#include "rows.cuh"
+#include "silu.cuh"
 
 constexpr int INT4 = 3, VECTOR = 8;
 
@@ -81,8 +81,7 @@ moe_gate_up(const uint8_t* data, const Projection* table, const uint16_t* x, con
     const uint16_t* input = x + token * hidden;
     const float gate = dot(data, table[expert * 3], row, input, hidden, lane);
     const float up = dot(data, table[expert * 3 + 1], row, input, hidden, lane);
-    const float silu = gate / (1.0f + exp2_approx(-1.44269504f * gate));
-    if (lane == 0) activated[pair * intermediate + row] = float_to_bf16(silu * up);
+    if (lane == 0) activated[pair * intermediate + row] = float_to_bf16(swiglu(gate, up));
 }
 
 // `shared_rows`, `out` [tokens, hidden] bf16, the former or null. Grid: features / TILE_WARPS, tokens.

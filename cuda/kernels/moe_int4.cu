@@ -11,7 +11,9 @@
 //
 // Arithmetic: products of a unit are summed in f32 by the tensor core, scaled and added in f32. Gate-up rounds silu(gate) * up to bf16, the
 // contract's rounding point; down writes f32, or with PACKED fours of neighbouring features as `moe_parts.cuh` packs them.
+#include "moe_next.cuh"
 #include "moe_parts.cuh"
+#include "silu.cuh"
 
 constexpr int WARPS_M = TILE_WARPS_M, WARPS_K = TILE_WARPS_K, WARPS = WARPS_M * WARPS_K, THREADS = 32 * WARPS, COLUMN = 32 * WARPS_M;
 constexpr int ROW_TILES = TILE_ROW_TILES, GROUP_TILES = WARPS_M * ROW_TILES;
@@ -44,6 +46,8 @@ struct Shared {
     float4 sums[WARPS_K][GROUP_TILES][TOKEN_TILES][32];
 #endif
     int32_t pairs[TOKENS];
+    // Where a pair's row of `out` begins.
+    int32_t rows[TOKENS];
 };
 static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
 
@@ -65,21 +69,50 @@ DEVICE void sync_column(int column) {
         named_barrier(1 + column, COLUMN);
 }
 
-// What a thread copies next: stages of a column, one row group after the other.
+// What a thread copies next: stages of a column, one row group after the other. All that moves from stage to stage is kept and moved,
+// places in shared memory (`to`, in units of 16 bytes) among it: what the compiler can work out again, it does, at every copy.
 struct Source {
     static constexpr int CHUNKS = K_TILES * 8, ROWS = COLUMN / CHUNKS, COPIES = (X_ROWS + ROWS - 1) / ROWS;
     static constexpr int PIECES = ROW_TILES * K_TILES * UNITS, SCALE_COPIES = (PIECES * SCALE_CHUNKS + 31) / 32;
 
     const uint4* weight[ROW_TILES];
     const uint4* scales[SCALE_COPIES];
+    const uint16_t* x[COPIES];
+    int weight_to, scales_to, x_to, other_parity;
 #if ZEROS
     const uint2* zeros[SCALE_COPIES];
+    int zeros_to;
 #endif
-    const uint16_t* x[COPIES];
-    int row_tile, k_tile, step, steps, column, lane, warp_m, thread_row, thread_chunk, rows;
+    int row_tile, k_tile, step, steps, column, slot, lane, warp_m, rows, x_column;
 
-    // What stands at `row_tile` and `column`'s first tile of inputs. The last row tile stands in for those beyond it, whose results nobody
-    // keeps.
+    DEVICE void start(const Stage& first) {
+        const uint4* all = reinterpret_cast<const uint4*>(&shared_memory<Shared>());
+        slot = 0;
+        weight_to = static_cast<int>(&first.weight[warp_m * ROW_TILES][0][lane] - all);
+        scales_to = static_cast<int>(&first.scales[warp_m * ROW_TILES][0][0][0] - all) + lane;
+#if ZEROS
+        zeros_to = static_cast<int>(&first.zeros[warp_m * ROW_TILES][0][0] - reinterpret_cast<const uint2*>(all)) + lane / SCALE_CHUNKS;
+#endif
+    }
+
+    // A thread has one place of every ROWS-th row.
+    DEVICE void start_x(const Stage& first, const Arguments& args, const int32_t* pairs, int count, int thread, int first_token,
+                        int top_k) {
+        const uint4* all = reinterpret_cast<const uint4*>(&shared_memory<Shared>());
+        const int row = thread / CHUNKS, j = thread / 8 % K_TILES, chunk = thread % 8;
+        rows = count - row, x_column = thread % CHUNKS * 8;
+        x_to = static_cast<int>(&first.x[0][0][0] - all) + (j * X_ROWS + row) * 8 + (chunk ^ (row & 1) << 2);
+        // With an odd step, rows of odd copies have the other parity.
+        other_parity = ROWS % 2 == 0 ? 0 : (chunk ^ (~row & 1) << 2) - (chunk ^ (row & 1) << 2);
+#pragma unroll
+        for (int copy = 0; copy < COPIES; ++copy) {
+            const int pair = copy * ROWS < rows ? pairs[copy * ROWS + row] : 0;
+            const int source = GATE_UP ? first_token + pair / top_k : pair;
+            x[copy] = args.x + static_cast<int64_t>(source) * args.columns + column * K_TILES * 64 + x_column;
+        }
+    }
+
+    // At `row_tile` and the column's first tile of inputs. The last row tile stands in for those beyond it, whose results nobody keeps.
     DEVICE void aim(const Arguments& args, int64_t first_tile) {
         step = 0, k_tile = column * K_TILES;
 #pragma unroll
@@ -99,24 +132,35 @@ struct Source {
     }
 
     DEVICE void advance(const Arguments& args, int64_t first_tile) {
-        if (++step == steps) {
+        constexpr int UNITS_OF_16 = sizeof(Stage) / 16, K_STEP = WARPS_K * K_TILES;
+        const int hop = ++slot == STAGES ? (1 - STAGES) * UNITS_OF_16 : UNITS_OF_16;
+        if (slot == STAGES) slot = 0;
+        weight_to += hop, scales_to += hop, x_to += hop;
+#if ZEROS
+        zeros_to += 2 * hop;
+#endif
+        const bool again = ++step == steps;
+        const int x_step = again ? (1 - steps) * K_STEP * 64 : K_STEP * 64;
+#pragma unroll
+        for (int copy = 0; copy < COPIES; ++copy) x[copy] += x_step;
+        if (again) {
             row_tile += GROUP_TILES;
             aim(args, first_tile);
-            return;
-        }
-        k_tile += WARPS_K * K_TILES;
+        } else {
+            k_tile += K_STEP;
 #pragma unroll
-        for (int r = 0; r < ROW_TILES; ++r) weight[r] += WARPS_K * K_TILES * 32;
+            for (int r = 0; r < ROW_TILES; ++r) weight[r] += K_STEP * 32;
+        }
     }
 
     // The weights of this warp's row tiles.
-    DEVICE void copy_weights(Stage& stage, const Arguments& args) const {
+    DEVICE void copy_weights(const Arguments& args) const {
+        uint4* all = reinterpret_cast<uint4*>(&shared_memory<Shared>());
 #pragma unroll
         for (int r = 0; r < ROW_TILES; ++r)
 #pragma unroll
             for (int j = 0; j < K_TILES; ++j)
-                if (WHOLE || k_tile + j < args.k_tiles) cp_async_16(&stage.weight[warp_m * ROW_TILES + r][j][lane], weight[r] + j * 32);
-        uint4* const to = &stage.scales[warp_m * ROW_TILES][0][0][0] + lane;
+                if (WHOLE || k_tile + j < args.k_tiles) cp_async_16(all + weight_to + (r * K_TILES + j) * 32, weight[r] + j * 32);
 #pragma unroll
         for (int copy = 0; copy < SCALE_COPIES; ++copy) {
             const int i = copy * 32 + lane, piece = i / SCALE_CHUNKS;
@@ -124,40 +168,25 @@ struct Source {
             const uint32_t input = (k_tile + piece / UNITS % K_TILES) * 64 + piece % UNITS * UNIT;
             int group = static_cast<int>(input / GROUP_SIZE);
             if (!WHOLE) group = min(group, args.groups - 1);
-            cp_async_16(to + copy * 32, scales[copy] + group * SCALE_CHUNKS);
+            cp_async_16(all + scales_to + copy * 32, scales[copy] + group * SCALE_CHUNKS);
 #if ZEROS
-            if (i % SCALE_CHUNKS == 0) cp_async_8(&stage.zeros[warp_m * ROW_TILES][0][0] + piece, zeros[copy] + group);
+            if (i % SCALE_CHUNKS == 0)
+                cp_async_8(reinterpret_cast<uint2*>(all) + zeros_to + copy * (32 / SCALE_CHUNKS), zeros[copy] + group);
 #endif
         }
     }
 
-    // A thread has one place of every ROWS-th row.
-    DEVICE void aim_x(const Arguments& args, const int32_t* pairs, int count, int thread, int first_token, int top_k) {
-        thread_row = thread / CHUNKS, thread_chunk = thread % CHUNKS, rows = count - thread_row;
-#pragma unroll
-        for (int copy = 0; copy < COPIES; ++copy) {
-            const int pair = copy * ROWS < rows ? pairs[copy * ROWS + thread_row] : 0;
-            const int row = GATE_UP ? first_token + pair / top_k : pair;
-            x[copy] = args.x + static_cast<int64_t>(row) * args.columns + thread_chunk * 8;
-        }
-    }
-
-    DEVICE void copy_x(Stage& stage, const Arguments& args) const {
-        // With an odd step, rows of odd copies have the other parity.
-        uint4* const row = &stage.x[0][0][0] + (thread_chunk / 8 * X_ROWS + thread_row) * 8;
-        uint4* const to = row + (thread_chunk % 8 ^ (thread_row & 1) << 2);
-        uint4* const other = row + (thread_chunk % 8 ^ (~thread_row & 1) << 2);
+    DEVICE void copy_x(const Arguments& args) const {
+        uint4* all = reinterpret_cast<uint4*>(&shared_memory<Shared>());
+        const bool valid = WHOLE || k_tile * 64 + x_column < args.columns;
 #pragma unroll
         for (int copy = 0; copy < COPIES; ++copy) {
             if (copy * ROWS >= rows) continue;
-            uint4* const place = ROWS % 2 != 0 && copy % 2 != 0 ? other : to;
-            const uint16_t* from = x[copy] + k_tile * 64;
-            if constexpr (WHOLE) {
-                cp_async_16(place + copy * ROWS * 8, from);
-            } else {
-                const bool valid = k_tile * 64 + thread_chunk * 8 < args.columns;
-                cp_async_16_or_zero(place + copy * ROWS * 8, valid ? from : args.x, valid);
-            }
+            uint4* to = all + x_to + copy * ROWS * 8 + (ROWS % 2 != 0 && copy % 2 != 0 ? other_parity : 0);
+            if constexpr (WHOLE)
+                cp_async_16(to, x[copy]);
+            else
+                cp_async_16_or_zero(to, valid ? x[copy] : args.x, valid);
         }
     }
 };
@@ -165,17 +194,14 @@ struct Source {
 // Adds the products of a unit and COUNT tiles of tokens from the `n`-th on.
 template <int COUNT>
 DEVICE void add_products(float (&acc)[ROW_TILES][TOKEN_TILES][4], const uint32_t (&a)[ROW_TILES][UNIT / 16][4],
-                         const float2 (&scale)[ROW_TILES], const uint4 (&x)[X_ROWS][8], int unit, int n, int count, int lane) {
-    const int g = lane / 4, t = lane % 4;
+                         const float2 (&scale)[ROW_TILES], const uint4* const (&x)[2], int unit, int n) {
     float part[COUNT][ROW_TILES][4] = {};
 #pragma unroll
     for (int h = 0; h < UNIT / 32; ++h) {
         uint32_t b[COUNT][2][2];
 #pragma unroll
         for (int c = 0; c < COUNT; ++c) {
-            // A lone tile of tokens has no rows of zeros: what stands in columns of no token is not kept.
-            const int token = TOKEN_TILES > 1 ? (n + c) * 8 + g : g < count ? g : 0;
-            const uint4 four = x[token][((unit * (UNIT / 32) + h) * 4 + t) ^ (token & 1) << 2];
+            const uint4 four = x[unit * (UNIT / 32) + h][(n + c) * 64];
             b[c][0][0] = four.x, b[c][0][1] = four.y, b[c][1][0] = four.z, b[c][1][1] = four.w;
         }
 #pragma unroll
@@ -199,10 +225,14 @@ DEVICE void add_products(float (&acc)[ROW_TILES][TOKEN_TILES][4], const uint32_t
 
 // Adds the products of one stage: acc[r][n] is row tile r against tokens 8 n to 8 n + 7.
 DEVICE void multiply(float (&acc)[ROW_TILES][TOKEN_TILES][4], const Stage& stage, int k_tiles, int count, int warp_m, int lane) {
-    const int g = lane / 4;
+    const int g = lane / 4, t = lane % 4;
+    // A lone tile of tokens has no rows of zeros: what stands in columns of no token is not kept.
+    const int row = TOKEN_TILES > 1 || g < count ? g : 0;
 #pragma unroll
     for (int j = 0; j < K_TILES; ++j) {
         if (!WHOLE && j >= k_tiles) break;
+        const uint4* tile_x = &stage.x[j][0][0] + row * 8;
+        const uint4* const x[2] = {tile_x + (t ^ (row & 1) << 2), tile_x + ((t + 4) ^ (row & 1) << 2)};
 #pragma unroll
         for (int unit = 0; unit < UNITS; ++unit) {
             constexpr int WORDS = UNIT / 16;
@@ -227,21 +257,22 @@ DEVICE void multiply(float (&acc)[ROW_TILES][TOKEN_TILES][4], const Stage& stage
             for (int n = 0; n < TOKEN_TILES; n += 2) {
                 if (n > 0 && n * 8 >= count) break;
                 if constexpr (TOKEN_TILES == 1) {
-                    add_products<1>(acc, a, scale, stage.x[j], unit, n, count, lane);
+                    add_products<1>(acc, a, scale, x, unit, n);
                 } else if (n + 1 < TOKEN_TILES && n * 8 + 8 < count) {
-                    add_products<2>(acc, a, scale, stage.x[j], unit, n, count, lane);
+                    add_products<2>(acc, a, scale, x, unit, n);
                 } else {
-                    add_products<1>(acc, a, scale, stage.x[j], unit, n, count, lane);
+                    add_products<1>(acc, a, scale, x, unit, n);
                 }
             }
         }
     }
 }
 
-DEVICE float silu(float x) { return x / (1.0f + exp2_approx(-1.44269504f * x)); }
+// From row to row of `out`, in what is written at once.
+DEVICE int out_pitch(const Arguments& args) { return PACKED ? (args.row_tiles + 1) / 2 * 8 : args.out_features; }
 
 // Writes the results of a bundle of row tiles and a tile of tokens: c[0], c[1] are row g of tokens 2t, 2t + 1, c[2], c[3] row g + 8.
-DEVICE void store(const Arguments& args, const int32_t* pairs, int count, int row_tile, int token_tile, int lane,
+DEVICE void store(const Arguments& args, const int32_t* rows, int count, int row_tile, int token_tile, int lane,
                   const float (&c)[BUNDLE][4]) {
     if (row_tile >= args.row_tiles) return;
     const int g = lane / 4;
@@ -249,16 +280,15 @@ DEVICE void store(const Arguments& args, const int32_t* pairs, int count, int ro
     for (int i = 0; i < 2; ++i) {
         const int token = token_tile * 8 + lane % 4 * 2 + i;
         if (token >= count) continue;
-        const int64_t pair = pairs[token];
+        const int row = rows[token];
 #if GATE_UP
-        static_cast<uint16_t*>(args.out)[pair * args.out_features + row_tile * 8 + g] = float_to_bf16(silu(c[0][i]) * c[0][i + 2]);
+        static_cast<uint16_t*>(args.out)[row + row_tile * 8 + g] = float_to_bf16(swiglu(c[0][i], c[0][i + 2]));
 #elif PACKED
-        // A tile beyond the last, which stands for another, has no part in the scale.
-        const bool both = row_tile + 1 < args.row_tiles;
-        const float four[4] = {c[0][i], c[0][i + 2], both ? c[1][i] : 0.0f, both ? c[1][i + 2] : 0.0f};
-        static_cast<uint2*>(args.out)[(pair * ((args.row_tiles + 1) / 2) + row_tile / 2) * 8 + g] = pack_part(four);
+        // A tile beyond the last was given the last one's weights: its numbers are the same, and so is the largest.
+        const float four[4] = {c[0][i], c[0][i + 2], c[1][i], c[1][i + 2]};
+        static_cast<uint2*>(args.out)[row + row_tile / 2 * 8 + g] = pack_part(four);
 #else
-        float* out = static_cast<float*>(args.out) + pair * args.out_features;
+        float* out = static_cast<float*>(args.out) + row;
         const int feature = row_tile * 16 + g;
         if (feature < args.out_features) out[feature] = c[0][i];
         if (feature + 8 < args.out_features) out[feature + 8] = c[0][i + 2];
@@ -266,51 +296,22 @@ DEVICE void store(const Arguments& args, const int32_t* pairs, int count, int ro
     }
 }
 
-// What comes next reads other weights of the same expert: `part` of `parts` blocks bring `share` 256ths of their first bytes to the L2,
-// while the memory has nothing else to do.
-struct Next {
-    const uint8_t* data[3];
-    int bytes[3];
-
-    DEVICE void prefetch(int expert, int share, int part, int parts) const {
-        constexpr int LINE = 32;
-#pragma unroll
-        for (int i = 0; i < 2 + ZEROS; ++i) {
-            const uint8_t* first = data[i] + static_cast<int64_t>(expert) * bytes[i];
-            const int end = static_cast<int>(static_cast<int64_t>(bytes[i]) * share / 256);
-            for (int at = (part * THREADS + threadIdx.x) * LINE; at < end; at += parts * THREADS * LINE) prefetch_l2(first + at);
-        }
-    }
+// An item: tokens of an expert, whose pairs are `order[first]` on, or `first` alone.
+struct Item {
+    int expert, first, count;
+    // Of what comes next, what this block brings to the L2: `parts` is 0 where it brings nothing.
+    int next_expert, part, parts;
 };
 
-// `x` [rows, columns] bf16: of a token at row `first_token` + pair / top_k (gate-up), or of a pair; columns are a multiple of 8. `items`
-// (expert, first, count, 0) over `order`, pairs of token and k by expert; without SORTED the topk_ids. `out` [pairs, out_features]: bf16
-// of whole row tiles (gate-up), or f32, or packed parts. Grid: ranges of `row_groups` row groups and items, without SORTED the other way
-// round; then `next_` is what down reads.
-KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
-moe_int4(const uint16_t* x, const uint4* weight, const uint4* scales, const uint2* zeros, const int32_t* items, const int32_t* order,
-         void* out, int experts, int columns, int k_tiles, int row_tiles, int groups, int out_features, int top_k, int first_token,
-         int row_groups, const uint8_t* next_weight, const uint8_t* next_scales, const uint8_t* next_zeros, int next_weight_bytes,
-         int next_scales_bytes, int next_zeros_bytes, int next_share) {
-    Shared& shared = shared_memory<Shared>();
-    const Arguments args = {x, weight, scales, zeros, out, columns, k_tiles, row_tiles, groups, out_features};
+// A range of row groups of an item.
+DEVICE void multiply_item(Shared& shared, const Arguments& args, const Item& item, const int32_t* order, int range, int row_groups,
+                          int top_k, int first_token, const Next& next, int next_share) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = warp / WARPS_M, warp_m = warp % WARPS_M;
-    const int thread = threadIdx.x % COLUMN;
-
-#if SORTED
-    const int4 item = reinterpret_cast<const int4*>(items)[blockIdx.y];
-    const int expert = item.x, count = item.z, range = blockIdx.x;
-    if (count == 0) return;
-#else
-    const int expert = items[static_cast<int64_t>(first_token) * top_k + blockIdx.x], count = 1, range = blockIdx.y;
-    if (expert < 0 || expert >= experts) return;
-#endif
+    const int thread = threadIdx.x % COLUMN, count = item.count, k_tiles = args.k_tiles;
     for (int i = threadIdx.x; i < count; i += THREADS) {
-#if SORTED
-        shared.pairs[i] = order[item.y + i];
-#else
-        shared.pairs[i] = blockIdx.x;
-#endif
+        const int pair = SORTED ? order[item.first + i] : item.first;
+        shared.pairs[i] = pair;
+        shared.rows[i] = pair * out_pitch(args);
     }
     Stage(&ring)[STAGES] = shared.stages[column];
     if constexpr (TOKEN_TILES > 1) {
@@ -322,25 +323,26 @@ moe_int4(const uint16_t* x, const uint4* weight, const uint4* scales, const uint
 
     const int steps = (k_tiles + WARPS_K * K_TILES - 1) / (WARPS_K * K_TILES);
     const int first_row_tile = range * row_groups * GROUP_TILES;
-    const int my_groups = min(row_groups, (row_tiles - first_row_tile + GROUP_TILES - 1) / GROUP_TILES);
+    const int my_groups = min(row_groups, (args.row_tiles - first_row_tile + GROUP_TILES - 1) / GROUP_TILES);
     const int all_steps = my_groups * steps;
-    const int64_t first_tile = static_cast<int64_t>(expert) * row_tiles;
+    const int64_t first_tile = static_cast<int64_t>(item.expert) * args.row_tiles;
 
     // The first weights are under way before it is known whose rows they meet.
-    Source source;
+    Source source = {};
     source.lane = lane, source.warp_m = warp_m, source.column = column, source.steps = steps, source.row_tile = first_row_tile;
+    source.start(ring[0]);
     source.aim(args, first_tile);
     Source rows = source;
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {
-        if (i < all_steps) source.copy_weights(ring[i], args);
+        if (i < all_steps) source.copy_weights(args);
         source.advance(args, first_tile);
     }
     __syncthreads();
-    rows.aim_x(args, shared.pairs, count, thread, first_token, top_k);
+    rows.start_x(ring[0], args, shared.pairs, count, thread, first_token, top_k);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {
-        if (i < all_steps) rows.copy_x(ring[i], args);
+        if (i < all_steps) rows.copy_x(args);
         cp_async_commit();
         rows.advance(args, first_tile);
     }
@@ -352,9 +354,8 @@ moe_int4(const uint16_t* x, const uint4* weight, const uint4* scales, const uint
         cp_async_wait<STAGES - 2>();
         sync_column(column);
         if (i + STAGES - 1 < all_steps) {
-            Stage& next = ring[slot == 0 ? STAGES - 1 : slot - 1];
-            source.copy_weights(next, args);
-            source.copy_x(next, args);
+            source.copy_weights(args);
+            source.copy_x(args);
         }
         cp_async_commit();
         source.advance(args, first_tile);
@@ -363,14 +364,7 @@ moe_int4(const uint16_t* x, const uint4* weight, const uint4* scales, const uint
         if (++step < steps) continue;
         step = 0;
 
-#if GATE_UP && !SORTED
-        // The later half of the blocks does it: what the first had brought would be gone by then.
-        const int late = static_cast<int>(gridDim.y) / 2;
-        if (i + 1 == all_steps && next_share > 0 && range >= late) {
-            const Next next = {{next_weight, next_scales, next_zeros}, {next_weight_bytes, next_scales_bytes, next_zeros_bytes}};
-            next.prefetch(expert, next_share, range - late, static_cast<int>(gridDim.y) - late);
-        }
-#endif
+        if (GATE_UP && item.parts > 0 && i + 1 == all_steps) next.prefetch<THREADS>(item.next_expert, next_share, item.part, item.parts);
 #if TILE_WARPS_K > 1
         if (i >= steps) __syncthreads();
 #pragma unroll
@@ -390,7 +384,7 @@ moe_int4(const uint16_t* x, const uint4* weight, const uint4* scales, const uint
                     const float4 four = shared.sums[k][row + b][n][lane];
                     c[b][0] += four.x, c[b][1] += four.y, c[b][2] += four.z, c[b][3] += four.w;
                 }
-            store(args, shared.pairs, count, row_tile + row, n, lane, c);
+            store(args, shared.rows, count, row_tile + row, n, lane, c);
         }
 #else
 #pragma unroll
@@ -403,7 +397,7 @@ moe_int4(const uint16_t* x, const uint4* weight, const uint4* scales, const uint
                 for (int b = 0; b < BUNDLE; ++b)
 #pragma unroll
                     for (int i = 0; i < 4; ++i) c[b][i] = acc[r + b][n][i];
-                store(args, shared.pairs, count, row_tile + warp_m * ROW_TILES + r, n, lane, c);
+                store(args, shared.rows, count, row_tile + warp_m * ROW_TILES + r, n, lane, c);
             }
 #endif
 #pragma unroll
@@ -415,4 +409,45 @@ moe_int4(const uint16_t* x, const uint4* weight, const uint4* scales, const uint
         row_tile += GROUP_TILES;
     }
     cp_async_wait<0>();
+}
+
+// `x` [rows, columns] bf16: of a token at row `first_token` + pair / top_k (gate-up), or of a pair; columns are a multiple of 8. `items`
+// (expert, first, count, 0) over `order`, pairs of token and k by expert, the unused ones last; without SORTED the topk_ids. `out`
+// [pairs, out_features]: bf16 of whole row tiles (gate-up), or f32, or packed parts. `next_` is what down reads, of which the last
+// `late_items` items (without SORTED, the later half of the ranges) bring a part to the L2: what were brought sooner would be gone by then.
+// Grid: ranges of `row_groups` row groups and items (all of them without SEVERAL_ITEMS), for down and without SORTED the other way round.
+KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
+moe_int4(const uint16_t* x, const uint4* weight, const uint4* scales, const uint2* zeros, const int32_t* items, const int32_t* order,
+         void* out, int experts, int columns, int k_tiles, int row_tiles, int groups, int out_features, int top_k, int first_token,
+         int row_groups, int item_count, int late_items, const uint8_t* next_weight, const uint8_t* next_scales, const uint8_t* next_zeros,
+         int next_weight_bytes, int next_scales_bytes, int next_zeros_bytes, int next_share) {
+    Shared& shared = shared_memory<Shared>();
+    const Arguments args = {x, weight, scales, zeros, out, columns, k_tiles, row_tiles, groups, out_features};
+    const Next next = {{next_weight, next_scales, next_zeros}, {next_weight_bytes, next_scales_bytes, next_zeros_bytes}};
+#if SORTED
+    // Registers that the sums of many tokens need are not kept for a next item.
+    constexpr bool SEVERAL_ITEMS = TOKENS <= 32;
+    const int4* all = reinterpret_cast<const int4*>(items);
+    // Gate-up's blocks that run together share a token's rows. Down goes through the features as a whole, so that of its results the last
+    // features are in the L2 when the sum begins with them.
+    const int range = GATE_UP ? blockIdx.x : blockIdx.y, ranges = gridDim.x;
+    const int first_item = GATE_UP ? blockIdx.y : blockIdx.x, item_step = GATE_UP ? gridDim.y : gridDim.x;
+    for (int at = first_item; at < item_count; at += item_step) {
+        const int4 tokens = all[at];
+        if (tokens.z == 0) return;
+        Item item = {tokens.x, tokens.y, tokens.z, 0, range, 0};
+        if (GATE_UP && late_items > 0 && (at + late_items >= item_count || all[at + late_items].z == 0))
+            item.next_expert = all[at % late_items].x, item.parts = ranges;
+        // All are done with the item before.
+        if (at >= item_step) __syncthreads();
+        multiply_item(shared, args, item, order, range, row_groups, top_k, first_token, next, next_share);
+        if (!SEVERAL_ITEMS) return;
+    }
+#else
+    const int expert = items[static_cast<int64_t>(first_token) * top_k + blockIdx.x], range = blockIdx.y;
+    if (expert < 0 || expert >= experts) return;
+    const int late = static_cast<int>(gridDim.y) / 2, parts = late_items > 0 && range >= late ? static_cast<int>(gridDim.y) - late : 0;
+    const Item item = {expert, static_cast<int>(blockIdx.x), 1, expert, range - late, parts};
+    multiply_item(shared, args, item, order, range, row_groups, top_k, first_token, next, next_share);
+#endif
 }

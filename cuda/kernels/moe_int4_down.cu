@@ -23,14 +23,18 @@ moe_int4_down(const uint16_t* x, const uint4* weight, const void* scales, const 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int64_t token = first_token + static_cast<int>(blockIdx.x);
     const int first_row_tile = blockIdx.y * ROW_TILES;
+    const int row = first_row_tile * 16 + threadIdx.x;
+    const bool writes = threadIdx.x < ROW_TILES * 16 && row < hidden;
+    const float beside = writes && shared_rows != nullptr ? bf16_to_float(shared_rows[token * hidden + row]) : 0.0f;
 
     for (int job = warp; job < top_k * ROW_TILES; job += WARPS) {
         const int k = job / ROW_TILES, r = job % ROW_TILES;
         const int expert = topk_ids[token * top_k + k];
+        const float topk_weight = topk_weights[token * top_k + k];
         float acc[4] = {};
         if (expert >= 0 && expert < experts) {
             const int64_t tile = static_cast<int64_t>(expert) * row_tiles + min(first_row_tile + r, row_tiles - 1);
-            const uint16_t* row = x + (static_cast<int64_t>(blockIdx.x) * top_k + k) * columns;
+            const uint16_t* activated = x + (static_cast<int64_t>(blockIdx.x) * top_k + k) * columns;
             for (int first = 0; first < k_tiles; first += K_TILES) {
                 uint4 four[K_TILES], b[K_TILES][2];
                 Int4Scale<SCALE_TYPE> scale[K_TILES][UNITS];
@@ -44,7 +48,7 @@ moe_int4_down(const uint16_t* x, const uint4* weight, const void* scales, const 
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {
                         const int column = (first + j) * 64 + h * 32 + t * 8;
-                        b[j][h] = column < columns ? *reinterpret_cast<const uint4*>(row + column) : make_uint4(0, 0, 0, 0);
+                        b[j][h] = column < columns ? *reinterpret_cast<const uint4*>(activated + column) : make_uint4(0, 0, 0, 0);
                     }
 #pragma unroll
                     for (int unit = 0; unit < UNITS; ++unit) {
@@ -79,18 +83,13 @@ moe_int4_down(const uint16_t* x, const uint4* weight, const void* scales, const 
                 }
             }
         }
-        if (t == 0) shared.parts[k][r][g] = acc[0], shared.parts[k][r][g + 8] = acc[2];
+        if (t == 0) shared.parts[k][r][g] = topk_weight * acc[0], shared.parts[k][r][g + 8] = topk_weight * acc[2];
     }
     __syncthreads();
 
-    const int row = first_row_tile * 16 + threadIdx.x;
-    if (threadIdx.x >= ROW_TILES * 16 || row >= hidden) return;
+    if (!writes) return;
     float sum = 0.0f;
-    for (int k = 0; k < top_k; ++k) {
-        const int expert = topk_ids[token * top_k + k];
-        if (expert < 0 || expert >= experts) continue;
-        sum = fmaf(topk_weights[token * top_k + k], shared.parts[k][threadIdx.x / 16][threadIdx.x % 16], sum);
-    }
-    const float beside = shared_rows != nullptr ? bf16_to_float(shared_rows[token * hidden + row]) : 0.0f;
+#pragma unroll 8
+    for (int k = 0; k < top_k; ++k) sum += shared.parts[k][threadIdx.x / 16][threadIdx.x % 16];
     out[token * hidden + row] = float_to_bf16(beside + sum);
 }

@@ -11,10 +11,8 @@
 constexpr float PART_INTEGER = 12582912.0f;
 
 DEVICE uint2 pack_part(const float (&four)[4]) {
-    uint32_t largest = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) largest = max(largest, __float_as_uint(four[i]) & 0x7fffffffu);
-    const uint32_t exponent = max(largest >> 23, 12u);
+    const float largest = max_nan(max_nan(fabsf(four[0]), fabsf(four[1])), max_nan(fabsf(four[2]), fabsf(four[3])));
+    const uint32_t exponent = max(__float_as_uint(largest) >> 23, 12u);
     const float scale = __uint_as_float((266u - exponent) << 23);
     uint32_t q[4];
 #pragma unroll

@@ -36,19 +36,20 @@ DEVICE void add(float (&sum)[COLUMNS], float weight, const uint4 (&raw)[PACKED ?
 }
 
 // `parts` [pairs, hidden] f32, or packed; `shared_rows` [tokens, hidden] bf16 or null; `out` [tokens, hidden] bf16; tokens count from
-// `first_token`, pairs from its first. A pair whose expert does not exist gave nothing. Grid: column ranges, tokens.
+// `first_token`, pairs from its first. A pair whose expert does not exist gave nothing. Grid: tokens, column ranges, of which the last come
+// first: their parts were written last.
 KERNEL void __launch_bounds__(TILE_THREADS, 1)
 moe_sum(const uint4* parts, const int32_t* topk_ids, const float* topk_weights, const uint16_t* shared_rows, uint16_t* out, int experts,
         int hidden, int top_k, int first_token) {
-    const int vector = blockIdx.x * TILE_THREADS + threadIdx.x, column = first_column(vector);
+    const int vector = (gridDim.y - 1 - blockIdx.y) * TILE_THREADS + threadIdx.x, column = first_column(vector);
     const int vectors = PACKED ? (hidden + 31) / 32 * 4 : hidden / COLUMNS;
     if (vector >= vectors) return;
-    const int64_t token = first_token + static_cast<int>(blockIdx.y);
+    const int64_t token = first_token + static_cast<int>(blockIdx.x);
     constexpr int LOADS = PACKED ? 1 : 2;
     float sum[COLUMNS] = {};
 #pragma unroll 8
     for (int k = 0; k < top_k; ++k) {
-        const int64_t row = static_cast<int64_t>(blockIdx.y) * top_k + k;
+        const int64_t row = static_cast<int64_t>(blockIdx.x) * top_k + k;
         uint4 raw[LOADS];
 #pragma unroll
         for (int i = 0; i < LOADS; ++i) raw[i] = parts[(row * vectors + vector) * LOADS + i];

@@ -156,6 +156,13 @@ DEVICE float relu(float x) {
     return out;
 }
 
+// The larger of two; NaN stays.
+DEVICE float max_nan(float a, float b) {
+    float out;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+    return out;
+}
+
 // Any bitwise function of three words: LUT is the function applied to 0xf0, 0xcc, 0xaa.
 template <int LUT>
 DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {

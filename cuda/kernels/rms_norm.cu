@@ -1,12 +1,12 @@
 // RMSNorm of rows, with the residual add before it where RESIDUAL. A block takes row after row, which lie in registers; the next one is
 // under way while one is summed.
 //
-// Constants: WIDTH; VECTOR neighbouring columns of a load, which divide WIDTH; WEIGHT_TYPE; RESIDUAL.
+// Constants: WIDTH; VECTOR neighbouring columns of a load, which divide WIDTH; WEIGHT_TYPE; X_FLOAT (x is f32, not bf16); RESIDUAL.
 // Tile: TILE_VECTORS vectors of a row that a thread holds, as long as a block has threads enough.
 //
-// Arithmetic is f32 with u = 2^-24. The sum of two bf16 is rounded twice, which 24 bits make as good as once. n = CHUNKS * VECTOR + 10
-// additions lie on any path to the sum of squares, so the mean's relative error is at most (n + 3) u, that of the reciprocal root
-// (n + 5) u / 2 + 2^-22 (the last for rsqrtf), and a value gains 2 u more before it is rounded to bf16.
+// Arithmetic is f32 with u = 2^-24. The sum with the residual is off by u. n = CHUNKS * VECTOR + 10 additions lie on any path to the sum of
+// squares, so the mean's relative error is at most (n + 5) u, that of the reciprocal root (n + 7) u / 2 + 2^-22 (the last for rsqrtf), and
+// a value gains 3 u more before it is rounded to bf16.
 #include "rows.cuh"
 
 constexpr int VECTORS = WIDTH / VECTOR;
@@ -14,7 +14,7 @@ constexpr int ENOUGH_WARPS = (VECTORS + 32 * TILE_VECTORS - 1) / (32 * TILE_VECT
 constexpr int WARPS = ENOUGH_WARPS < 32 ? ENOUGH_WARPS : 32;
 constexpr int THREADS = 32 * WARPS;
 constexpr int CHUNKS = (VECTORS + THREADS - 1) / THREADS;
-constexpr int WORDS = (VECTOR + 1) / 2;
+constexpr int WORDS = (VECTOR + 1) / 2, X_WORDS = X_FLOAT ? VECTOR : WORDS;
 static_assert(WIDTH % VECTOR == 0, "a row is whole vectors, and aligned as they are");
 static_assert(THREADS == TILE_THREADS, "the launcher's block");
 
@@ -25,17 +25,38 @@ struct Shared {
 static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
 
 struct Row {
-    uint32_t x[CHUNKS][WORDS], residual[RESIDUAL ? CHUNKS : 1][WORDS];
+    uint32_t x[CHUNKS][X_WORDS], residual[RESIDUAL ? CHUNKS : 1][VECTOR];
 };
 
 DEVICE int column(int chunk) { return (chunk * THREADS + static_cast<int>(threadIdx.x)) * VECTOR; }
 
-DEVICE void load_row(Row& row, const uint16_t* x, const uint16_t* residual, int64_t start) {
+// VECTOR elements of x as they are in memory, and as numbers: f32 where FLOATS, pairs of bf16 otherwise.
+template <bool FLOATS, int COUNT>
+DEVICE void load_x(const void* x, int64_t place, uint32_t (&words)[COUNT]) {
+    if constexpr (FLOATS) {
+        load_words(static_cast<const float*>(x) + place, words);
+    } else {
+        load_bf16<VECTOR>(static_cast<const uint16_t*>(x) + place, words);
+    }
+}
+
+template <bool FLOATS, int COUNT>
+DEVICE void widen_x(const uint32_t (&words)[COUNT], float (&values)[VECTOR]) {
+    if constexpr (FLOATS) {
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) values[i] = __uint_as_float(words[i]);
+    } else {
+        widen_bf16(words, values);
+    }
+}
+
+DEVICE void load_row(Row& row, const void* x, const float* residual, int64_t start) {
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
         if (column(chunk) < WIDTH) {
-            load_bf16<VECTOR>(x + start + column(chunk), row.x[chunk]);
-            if constexpr (RESIDUAL) load_bf16<VECTOR>(residual + start + column(chunk), row.residual[chunk]);
+            const int64_t place = start + column(chunk);
+            load_x<X_FLOAT>(x, place, row.x[chunk]);
+            if constexpr (RESIDUAL) load_words(residual + place, row.residual[chunk]);
         }
     }
 }
@@ -53,8 +74,8 @@ DEVICE float block_sum(float value, float (&of_warps)[WARPS]) {
 }
 
 KERNEL void __launch_bounds__(THREADS, 1)
-rms_norm(const uint16_t* __restrict__ x,  // [rows, WIDTH] bf16
-         uint16_t* __restrict__ residual, // [rows, WIDTH] bf16, where RESIDUAL
+rms_norm(const void* __restrict__ x,      // [rows, WIDTH] bf16 or f32
+         float* __restrict__ residual,    // [rows, WIDTH], where RESIDUAL
          const void* __restrict__ weight, // [WIDTH]
          uint16_t* __restrict__ out,      // [rows, WIDTH] bf16
          int rows, float eps) {
@@ -72,34 +93,31 @@ rms_norm(const uint16_t* __restrict__ x,  // [rows, WIDTH] bf16
         Row next = {};
         if (row + gridDim.x < rows) load_row(next, x, residual, (row + gridDim.x) * WIDTH);
 
-        float squares = 0.0f;
+        float squares = 0.0f, values[CHUNKS][VECTOR];
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-            float values[VECTOR];
-            widen_bf16(current.x[chunk], values);
+            widen_x<X_FLOAT>(current.x[chunk], values[chunk]);
             if constexpr (RESIDUAL) {
-                float added[VECTOR];
-                widen_bf16(current.residual[chunk], added);
+                uint32_t sums[VECTOR];
 #pragma unroll
-                for (int i = 0; i < VECTOR; ++i) values[i] += added[i];
-                narrow_to_bf16(values, current.x[chunk]);
-                widen_bf16(current.x[chunk], values);
-                if (column(chunk) < WIDTH) store_bf16<VECTOR>(residual + row * WIDTH + column(chunk), current.x[chunk]);
+                for (int i = 0; i < VECTOR; ++i) {
+                    values[chunk][i] += __uint_as_float(current.residual[chunk][i]);
+                    sums[i] = __float_as_uint(values[chunk][i]);
+                }
+                if (column(chunk) < WIDTH) store_words(residual + row * WIDTH + column(chunk), sums);
             }
 #pragma unroll
-            for (int i = 0; i < VECTOR; ++i) squares += values[i] * values[i];
+            for (int i = 0; i < VECTOR; ++i) squares += values[chunk][i] * values[chunk][i];
         }
         const float mean = block_sum(squares, shared.squares[turn]) * (1.0f / WIDTH);
         const float reciprocal = rsqrtf(mean + eps);
 
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-            float values[VECTOR];
-            widen_bf16(current.x[chunk], values);
 #pragma unroll
-            for (int i = 0; i < VECTOR; ++i) values[i] = w[chunk][i] * (values[i] * reciprocal);
+            for (int i = 0; i < VECTOR; ++i) values[chunk][i] = w[chunk][i] * (values[chunk][i] * reciprocal);
             uint32_t words[WORDS];
-            narrow_to_bf16(values, words);
+            narrow_to_bf16(values[chunk], words);
             if (column(chunk) < WIDTH) store_bf16<VECTOR>(out + row * WIDTH + column(chunk), words);
         }
         current = next;

@@ -31,13 +31,15 @@ DEVICE void load_words(const void* global, uint32_t (&words)[COUNT]) {
 
 template <int COUNT>
 DEVICE void store_words(void* global, const uint32_t (&words)[COUNT]) {
-    static_assert(COUNT == 1 || COUNT == 2 || COUNT == 4, "one store");
+    static_assert(COUNT == 1 || COUNT == 2 || COUNT % 4 == 0, "whole stores");
     if constexpr (COUNT == 1) {
         *static_cast<uint32_t*>(global) = words[0];
     } else if constexpr (COUNT == 2) {
         *static_cast<uint2*>(global) = make_uint2(words[0], words[1]);
     } else {
-        *static_cast<uint4*>(global) = make_uint4(words[0], words[1], words[2], words[3]);
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 4)
+            static_cast<uint4*>(global)[i / 4] = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
     }
 }
 

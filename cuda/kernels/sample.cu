@@ -2,9 +2,9 @@
 //
 // A block takes a part of a row, the last block of the row puts the parts together.
 //
-// ln(sum exp): the powers are f32 and measured from the part's best logit, with a relative error of (3 + 2 d) u for one d below it and
-// u = 2^-24; a power d below counts e^-d, so that a sum has at most 4 u of it and u for every addition of a thread. Parts are added in
-// f64. A log-probability thus has the error (5 + additions) u, and u of itself by its type.
+// ln(sum exp): powers are f32 and measured from the part's best logit; one that is d below it has the relative error (4 + 3 d) u,
+// u = 2^-24. Over the distribution d is ln(vocab) on average at most (its entropy is no larger), and a thread's additions have u each;
+// parts are added in f64. A log-probability thus has the error (4 + 3 ln(vocab) + additions) u, and u of itself by its type.
 #include "sample.cuh"
 
 constexpr uint32_t TOP_LIST = 512;

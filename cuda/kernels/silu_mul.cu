@@ -1,16 +1,11 @@
 // SwiGLU, element by element: out = silu(gate) * up, silu(x) = x / (1 + exp(-x)).
 //
 // Tile: TILE_WARPS warps a block, TILE_VECTORS vectors of eight elements that a thread has under way.
-//
-// With u = 2^-24: the exponent is off by 2 u |gate|, the exponential by that and 4 u relatively, the reciprocal of the sum, and the two
-// products, by 5 u more. Where 1 + exp(-gate) exceeds 2^126 the result is zero, and the right one less than 2^-119 |up|.
-#include "rows.cuh"
+#include "silu.cuh"
 
 constexpr int THREADS = 32 * TILE_WARPS;
 constexpr int VECTOR = 8;
 constexpr int BLOCK = THREADS * TILE_VECTORS * VECTOR;
-
-DEVICE float swiglu(float gate, float up) { return gate * reciprocal_approx(1.0f + exp2_approx(gate * -1.4426950408889634f)) * up; }
 
 KERNEL void __launch_bounds__(THREADS, 1)
 silu_mul(const uint16_t* __restrict__ gate, // [count] bf16

@@ -146,7 +146,7 @@ impl Heads {
         let weight = kv_b.dtype();
         let tile = if class == AbsorbTokens::Few { tile.few } else { tile.many }.for_weight(weight);
         let vectors = [x_width, columns, self.rank].iter().all(|width| width.is_multiple_of(8));
-        let program = tile.program("absorb.cu", Variant { weight, vectors }, self.transposed);
+        let program = tile.program("absorb.cu", Variant { weight, vectors, swiglu: false }, self.transposed);
         let grid = [tokens.div_ceil(tile.tokens), features.div_ceil(tile.features).max(1), heads];
         device.launch(&Launch {
             program: &program,

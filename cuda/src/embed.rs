@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::batch::CudaBatch;
 use crate::device::{Arg, Device, Launch, Limits, Program, ProgramEntry};
 use crate::rows::{self, WEIGHTS, weight_type};
-use crate::tensor::CudaTensor;
+use crate::tensor::{CudaTensor, element_bytes};
 use crate::tile::{Cost, Tile, require};
 
 const KERNEL: &str = "embed";
@@ -31,12 +31,13 @@ impl EmbedTile {
         (dims.width / rows::vector(dims.width)).div_ceil(32).clamp(1, self.warps)
     }
 
-    fn program(&self, dims: EmbedDims, table: DType) -> Program {
+    fn program(&self, dims: EmbedDims, table: DType, out: DType) -> Program {
         Program {
             source: "embed.cu",
             defines: vec![
                 ("VECTOR", rows::vector(dims.width).to_string()),
                 ("TABLE_TYPE", weight_type(table)),
+                ("FLOATS", u8::from(out == DType::Float).to_string()),
                 ("TILE_WARPS", self.warps(dims).to_string()),
             ],
         }
@@ -64,21 +65,23 @@ impl Tile for EmbedTile {
 
 /// Every variant of a tile.
 pub fn programs(tile: &EmbedTile, dims: EmbedDims) -> Vec<ProgramEntry> {
+    let outs = [DType::Act, DType::Float];
     WEIGHTS
         .into_iter()
-        .map(|table| ProgramEntry {
-            program: tile.program(dims, table),
+        .flat_map(|table| outs.map(|out| (table, out)))
+        .map(|(table, out)| ProgramEntry {
+            program: tile.program(dims, table, out),
             entry: KERNEL,
             threads: 32 * tile.warps(dims) as u32,
             shared_bytes: 0,
-            variant: table.to_string(),
+            variant: format!("{table} to {out}"),
         })
         .collect()
 }
 
 /// What a launch moves whose tokens are all of this shard.
-pub fn cost(rows: usize, dims: EmbedDims, table: DType) -> Cost {
-    let row = dims.width * (2 + if table == DType::F32 { 4 } else { 2 }) + size_of::<i32>();
+pub fn cost(rows: usize, dims: EmbedDims, table: DType, out: DType) -> Cost {
+    let row = dims.width * (element_bytes(out) + element_bytes(table)) + size_of::<i32>();
     Cost { bytes: (rows * row) as f64, flops: 0.0 }
 }
 
@@ -98,14 +101,14 @@ pub fn embed<D: Device>(
     let [vocab, width] = table.dims(KERNEL, "table")?;
     table.expect_dtype(KERNEL, "table", &WEIGHTS, "weights")?;
     out.expect(KERNEL, "out", out.shape() == [rows, width], || format!("[{rows}, {width}]"))?;
-    out.expect_dtype(KERNEL, "out", &[DType::Act], "activations")?;
+    out.expect_dtype(KERNEL, "out", &[DType::Act, DType::Float], "activations or floats")?;
     let dims = EmbedDims { width };
     tile.validate(dims, device.limits())?;
     if rows * width == 0 {
         return Ok(());
     }
     device.launch(&Launch {
-        program: &tile.program(dims, table.dtype()),
+        program: &tile.program(dims, table.dtype(), out.dtype()),
         entry: KERNEL,
         grid: [rows as u32, 1, 1],
         threads: 32 * tile.warps(dims) as u32,

@@ -137,6 +137,10 @@ pub(crate) struct Product<'a, D: Device> {
     pub(crate) rows: Option<&'a CudaTensor<D>>,
     pub(crate) weight: &'a CudaTensor<D>,
     pub(crate) out: &'a CudaTensor<D>,
+    /// Where the features go that `out` has no columns for.
+    pub(crate) second: Option<&'a CudaTensor<D>>,
+    /// Whether the features are those of a gate and its up projection in turns, and `out` gets their SwiGLU.
+    pub(crate) swiglu: bool,
     pub(crate) tokens: usize,
     pub(crate) features: usize,
     pub(crate) columns: usize,
@@ -150,6 +154,20 @@ impl<'a, D: Device> Product<'a, D> {
         rows: Option<&'a CudaTensor<D>>,
         weight: &'a CudaTensor<D>,
         name: &'static str,
+        out: &'a CudaTensor<D>,
+    ) -> Result<Self> {
+        let product = Self::unchecked(kernel, x, rows, weight, out)?;
+        let Self { tokens, features, .. } = product;
+        out.expect(kernel, name, out.shape() == [tokens, features], || format!("[{tokens}, {features}]"))?;
+        Ok(product)
+    }
+
+    /// Checks all but the output's shape.
+    pub(crate) fn unchecked(
+        kernel: &'static str,
+        x: &'a CudaTensor<D>,
+        rows: Option<&'a CudaTensor<D>>,
+        weight: &'a CudaTensor<D>,
         out: &'a CudaTensor<D>,
     ) -> Result<Self> {
         let [features, columns] = weight.dims(kernel, "weight")?;
@@ -166,8 +184,7 @@ impl<'a, D: Device> Product<'a, D> {
                 count
             }
         };
-        out.expect(kernel, name, out.shape() == [tokens, features], || format!("[{tokens}, {features}]"))?;
-        Ok(Self { kernel, x, rows, weight, out, tokens, features, columns })
+        Ok(Self { kernel, x, rows, weight, out, second: None, swiglu: false, tokens, features, columns })
     }
 
     pub(crate) fn launch(
@@ -201,22 +218,30 @@ impl<'a, D: Device> Product<'a, D> {
         self.rows.map_or(Arg::Null, |rows| Arg::Buffer(rows.buffer()))
     }
 
-    fn sizes(&self) -> [Arg<'_, D::Buffer>; 5] {
-        let floats = usize::from(self.out.dtype() == DType::Float);
-        [self.x.shape()[0], self.tokens, self.columns, self.features, floats]
+    fn second(&self) -> Arg<'_, D::Buffer> {
+        self.second.map_or(Arg::Null, |second| Arg::Buffer(second.buffer()))
+    }
+
+    fn sizes(&self) -> [Arg<'_, D::Buffer>; 6] {
+        let (split, floats) = (self.out.shape()[1], usize::from(self.out.dtype() == DType::Float));
+        [self.x.shape()[0], self.tokens, self.columns, self.features, split, floats]
             .map(|size| Arg::I32(size as i32))
     }
 
     fn launch_few(&self, device: &D, tile: &LinearFewTile, workspace: &LinearWorkspace<D>) -> Result<()> {
         let (limits, weight) = (device.limits(), self.weight.dtype());
         tile.validate(LinearTokens::of(self.tokens), limits)?;
-        let variant =
-            linear_few::Variant { weight, vectors: self.vectors(), groups: linear_few::groups(self.tokens) };
+        let variant = linear_few::Variant {
+            weight,
+            vectors: self.vectors(),
+            groups: linear_few::groups(self.tokens),
+            swiglu: self.swiglu,
+        };
         let grid = tile.grid([self.tokens, self.columns, self.features], limits);
         let (blocks, splits) = (grid.blocks, grid.splits);
         let need = if splits > 1 { tile.need(blocks * splits, variant.groups) } else { Need::default() };
         let [parts, arrivals] = workspace.arguments(tile, need)?;
-        let [x_rows, tokens, columns, features, floats] = self.sizes();
+        let [x_rows, tokens, columns, features, split, floats] = self.sizes();
         device.launch(&Launch {
             program: &tile.program(variant),
             entry: linear_few::ENTRY,
@@ -229,13 +254,14 @@ impl<'a, D: Device> Product<'a, D> {
                 self.gathered(),
                 Arg::Buffer(self.weight.buffer()),
                 Arg::Buffer(self.out.buffer()),
+                self.second(),
                 parts,
                 arrivals,
                 x_rows,
                 tokens,
                 columns,
                 features,
-                Arg::I32(grid.block_features as i32),
+                split,
                 floats,
             ],
         })
@@ -245,10 +271,10 @@ impl<'a, D: Device> Product<'a, D> {
         let (limits, weight) = (device.limits(), self.weight.dtype());
         tile.validate(LinearTokens::of(self.tokens), limits)?;
         let tile = tile.for_weight(weight);
-        let variant = linear_many::Variant { weight, vectors: self.vectors() };
+        let variant = linear_many::Variant { weight, vectors: self.vectors(), swiglu: self.swiglu };
         let (blocks, need) = tile.grid(self.tokens, self.features, self.columns, limits);
         let [parts, arrivals] = workspace.arguments(&tile, need)?;
-        let [x_rows, tokens, columns, features, floats] = self.sizes();
+        let [x_rows, tokens, columns, features, split, floats] = self.sizes();
         device.launch(&Launch {
             program: &tile.program("linear.cu", variant, false),
             entry: KERNEL,
@@ -261,12 +287,14 @@ impl<'a, D: Device> Product<'a, D> {
                 self.gathered(),
                 Arg::Buffer(self.weight.buffer()),
                 Arg::Buffer(self.out.buffer()),
+                self.second(),
                 parts,
                 arrivals,
                 x_rows,
                 tokens,
                 columns,
                 features,
+                split,
                 floats,
             ],
         })

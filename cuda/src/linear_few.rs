@@ -16,7 +16,7 @@ pub(crate) const ENTRY: &str = "linear_few";
 pub struct LinearFewTile {
     /// Warps of a block: they share its columns.
     pub warps: usize,
-    /// Groups of 16 features, of which the last need not be whole.
+    /// Groups of 16 features of a block.
     pub row_tiles: usize,
     /// Groups of 32 columns that a warp takes in one step.
     pub halves: usize,
@@ -34,13 +34,13 @@ pub(crate) struct Variant {
     pub(crate) vectors: bool,
     /// Groups of 8 tokens.
     pub(crate) groups: usize,
+    /// Gate and up projection in turns.
+    pub(crate) swiglu: bool,
 }
 
 /// How a launch is cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Grid {
-    /// Features of a block.
-    pub(crate) block_features: usize,
     /// Blocks along the features.
     pub(crate) blocks: usize,
     /// Blocks that share the columns.
@@ -58,8 +58,8 @@ impl Tile for LinearFewTile {
 
     fn safe(tokens: LinearTokens) -> Self {
         match tokens {
-            LinearTokens::UpTo8 => Self::of([8, 2, 1, 4, 1]),
-            _ => Self::of([8, 2, 1, 4, 1]),
+            LinearTokens::UpTo8 => Self::of([4, 2, 2, 4, 2]),
+            _ => Self::of([8, 2, 1, 3, 1]),
         }
     }
 
@@ -108,7 +108,8 @@ impl Tile for LinearFewTile {
             format!("a lane needs about {registers} registers, {most} are there")
         })?;
         WEIGHTS.into_iter().try_for_each(|weight| {
-            require_shared(self, self.shared_bytes(Variant { weight, vectors: true, groups }), limits)
+            let variant = Variant { weight, vectors: true, groups, swiglu: false };
+            require_shared(self, self.shared_bytes(variant), limits)
         })
     }
 }
@@ -146,13 +147,14 @@ impl LinearFewTile {
     }
 
     pub(crate) fn program(&self, variant: Variant) -> Program {
-        let Variant { weight, vectors, groups } = variant;
+        let Variant { weight, vectors, groups, swiglu } = variant;
         Program {
             source: "linear_few.cu",
             defines: vec![
                 ("WEIGHT_TYPE", weight_type(weight)),
                 ("VECTORS", u8::from(vectors).to_string()),
                 ("TOKEN_GROUPS", groups.to_string()),
+                ("SWIGLU", u8::from(swiglu).to_string()),
                 ("TILE_WARPS", self.warps.to_string()),
                 ("TILE_ROW_TILES", self.row_tiles.to_string()),
                 ("TILE_HALVES", self.halves.to_string()),
@@ -169,26 +171,23 @@ impl LinearFewTile {
         self.blocks * limits.multiprocessors as usize
     }
 
-    /// Features of a block, and blocks along the features and along the columns: those that cost least, by the bytes that the busiest
-    /// multiprocessor reads. Sharing an output costs as much as reading 64 KiB.
+    /// Blocks along the features and along the columns. The memory brings the weight, and the L2 x to every block at three times the rate; a
+    /// multiprocessor takes no more than its share of that rate. Sharing an output costs as much as a multiprocessor's share of 44 KiB.
     pub(crate) fn grid(&self, [tokens, columns, features]: [usize; 3], limits: &Limits) -> Grid {
-        const SHARING: usize = 64 * 1024;
+        const SHARING: usize = 44 * 1024;
+        let multiprocessors = limits.multiprocessors as usize;
         let steps = columns.div_ceil(32 * self.halves);
         let step_bytes = 2 * 32 * self.halves;
-        let multiprocessors = limits.multiprocessors as usize;
-        let whole = self.features();
-        let grids = (whole - 12..=whole).rev().step_by(4).flat_map(|block_features| {
-            let blocks = features.div_ceil(block_features);
-            let most = (self.slots(limits) / blocks).min(steps.div_ceil(self.warps)).max(1);
-            (1..=most).map(move |splits| Grid { block_features, blocks, splits })
-        });
-        let cost = |&Grid { block_features, blocks, splits }: &Grid| {
-            let busiest = (blocks * splits).div_ceil(multiprocessors);
-            let sharing = if splits > 1 { SHARING } else { 0 };
-            busiest * steps.div_ceil(splits) * step_bytes * (block_features + tokens) + sharing
+        let blocks = features.div_ceil(self.features());
+        let most = (self.slots(limits) / blocks).min(steps.div_ceil(self.warps)).max(1);
+        let all = 3 * features + blocks * tokens;
+        let cost = |splits: usize| {
+            let of_busiest = (blocks * splits).div_ceil(multiprocessors) * (self.features() + tokens);
+            let shared =
+                (multiprocessors * of_busiest * steps.div_ceil(splits)).max(all * steps) * step_bytes;
+            shared + if splits > 1 { 3 * multiprocessors * SHARING } else { 0 }
         };
-        let apart = Grid { block_features: whole, blocks: features.div_ceil(whole), splits: 1 };
-        grids.min_by_key(cost).unwrap_or(apart)
+        Grid { blocks, splits: (1..=most).min_by_key(|&splits| cost(splits)).unwrap_or(1) }
     }
 
     pub(crate) fn need(&self, blocks: usize, groups: usize) -> Need {
@@ -208,18 +207,21 @@ pub fn programs(tile: &LinearFewTile, tokens: LinearTokens) -> Vec<ProgramEntry>
     for weight in WEIGHTS {
         for vectors in [true, false] {
             for &groups in groups {
-                let variant = Variant { weight, vectors, groups };
-                entries.push(ProgramEntry {
+                let variants = [false, true].map(|swiglu| Variant { weight, vectors, groups, swiglu });
+                // Of a SwiGLU the common one: it differs from the others only in how sums are stored.
+                let swiglus = usize::from(weight == DType::Bf16 && vectors);
+                entries.extend(variants[..=swiglus].iter().map(|&variant| ProgramEntry {
                     program: tile.program(variant),
                     entry: ENTRY,
                     threads: tile.threads(),
                     shared_bytes: tile.shared_bytes(variant),
                     variant: format!(
-                        "{weight}, {} tokens, {}",
+                        "{weight}, {} tokens, {}{}",
                         8 * groups,
-                        if vectors { "vectors" } else { "elements" }
+                        if vectors { "vectors" } else { "elements" },
+                        if variant.swiglu { ", swiglu" } else { "" }
                     ),
-                });
+                }));
             }
         }
     }
@@ -244,7 +246,7 @@ mod tests {
             (LinearFewTile { stages: 1, ..safe }, "2 to 8 steps"),
             (LinearFewTile { blocks: 9, ..safe }, "1 to 8 blocks"),
             (LinearFewTile { blocks: 8, ..safe }, "registers"),
-            (LinearFewTile { stages: 8, ..safe }, "shared memory"),
+            (LinearFewTile { stages: 8, halves: 2, ..safe }, "shared memory"),
         ] {
             let error = tile.validate(tokens, &limits).unwrap_err().to_string();
             assert!(error.contains(reason), "{error}");
@@ -266,9 +268,8 @@ mod tests {
                 let most = tile.needs(&limits, tokens);
                 for (features, columns) in [(16, 6144), (512, 65536), (2624, 6144), (19360, 6144), (70, 8)] {
                     let grid = tile.grid([8, columns, features], &limits);
-                    let Grid { block_features, blocks, splits } = grid;
-                    assert!(blocks * block_features >= features && splits >= 1);
-                    assert!(block_features <= tile.features());
+                    let Grid { blocks, splits } = grid;
+                    assert!(blocks * tile.features() >= features && splits >= 1);
                     let need = tile.need(blocks * splits, LinearFewTile::max_groups(tokens));
                     let fits = need.part_bytes <= most.part_bytes && need.arrivals <= most.arrivals;
                     assert!(splits == 1 || fits, "{tile:?} {grid:?}");
@@ -278,13 +279,13 @@ mod tests {
     }
 
     #[test]
-    fn multiprocessors_read_the_same() {
+    fn blocks_share_an_output_where_there_are_few() {
         let limits = Limits { multiprocessors: 132, ..Limits::a100() };
         let tile = LinearFewTile::of([8, 2, 1, 4, 1]);
-        let grid = |features, columns| tile.grid([1, columns, features], &limits);
-        assert_eq!(grid(2624, 6144), Grid { block_features: 20, blocks: 132, splits: 1 });
-        assert_eq!(grid(6144, 2048).blocks, 256);
-        // Few features and many columns are shared.
-        assert!(grid(64, 6144).splits > 8);
+        let grid = |tokens, columns, features| tile.grid([tokens, columns, features], &limits);
+        // Half of the multiprocessors already take what the memory brings.
+        assert_eq!(grid(1, 6144, 2624), Grid { blocks: 82, splits: 1 });
+        assert_eq!(grid(32, 2048, 2048), Grid { blocks: 64, splits: 1 });
+        assert!(grid(1, 6144, 256).splits >= 4 && grid(1, 6144, 64).splits >= 8);
     }
 }

@@ -1,4 +1,4 @@
-//! `linear_int4`: `out = x W^T` with a packed INT4 weight.
+//! `linear_int4`: `out = x W^T` with a packed INT4 weight; and `swiglu_int4`, of a gate and an up projection.
 //!
 //! Two ways lead to the same result, up to the order of sums: for few tokens the weight streams past them once
 //! (`kernels/linear_int4.cu`), many tokens share tiles of it in [`linear_int4_wide`](crate::linear_int4_wide). In both, blocks may
@@ -14,6 +14,7 @@ use crate::tensor::{CudaTensor, element_bytes};
 use crate::tile::{Cost, Tile, require, require_shared};
 
 const KERNEL: &str = "linear_int4";
+const SWIGLU: &str = "swiglu_int4";
 
 /// Tokens of an accumulator fragment.
 pub(crate) const TOKENS: usize = 8;
@@ -58,47 +59,34 @@ impl Tile for LinearInt4Tile {
 
     fn candidates(tokens: Self::Dims, limits: &Limits) -> Vec<Self> {
         let token_tiles = tokens.token_tiles();
-        let shapes: &[(usize, usize, usize, usize)] = match tokens {
+        let shapes: &[(usize, usize, usize, usize, usize)] = match tokens {
             LinearInt4Tokens::UpTo8 => &[
-                (8, 3, 4, 2),
-                (8, 3, 6, 1),
-                (8, 3, 8, 1),
-                (8, 4, 4, 2),
-                (16, 3, 3, 1),
-                (16, 3, 4, 1),
-                (4, 3, 8, 4),
-                (12, 3, 4, 1),
+                (8, 4, 4, 2, 0),
+                (8, 4, 8, 1, 0),
+                (12, 4, 4, 1, 0),
+                (16, 4, 3, 1, 0),
+                (12, 3, 4, 1, 0),
+                (8, 4, 4, 2, 1),
             ],
             LinearInt4Tokens::UpTo16 => &[
-                (8, 3, 3, 2),
-                (8, 4, 4, 1),
-                (8, 4, 3, 1),
-                (8, 4, 2, 2),
-                (8, 6, 3, 1),
-                (12, 4, 3, 1),
-                (16, 3, 2, 1),
+                (8, 3, 3, 2, 0),
+                (8, 4, 3, 1, 0),
+                (8, 4, 3, 1, 1),
+                (12, 4, 3, 1, 0),
+                (8, 3, 4, 1, 1),
+                (12, 3, 3, 1, 1),
             ],
-            LinearInt4Tokens::UpTo32 => &[
-                (8, 3, 3, 1),
-                (8, 4, 2, 1),
-                (8, 4, 3, 1),
-                (8, 6, 2, 1),
-                (8, 6, 3, 1),
-                (8, 8, 2, 1),
-                (12, 4, 2, 1),
-            ],
+            LinearInt4Tokens::UpTo32 => &[(8, 3, 3, 1, 1), (8, 4, 2, 1, 0), (8, 4, 2, 1, 1), (8, 4, 3, 1, 1)],
         };
         let mut tiles = vec![Self::safe(tokens)];
-        for &(warps, row_tiles, stages, blocks) in shapes {
-            tiles.extend([0, 1].map(|split_blocks| Self {
-                warps,
-                row_tiles,
-                token_tiles,
-                stages,
-                blocks,
-                split_blocks,
-            }));
-        }
+        tiles.extend(shapes.iter().map(|&(warps, row_tiles, stages, blocks, split_blocks)| Self {
+            warps,
+            row_tiles,
+            token_tiles,
+            stages,
+            blocks,
+            split_blocks,
+        }));
         tiles.retain(|tile| tile.validate(tokens, limits).is_ok());
         tiles
     }
@@ -198,13 +186,21 @@ impl LinearInt4Tile {
     }
 }
 
+/// What becomes of the products, as `kernels/linear_int4.cuh` counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Out {
+    Act = 0,
+    Float = 1,
+    SwiGlu = 2,
+}
+
 /// What is compiled in beside the tile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Variant {
     scale_type: usize,
     zero_points: bool,
     group_size: usize,
-    out_float: bool,
+    out: Out,
     alignment: usize,
 }
 
@@ -212,12 +208,12 @@ pub(crate) struct Variant {
 const GROUP_SIZES: [usize; 3] = [32, 64, 128];
 
 impl Variant {
-    fn of(shape: &Int4Shape, out: DType) -> Self {
+    fn of(shape: &Int4Shape, out: Out) -> Self {
         Self {
             scale_type: shape.scale_type(),
             zero_points: shape.zero_points,
             group_size: shape.kernel_group_size(),
-            out_float: out == DType::Float,
+            out,
             alignment: match shape.in_features {
                 whole if whole.is_multiple_of(TILE_INPUTS) => 2,
                 inner => usize::from(inner.is_multiple_of(8)),
@@ -232,9 +228,14 @@ impl Variant {
             ("ZERO_POINTS", usize::from(self.zero_points)),
             ("GROUP_SIZE", if known { self.group_size } else { 0 }),
             ("GROUPS_PER_TILE", if self.group_size.is_multiple_of(64) { 1 } else { 2 }),
-            ("OUT_FLOAT", usize::from(self.out_float)),
+            ("OUT", self.out as usize),
             ("ALIGNED", self.alignment),
         ]
+    }
+
+    /// Whether nothing takes registers beyond what every variant needs.
+    pub(crate) fn is_plain(self) -> bool {
+        self.scale_type == 0 && !self.zero_points && self.groups_per_tile() == 1 && self.alignment == 2
     }
 
     pub(crate) fn scale_bytes(self) -> usize {
@@ -248,21 +249,20 @@ impl Variant {
     /// Every constant in few programs: what a compile check looks at.
     pub(crate) fn all() -> Vec<(Self, String)> {
         [
-            (0, false, 128, false, 2),
-            (0, true, 32, false, 2),
-            (1, false, 64, true, 2),
-            (2, true, 96, true, 1),
-            (1, true, 128, false, 0),
-            (2, false, 6144, false, 2),
+            (0, false, 128, Out::Act, 2),
+            (0, true, 32, Out::SwiGlu, 2),
+            (1, false, 64, Out::Float, 2),
+            (2, true, 96, Out::Float, 1),
+            (1, true, 128, Out::Act, 0),
+            (2, false, 6144, Out::SwiGlu, 2),
         ]
         .into_iter()
-        .map(|(scale_type, zero_points, group_size, out_float, alignment)| {
+        .map(|(scale_type, zero_points, group_size, out, alignment)| {
             let words = format!(
-                "groups of {group_size}, scale type {scale_type}, {}, {} out, alignment {alignment}",
+                "groups of {group_size}, scale type {scale_type}, {}, {out:?} out, alignment {alignment}",
                 if zero_points { "zero points" } else { "symmetric" },
-                if out_float { "f32" } else { "bf16" },
             );
-            (Self { scale_type, zero_points, group_size, out_float, alignment }, words)
+            (Self { scale_type, zero_points, group_size, out, alignment }, words)
         })
         .collect()
     }
@@ -296,9 +296,10 @@ pub fn programs(tile: &LinearInt4Tile) -> Vec<ProgramEntry> {
 /// Weight, activations and output once; the products of all inputs.
 pub fn cost(tokens: usize, shape: &Int4Shape, out: DType) -> Cost {
     let Int4Shape { out_features, in_features, .. } = *shape;
+    let products = tokens * in_features * shape.row_tiles() * TILE_ROWS;
     let weight = shape.weight_bytes() + shape.scales_bytes() + shape.zeros_bytes();
     let rows = tokens * (2 * in_features + element_bytes(out) * out_features);
-    Cost { bytes: (weight + rows) as f64, flops: 2.0 * (tokens * in_features * out_features) as f64 }
+    Cost { bytes: (weight + rows) as f64, flops: 2.0 * products as f64 }
 }
 
 /// How blocks share out a launch.
@@ -385,9 +386,9 @@ pub struct LinearInt4Workspace<D: Device> {
 }
 
 impl<D: Device> LinearInt4Workspace<D> {
-    /// For steps of any size with `tiles`: 4 bytes for each sum of as many blocks as a tile lets share out inputs, so
-    /// `512 * row_tiles * token_tiles * split_blocks` bytes a multiprocessor for few tokens (a few KiB) and the
-    /// `4 * features * tokens` of one block for many (about 96 KiB).
+    /// For steps of any size with `tiles`: 4 bytes for each sum of as many blocks as a tile lets share out inputs. That is, for each
+    /// multiprocessor, `512 * row_tiles * token_tiles * split_blocks` bytes of a tile for few tokens, and `4 * split_blocks` times
+    /// features and tokens of a block of one for many, whichever is the most.
     ///
     /// # Errors
     /// Memory runs out.
@@ -432,18 +433,53 @@ pub fn linear_int4<D: Device>(
     weight: &PackedInt4<D>,
     out: &mut CudaTensor<D>,
 ) -> Result<()> {
+    out.expect_dtype(KERNEL, "out", &[DType::Act, DType::Float], "activations or floats")?;
+    let into = if out.dtype() == DType::Float { Out::Float } else { Out::Act };
+    launch(KERNEL, device, tiles, workspace, x, weight, into, out)
+}
+
+/// The contract's [`swiglu`](dsa80_reference::Kernels::swiglu) of a gate and an up projection that lie in one weight
+/// ([`Int4Rows::GateUp`]): `out = silu(x gate^T) * (x up^T)`, rounded once.
+///
+/// # Errors
+/// As for [`linear_int4`].
+pub fn swiglu_int4<D: Device>(
+    device: &D,
+    tiles: &LinearInt4Tiles,
+    workspace: &LinearInt4Workspace<D>,
+    x: &CudaTensor<D>,
+    weight: &PackedInt4<D>,
+    out: &mut CudaTensor<D>,
+) -> Result<()> {
+    out.expect_dtype(SWIGLU, "out", &[DType::Act], "activations")?;
+    launch(SWIGLU, device, tiles, workspace, x, weight, Out::SwiGlu, out)
+}
+
+fn launch<D: Device>(
+    kernel: &'static str,
+    device: &D,
+    tiles: &LinearInt4Tiles,
+    workspace: &LinearInt4Workspace<D>,
+    x: &CudaTensor<D>,
+    weight: &PackedInt4<D>,
+    into: Out,
+    out: &mut CudaTensor<D>,
+) -> Result<()> {
     let shape = weight.shape();
     let Int4Shape { out_features, in_features, .. } = *shape;
-    let [tokens, width] = x.dims(KERNEL, "x")?;
-    x.expect(KERNEL, "x", width == in_features, || format!("[T, {in_features}]"))?;
-    x.expect_dtype(KERNEL, "x", &[DType::Act], "activations")?;
-    out.expect(KERNEL, "out", out.shape() == [tokens, out_features], || {
+    let [tokens, width] = x.dims(kernel, "x")?;
+    x.expect(kernel, "x", width == in_features, || format!("[T, {in_features}]"))?;
+    x.expect_dtype(kernel, "x", &[DType::Act], "activations")?;
+    out.expect(kernel, "out", out.shape() == [tokens, out_features], || {
         format!("[{tokens}, {out_features}]")
     })?;
-    out.expect_dtype(KERNEL, "out", &[DType::Act, DType::Float], "activations or floats")?;
-    if weight.count() != 1 || shape.rows != Int4Rows::One {
+    let (rows, expected) = match into {
+        Out::SwiGlu => (Int4Rows::GateUp, "a gate and its up projection"),
+        Out::Act | Out::Float => (Int4Rows::One, "one weight"),
+    };
+    if weight.count() != 1 || shape.rows != rows {
         let found = format!("{} of {:?}", weight.count(), shape.rows);
-        return Err(Error::Value { kernel: KERNEL, name: "weight", expected: "one weight".into(), found });
+        return Err(Error::Value { kernel, name: "weight", expected: expected.into(), found });
     }
     if tokens == 0 || out_features == 0 {
         return Ok(());
@@ -453,9 +489,9 @@ pub fn linear_int4<D: Device>(
     if most >= 1 << 32 {
         let found = format!("{tokens} x {in_features} x {out_features}");
         let expected = "less than 2^32 bytes of activations, and of a weight".into();
-        return Err(Error::Value { kernel: KERNEL, name: "dims", expected, found });
+        return Err(Error::Value { kernel, name: "dims", expected, found });
     }
-    let variant = Variant::of(shape, out.dtype());
+    let variant = Variant::of(shape, into);
     let limits = device.limits();
     let (program, entry, threads, shared_bytes, blocks, grid, sums);
     if tokens <= tiles.few_tokens {
@@ -470,6 +506,7 @@ pub fn linear_int4<D: Device>(
     } else {
         let tile = tiles.wide(tokens);
         tile.validate((), limits)?;
+        let tile = tile.fitted(variant);
         blocks = tile.blocks(tokens, shape, limits);
         (program, entry) = (tile.program(variant), LinearInt4WideTile::KERNEL);
         (threads, shared_bytes) = (tile.threads(), tile.shared_bytes(variant));
@@ -512,7 +549,7 @@ mod tests {
         for tokens in [LinearInt4Tokens::UpTo8, LinearInt4Tokens::UpTo16, LinearInt4Tokens::UpTo32] {
             let safe = LinearInt4Tile::safe(tokens);
             let candidates = LinearInt4Tile::candidates(tokens, &limits);
-            assert!(candidates.contains(&safe) && candidates.len() > 10, "{candidates:?}");
+            assert!(candidates.contains(&safe) && candidates.len() >= 5, "{candidates:?}");
             for (tile, reason) in [
                 (LinearInt4Tile { warps: 17, ..safe }, "1 to 16 warps"),
                 (LinearInt4Tile { token_tiles: 3, ..safe }, "1, 2 or 4 tiles of tokens"),

@@ -22,8 +22,10 @@ pub struct LinearInt4WideTile {
     pub row_tiles: usize,
     /// Tiles of 8 tokens of a warp.
     pub token_tiles: usize,
-    /// Steps of 64 inputs in shared memory.
+    /// Steps of 64 inputs whose activations are in shared memory.
     pub stages: usize,
+    /// Whether a warp unpacks a step's weight while the tensor core is busy with the step before.
+    pub ahead: bool,
     /// Blocks that a multiprocessor must have registers for.
     pub blocks: usize,
     /// Blocks a multiprocessor for which blocks share out the inputs; 0 if they never do.
@@ -41,6 +43,7 @@ impl Tile for LinearInt4WideTile {
             row_tiles: 2,
             token_tiles: 4,
             stages: 3,
+            ahead: false,
             blocks: 1,
             split_blocks: 1,
         }
@@ -48,35 +51,32 @@ impl Tile for LinearInt4WideTile {
 
     fn candidates((): (), limits: &Limits) -> Vec<Self> {
         let mut tiles = vec![Self::safe(())];
-        for (warps_rows, warps_tokens, row_tiles, token_tiles, blocks) in [
-            (4, 1, 2, 8, 2),
-            (4, 1, 2, 8, 3),
-            (2, 2, 2, 8, 3),
-            (4, 1, 2, 16, 2),
-            (2, 2, 2, 16, 2),
-            (4, 2, 2, 16, 1),
-            (4, 4, 2, 4, 1),
-            (4, 2, 2, 4, 2),
-            (4, 2, 3, 8, 1),
-            (4, 2, 4, 8, 1),
+        for (warps_rows, warps_tokens, row_tiles, token_tiles, stages, ahead, blocks) in [
+            (4, 1, 2, 8, 3, false, 3),
+            (4, 1, 2, 8, 4, false, 3),
+            (4, 1, 2, 8, 3, true, 2),
+            (8, 1, 2, 8, 3, true, 1),
+            (8, 1, 2, 8, 4, false, 1),
+            (4, 2, 2, 4, 4, false, 2),
         ] {
-            tiles.extend([3, 4].map(|stages| Self {
+            tiles.push(Self {
                 warps_rows,
                 warps_tokens,
                 row_tiles,
                 token_tiles,
                 stages,
+                ahead,
                 blocks,
                 split_blocks: 1,
-            }));
+            });
         }
-        tiles.dedup();
         tiles.retain(|tile| tile.validate((), limits).is_ok());
         tiles
     }
 
     fn validate(&self, (): (), limits: &Limits) -> Result<()> {
-        let Self { warps_rows, warps_tokens, row_tiles, token_tiles, stages, blocks, split_blocks } = *self;
+        let Self { warps_rows, warps_tokens, row_tiles, token_tiles, stages, blocks, split_blocks, .. } =
+            *self;
         let warps = warps_rows * warps_tokens;
         require(self, (1..=16).contains(&warps), || "a block has 1 to 16 warps".into())?;
         require(self, (1..=4).contains(&row_tiles), || "a warp has 1 to 4 tiles of features".into())?;
@@ -113,12 +113,18 @@ impl LinearInt4WideTile {
         self.warps_tokens * self.token_tiles * TOKENS
     }
 
-    /// Stages of words, activations, scales and zero points.
+    /// What it is where a variant takes more registers than the plainest: less at a time.
+    pub(crate) fn fitted(&self, variant: Variant) -> Self {
+        if variant.is_plain() {
+            return *self;
+        }
+        Self { row_tiles: self.row_tiles.min(2), ahead: false, blocks: (self.blocks - 1).max(1), ..*self }
+    }
+
+    /// Stages of activations and scales.
     fn shared_bytes_of(&self, scale_bytes: usize, groups_per_tile: usize) -> usize {
-        let row_tiles = self.warps_rows * self.row_tiles;
-        let (words, activations) = (row_tiles * 512, self.tokens() * 128);
-        let groups = row_tiles * groups_per_tile * 8 * (scale_bytes + 1);
-        self.stages * (words + activations + groups).next_multiple_of(16)
+        let scales = self.warps_rows * self.row_tiles * groups_per_tile * 8 * scale_bytes;
+        self.stages * (self.tokens() * 128 + scales).next_multiple_of(16)
     }
 
     pub(crate) fn shared_bytes(&self, variant: Variant) -> usize {
@@ -132,6 +138,7 @@ impl LinearInt4WideTile {
             ("TILE_ROW_TILES", self.row_tiles),
             ("TILE_TOKEN_TILES", self.token_tiles),
             ("TILE_STAGES", self.stages),
+            ("TILE_AHEAD", usize::from(self.ahead)),
             ("TILE_BLOCKS", self.blocks),
             ("TILE_SHARED_BYTES", self.shared_bytes(variant)),
         ];
@@ -148,12 +155,15 @@ impl LinearInt4WideTile {
 
 /// Every variant of a tile.
 pub fn programs(tile: &LinearInt4WideTile) -> Vec<ProgramEntry> {
-    let entry = |(variant, words)| ProgramEntry {
-        program: tile.program(variant),
-        entry: KERNEL,
-        threads: tile.threads(),
-        shared_bytes: tile.shared_bytes(variant),
-        variant: words,
+    let entry = |(variant, words)| {
+        let tile = tile.fitted(variant);
+        ProgramEntry {
+            program: tile.program(variant),
+            entry: KERNEL,
+            threads: tile.threads(),
+            shared_bytes: tile.shared_bytes(variant),
+            variant: words,
+        }
     };
     Variant::all().into_iter().map(entry).collect()
 }
@@ -167,7 +177,7 @@ mod tests {
         let limits = Limits::a100();
         let safe = LinearInt4WideTile::safe(());
         let candidates = LinearInt4WideTile::candidates((), &limits);
-        assert!(candidates.contains(&safe) && candidates.len() > 8, "{candidates:?}");
+        assert!(candidates.contains(&safe) && candidates.len() == 7, "{candidates:?}");
         for (tile, reason) in [
             (LinearInt4WideTile { warps_rows: 9, ..safe }, "1 to 16 warps"),
             (LinearInt4WideTile { row_tiles: 5, ..safe }, "1 to 4 tiles of features"),

@@ -37,6 +37,8 @@ pub(crate) struct Variant {
     pub(crate) weight: DType,
     /// Rows are whole vectors of 16 bytes.
     pub(crate) vectors: bool,
+    /// Gate and up projection in turns.
+    pub(crate) swiglu: bool,
 }
 
 /// How many times more tiles than resident blocks may be shared between them.
@@ -139,13 +141,14 @@ impl LinearTile {
     }
 
     pub(crate) fn program(&self, source: &'static str, variant: Variant, transposed: bool) -> Program {
-        let Variant { weight, vectors } = variant;
+        let Variant { weight, vectors, swiglu } = variant;
         Program {
             source,
             defines: vec![
                 ("WEIGHT_TYPE", weight_type(weight)),
                 ("VECTORS", u8::from(vectors).to_string()),
                 ("TRANSPOSED", u8::from(transposed).to_string()),
+                ("SWIGLU", u8::from(swiglu).to_string()),
                 ("TILE_TOKENS", self.tokens.to_string()),
                 ("TILE_FEATURES", self.features.to_string()),
                 ("TILE_TOKEN_WARPS", self.token_warps.to_string()),
@@ -216,13 +219,20 @@ pub(crate) fn entries(
         let tile = tile.for_weight(weight);
         for vectors in [true, false] {
             let layout = if transposed { ", transposed" } else { "" };
-            entries.push(ProgramEntry {
-                program: tile.program(source, Variant { weight, vectors }, transposed),
+            let variants = [false, true].map(|swiglu| Variant { weight, vectors, swiglu });
+            // Of a SwiGLU the common one: it differs from the others only in how sums are stored.
+            let swiglus = usize::from(weight == DType::Bf16 && vectors && entry == "linear");
+            entries.extend(variants[..=swiglus].iter().map(|&variant| ProgramEntry {
+                program: tile.program(source, variant, transposed),
                 entry,
                 threads: tile.threads(),
                 shared_bytes: tile.shared_bytes(weight),
-                variant: format!("{weight}, {}{layout}", if vectors { "vectors" } else { "elements" }),
-            });
+                variant: format!(
+                    "{weight}, {}{layout}{}",
+                    if vectors { "vectors" } else { "elements" },
+                    if variant.swiglu { ", swiglu" } else { "" }
+                ),
+            }));
         }
     }
     entries

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::{Arg, Device, Launch, Limits, Program, ProgramEntry};
 use crate::int4::{Int4Rows, Int4Shape};
-use crate::moe_int4_grouped::{Product, ProductTile, Variant};
+use crate::moe_int4_grouped::{Next, Product, ProductTile, Variant};
 use crate::moe_int4_pairs::{Down, MoeInt4PairsTile, pairs_variant, with};
 use crate::moe_sort::{self, Sorted};
 use crate::tensor::CudaTensor;
@@ -168,13 +168,14 @@ const SOME: [MoeInt4Tile; 6] = [
     MoeInt4Tile::of(24, [4, 1, 2, 2, 3, 1, 3], [4, 1, 2, 2, 3, 8, 3]),
     MoeInt4Tile::of(16, [1, 4, 4, 1, 3, 1, 2], [2, 1, 2, 4, 3, 4, 3]),
 ];
-const MANY: [MoeInt4Tile; 6] = [
-    MoeInt4Tile::of(64, [4, 1, 2, 2, 2, 1, 3], [4, 1, 2, 2, 2, 4, 3]),
+const MANY: [MoeInt4Tile; 7] = [
+    MoeInt4Tile::of(64, [4, 1, 2, 2, 2, 1, 3], [4, 1, 2, 1, 4, 4, 3]),
     MoeInt4Tile::of(64, [4, 1, 2, 2, 3, 1, 2], [4, 1, 2, 2, 3, 4, 2]),
-    MoeInt4Tile::of(80, [4, 1, 2, 1, 3, 1, 3], [4, 1, 2, 1, 3, 8, 3]),
+    MoeInt4Tile::of(64, [4, 1, 2, 1, 4, 1, 3], [4, 1, 2, 1, 4, 8, 3]),
     MoeInt4Tile::of(96, [8, 1, 2, 2, 3, 1, 1], [8, 1, 2, 2, 3, 6, 1]),
-    MoeInt4Tile::of(80, [8, 1, 2, 2, 3, 1, 1], [4, 1, 2, 1, 3, 4, 3]),
+    MoeInt4Tile::of(80, [8, 1, 2, 2, 3, 1, 1], [4, 1, 2, 2, 2, 4, 2]),
     MoeInt4Tile::of(80, [8, 1, 2, 2, 3, 2, 1], [8, 1, 2, 2, 3, 12, 1]),
+    MoeInt4Tile::of(80, [4, 1, 2, 2, 2, 1, 2], [4, 1, 2, 2, 2, 8, 2]),
 ];
 
 /// The tiles of every way through.
@@ -348,6 +349,16 @@ pub fn moe_int4<D: Device>(
         .try_for_each(|first| step.sorted(device, tiles.of(load), first, (tokens - first).min(CHUNK)))
 }
 
+/// Items that have blocks of their own: as many as are used where every expert is as likely, so that few find nothing to do.
+fn grid_items(pairs: usize, experts: usize, item_count: usize, item_tokens: usize) -> usize {
+    // Kernels for more tokens take one item a block.
+    if item_tokens > 32 {
+        return item_count;
+    }
+    let idle = (1.0 - 1.0 / experts as f64).powi(pairs as i32);
+    ((experts as f64 * (1.0 - idle)).ceil() as usize).clamp(1, item_count.max(1))
+}
+
 struct Step<'a, D: Device> {
     workspace: &'a MoeInt4Workspace<D>,
     x: &'a CudaTensor<D>,
@@ -383,7 +394,8 @@ impl<D: Device> Step<'_, D> {
             out_columns: self.columns(),
             top_k,
             first_token: 0,
-            next: Some((&experts.down, share)),
+            grid_items: tokens * top_k,
+            next: Some(Next { weight: &experts.down, late_items: 1, share }),
         }
         .launch(device)?;
         Down {
@@ -405,7 +417,8 @@ impl<D: Device> Step<'_, D> {
         let Self { workspace, experts, top_k, .. } = *self;
         let sorted = &workspace.sorted;
         let pairs = (first_token * top_k, tokens * top_k);
-        let item_count = sorted.sort(device, self.topk_ids.buffer(), pairs, experts.count(), tile.tokens)?;
+        let item_count = sorted.sort(device, self.topk_ids.buffer(), pairs, &experts.gate_up, tile.tokens)?;
+        let late_items = EARLY_BYTES / experts.down.shape().weight_bytes().max(1);
         let product = Product {
             tile: &tile.gate_up,
             variant: tile.variant(self.dims.gate_up),
@@ -419,7 +432,8 @@ impl<D: Device> Step<'_, D> {
             out_columns: self.columns(),
             top_k,
             first_token,
-            next: None,
+            grid_items: grid_items(tokens * top_k, experts.count(), item_count, tile.tokens),
+            next: Some(Next { weight: &experts.down, late_items, share: 256 }),
         };
         product.launch(device)?;
         Product {
@@ -430,6 +444,7 @@ impl<D: Device> Step<'_, D> {
             weight: &experts.down,
             out: &workspace.parts,
             out_columns: experts.hidden(),
+            next: None,
             ..product
         }
         .launch(device)?;
@@ -451,7 +466,7 @@ impl<D: Device> Step<'_, D> {
         device.launch(&Launch {
             program: &entry.program,
             entry: entry.entry,
-            grid: [vectors.div_ceil(SUM_THREADS) as u32, tokens as u32, 1],
+            grid: [tokens as u32, vectors.div_ceil(SUM_THREADS) as u32, 1],
             threads: entry.threads,
             shared_bytes: entry.shared_bytes,
             shape: format!("{tokens} tokens of {} experts, hidden {hidden}", self.top_k),
@@ -510,7 +525,11 @@ mod tests {
         for load in [MoeLoad::Few, MoeLoad::Some, MoeLoad::Many] {
             let dims = MoeInt4Dims::glm(load);
             let candidates = MoeInt4Tile::candidates(dims, &limits);
-            assert_eq!(candidates.len(), 7, "{load:?} {candidates:?}");
+            assert_eq!(
+                candidates.len(),
+                if load == MoeLoad::Many { 8 } else { 7 },
+                "{load:?} {candidates:?}"
+            );
             assert_eq!(candidates[0], MoeInt4Tile::safe(dims));
         }
         let dims = MoeInt4Dims::glm(MoeLoad::Few);

@@ -74,8 +74,8 @@ impl ProductTile {
         let zeros = if shape.zero_points { pieces * units * 8 } else { 0 };
         let stage = (weight + x + scales + zeros).next_multiple_of(16);
         let sums = if self.warps_k > 1 { self.warps_k * self.group_tiles() * tokens / 8 * 512 } else { 0 };
-        let pairs = tokens * 4;
-        (self.warps_k * self.stages * stage + sums + pairs).next_multiple_of(16)
+        let places = 2 * tokens * size_of::<i32>();
+        (self.warps_k * self.stages * stage + sums + places).next_multiple_of(16)
     }
 
     pub(crate) fn entry(&self, variant: Variant) -> ProgramEntry {
@@ -139,6 +139,31 @@ impl ProductTile {
     }
 }
 
+/// What the next launch reads, and what of it is worth having in the L2 early.
+#[derive(Debug)]
+pub(crate) struct Next<'a, D: Device> {
+    pub(crate) weight: &'a PackedInt4<D>,
+    /// Items at the end that bring some of it.
+    pub(crate) late_items: usize,
+    /// What one of them brings, in 256ths of an expert's weights.
+    pub(crate) share: usize,
+}
+
+/// Weights that a kernel brings to the L2: their arrays, and the bytes of one expert's.
+pub(crate) fn next_args<D: Device>(weight: Option<&PackedInt4<D>>) -> [Arg<'_, D::Buffer>; 6] {
+    let zeros = weight.and_then(|weight| weight.zeros.as_ref());
+    let buffer = |buffer: Option<_>| buffer.map_or(Arg::Null, Arg::Buffer);
+    let bytes = |of: fn(&Int4Shape) -> usize| Arg::I32(weight.map_or(0, |weight| of(weight.shape())) as i32);
+    [
+        buffer(weight.map(|weight| &weight.weight)),
+        buffer(weight.map(|weight| &weight.scales)),
+        buffer(zeros),
+        bytes(Int4Shape::weight_bytes),
+        bytes(Int4Shape::scales_bytes),
+        bytes(Int4Shape::zeros_bytes),
+    ]
+}
+
 /// One product over items.
 pub(crate) struct Product<'a, D: Device> {
     pub(crate) tile: &'a ProductTile,
@@ -156,8 +181,10 @@ pub(crate) struct Product<'a, D: Device> {
     pub(crate) out_columns: usize,
     pub(crate) top_k: usize,
     pub(crate) first_token: usize,
-    /// What the next launch reads of the same experts, and how many 256ths of it are worth having early.
-    pub(crate) next: Option<(&'a PackedInt4<D>, usize)>,
+    /// Items of the grid: the others are taken by the same blocks.
+    pub(crate) grid_items: usize,
+    /// What the next launch reads of the same experts.
+    pub(crate) next: Option<Next<'a, D>>,
 }
 
 impl<D: Device> Product<'_, D> {
@@ -165,7 +192,8 @@ impl<D: Device> Product<'_, D> {
         let shape = &self.variant.shape;
         let entry = self.tile.entry(self.variant);
         let ranges = shape.row_tiles().div_ceil(self.tile.group_tiles()).div_ceil(self.tile.row_groups);
-        let (ranges, items) = (ranges as u32, self.item_count as u32);
+        let (ranges, items) = (ranges as u32, self.grid_items as u32);
+        let ranges_first = self.variant.sorted && shape.rows == Int4Rows::GateUp;
         let numbers = [
             self.weight.count(),
             self.columns,
@@ -176,6 +204,8 @@ impl<D: Device> Product<'_, D> {
             self.top_k,
             self.first_token,
             self.tile.row_groups,
+            self.item_count,
+            self.next.as_ref().map_or(0, |next| next.late_items),
         ];
         let mut args = vec![
             Arg::Buffer(self.x),
@@ -187,19 +217,12 @@ impl<D: Device> Product<'_, D> {
             Arg::Buffer(self.out),
         ];
         args.extend(numbers.map(|number| Arg::I32(number as i32)));
-        args.extend(self.next.map_or([Arg::Null, Arg::Null, Arg::Null], |(next, _)| {
-            let zeros = next.zeros.as_ref().map_or(Arg::Null, Arg::Buffer);
-            [Arg::Buffer(&next.weight), Arg::Buffer(&next.scales), zeros]
-        }));
-        let next = self.next.map_or([0; 4], |(next, share)| {
-            let shape = next.shape();
-            [shape.weight_bytes(), shape.scales_bytes(), shape.zeros_bytes(), share]
-        });
-        args.extend(next.map(|number| Arg::I32(number as i32)));
+        args.extend(next_args(self.next.as_ref().map(|next| next.weight)));
+        args.push(Arg::I32(self.next.as_ref().map_or(0, |next| next.share) as i32));
         device.launch(&Launch {
             program: &entry.program,
             entry: entry.entry,
-            grid: if self.variant.sorted { [ranges, items, 1] } else { [items, ranges, 1] },
+            grid: if ranges_first { [ranges, items, 1] } else { [items, ranges, 1] },
             threads: entry.threads,
             shared_bytes: entry.shared_bytes,
             shape: format!("{items} items of {} experts, {shape:?}", self.weight.count()),

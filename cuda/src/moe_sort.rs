@@ -3,11 +3,26 @@
 use dsa80_reference::Result;
 
 use crate::device::{Arg, Device, Launch, Program, ProgramEntry};
+use crate::int4::PackedInt4;
+use crate::moe_int4_grouped::next_args;
 
 const KERNEL: &str = "moe_sort";
 
 /// Experts at most: what shared memory counts for every warp.
 pub(crate) const MAX_EXPERTS: usize = 1024;
+/// Pairs that few warps sort.
+const SHORT: usize = 1024;
+
+/// How many experts' weights are brought to the L2 during the sort, by how many blocks each: what the memory gives in its few
+/// microseconds. A long sort is of so many tokens that it does not matter.
+fn early(pairs: usize, expert_bytes: usize) -> (usize, usize) {
+    const BYTES: usize = 8 << 20;
+    if pairs > SHORT {
+        (0, 1)
+    } else {
+        ((BYTES / expert_bytes.max(1)).clamp(1, 8), (expert_bytes >> 16).clamp(1, 16))
+    }
+}
 
 /// Items of at most `tokens` tokens that `pairs` pairs over `experts` experts can make.
 pub(crate) fn max_items(pairs: usize, experts: usize, tokens: usize) -> usize {
@@ -33,7 +48,7 @@ struct Sort {
 
 impl Sort {
     fn of(pairs: usize, experts: usize) -> Self {
-        Self { warps: if pairs <= 1024 { 8 } else { 32 }, experts }
+        Self { warps: if pairs <= SHORT { 8 } else { 16 }, experts }
     }
 
     fn shared_bytes(self) -> usize {
@@ -58,7 +73,7 @@ impl Sort {
 
 /// Every variant.
 pub(crate) fn programs(experts: usize) -> [ProgramEntry; 2] {
-    [8, 32].map(|warps| Sort { warps, experts }.entry())
+    [8, 16].map(|warps| Sort { warps, experts }.entry())
 }
 
 impl<D: Device> Sorted<D> {
@@ -71,33 +86,31 @@ impl<D: Device> Sorted<D> {
         })
     }
 
-    /// Sorts the pairs `first..first + pairs` of `topk_ids`; returns the number of items that are written, used or not.
+    /// Sorts the pairs `first..first + pairs` of `topk_ids`, whose experts then read `next`; returns the number of items that are written, used or not.
     pub(crate) fn sort(
         &self,
         device: &D,
         topk_ids: &D::Buffer,
         (first, pairs): (usize, usize),
-        experts: usize,
+        next: &PackedInt4<D>,
         tokens: usize,
     ) -> Result<usize> {
+        let experts = next.count();
+        let (chosen, parts) = early(pairs, next.shape().weight_bytes());
         let entry = Sort::of(pairs, experts).entry();
         let items = max_items(pairs, experts, tokens);
+        let mut args = vec![Arg::Buffer(topk_ids), Arg::Buffer(&self.order), Arg::Buffer(&self.items)];
+        args.extend([first, pairs, tokens, items].map(|number| Arg::I32(number as i32)));
+        args.extend(next_args(Some(next)));
+        args.push(Arg::I32(parts as i32));
         device.launch(&Launch {
             program: &entry.program,
             entry: entry.entry,
-            grid: [1, 1, 1],
+            grid: [1 + (chosen * parts) as u32, 1, 1],
             threads: entry.threads,
             shared_bytes: entry.shared_bytes,
             shape: format!("{pairs} pairs, {experts} experts, items of {tokens}"),
-            args: &[
-                Arg::Buffer(topk_ids),
-                Arg::Buffer(&self.order),
-                Arg::Buffer(&self.items),
-                Arg::I32(first as i32),
-                Arg::I32(pairs as i32),
-                Arg::I32(tokens as i32),
-                Arg::I32(items as i32),
-            ],
+            args: &args,
         })?;
         Ok(items)
     }

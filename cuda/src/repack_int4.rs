@@ -191,6 +191,18 @@ impl<D: Device> PackedInt4<D> {
         Ok(packed)
     }
 
+    /// Uploads a gate and its up projection as one weight.
+    ///
+    /// # Errors
+    /// As for [`upload`](Self::upload).
+    pub fn upload_gate_up(device: &D, tile: &RepackInt4Tile, gate: &HostInt4, up: &HostInt4) -> Result<Self> {
+        let shape = Int4Shape::of(&[gate, up])?;
+        let mut packed = Self::alloc(device, "int4", shape, 1)?;
+        let mut staging = [CanonicalInt4::alloc(device, shape)?, CanonicalInt4::alloc(device, shape)?];
+        packed.upload_at(device, tile, &mut staging, 0, &[gate, up])?;
+        Ok(packed)
+    }
+
     /// Uploads one weight, or a gate and its up projection, to place `index` through the memory of `staging`, one for each.
     ///
     /// # Errors

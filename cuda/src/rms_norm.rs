@@ -46,14 +46,15 @@ impl RmsNormTile {
         2 * (self.threads(dims) / 32) * size_of::<f32>()
     }
 
-    fn program(&self, dims: RmsNormDims, weight: DType, residual: bool) -> Program {
+    fn program(&self, dims: RmsNormDims, weight: DType, rows: Rows) -> Program {
         Program {
             source: "rms_norm.cu",
             defines: vec![
                 ("WIDTH", dims.width.to_string()),
                 ("VECTOR", rows::vector(dims.width).to_string()),
                 ("WEIGHT_TYPE", weight_type(weight)),
-                ("RESIDUAL", u8::from(residual).to_string()),
+                ("X_FLOAT", u8::from(rows == Rows::Floats).to_string()),
+                ("RESIDUAL", u8::from(rows == Rows::Residual).to_string()),
                 ("TILE_VECTORS", self.vectors.to_string()),
                 ("TILE_THREADS", self.threads(dims).to_string()),
                 ("TILE_SHARED_BYTES", self.shared_bytes(dims).to_string()),
@@ -85,23 +86,35 @@ impl Tile for RmsNormTile {
     }
 }
 
+/// What is normalised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rows {
+    /// Activations.
+    Acts,
+    /// Floats: the residual stream itself.
+    Floats,
+    /// The residual stream, once activations are added.
+    Residual,
+}
+
 /// Every variant of a tile.
 pub fn programs(tile: &RmsNormTile, dims: RmsNormDims) -> Vec<ProgramEntry> {
-    let variants = WEIGHTS.into_iter().flat_map(|weight| [false, true].map(|residual| (weight, residual)));
+    let kinds = [(Rows::Acts, ""), (Rows::Floats, ", floats"), (Rows::Residual, ", residual")];
+    let variants = WEIGHTS.into_iter().flat_map(|weight| kinds.map(|kind| (weight, kind)));
     variants
-        .map(|(weight, residual)| ProgramEntry {
-            program: tile.program(dims, weight, residual),
+        .map(|(weight, (rows, words))| ProgramEntry {
+            program: tile.program(dims, weight, rows),
             entry: KERNEL,
             threads: tile.threads(dims) as u32,
             shared_bytes: tile.shared_bytes(dims),
-            variant: format!("{weight}{}", if residual { ", residual" } else { "" }),
+            variant: format!("{weight}{words}"),
         })
         .collect()
 }
 
 /// What a launch over `rows` rows moves.
 pub fn cost(rows: usize, dims: RmsNormDims, weight: DType, residual: bool) -> Cost {
-    let row = 2 * dims.width * if residual { 4 } else { 2 };
+    let row = dims.width * if residual { 2 + 4 + 4 + 2 } else { 2 + 2 };
     let weight = dims.width * if weight == DType::F32 { 4 } else { 2 };
     Cost { bytes: (rows * row + weight) as f64, flops: 0.0 }
 }
@@ -150,12 +163,23 @@ fn launch<D: Device>(
     let [rows, width] = x.dims(kernel, "x")?;
     weight.expect(kernel, "weight", weight.shape() == [width], || format!("[{width}]"))?;
     weight.expect_dtype(kernel, "weight", &WEIGHTS, "weights")?;
-    let acts = [("x", Some(x)), ("residual", residual.as_deref()), ("out", Some(&*out))];
-    for (name, tensor) in acts {
+    let (acts, floats, both) = (&[DType::Act][..], &[DType::Float][..], &[DType::Act, DType::Float][..]);
+    // Activations alone are added to the residual stream; by itself it is normalised too.
+    let of_x = if residual.is_some() { (acts, "activations") } else { (both, "activations or floats") };
+    for (name, tensor, (dtypes, expected)) in [
+        ("x", Some(x), of_x),
+        ("residual", residual.as_deref(), (floats, "floats")),
+        ("out", Some(&*out), (acts, "activations")),
+    ] {
         let Some(tensor) = tensor else { continue };
         tensor.expect(kernel, name, tensor.shape() == [rows, width], || format!("[{rows}, {width}]"))?;
-        tensor.expect_dtype(kernel, name, &[DType::Act], "activations")?;
+        tensor.expect_dtype(kernel, name, dtypes, expected)?;
     }
+    let kind = match (&residual, x.dtype()) {
+        (Some(_), _) => Rows::Residual,
+        (None, DType::Float) => Rows::Floats,
+        _ => Rows::Acts,
+    };
     let dims = RmsNormDims { width };
     tile.validate(dims, device.limits())?;
     if rows == 0 {
@@ -163,7 +187,7 @@ fn launch<D: Device>(
     }
     let blocks = rows.min(tile.blocks * device.limits().multiprocessors as usize);
     device.launch(&Launch {
-        program: &tile.program(dims, weight.dtype(), residual.is_some()),
+        program: &tile.program(dims, weight.dtype(), kind),
         entry: KERNEL,
         grid: [blocks as u32, 1, 1],
         threads: tile.threads(dims) as u32,

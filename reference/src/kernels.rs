@@ -27,7 +27,7 @@ use std::ops::Range;
 use crate::batch::Batch;
 use crate::error::Result;
 use crate::sampling::SampleRow;
-use crate::tensor::{DType, DeviceTensor, HostExpert, HostInt4, HostTensor};
+use crate::tensor::{DType, DeviceTensor, HostExpert, HostInt4, HostLinear, HostTensor};
 
 /// How rotary pairs lie in a head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,6 +73,8 @@ pub trait Kernels: Send + Sized {
     type Tensor: DeviceTensor;
     /// A packed INT4 weight in the layout that this backend's `linear_int4` wants.
     type Int4: Send;
+    /// The gate and up projections of a SwiGLU in any mix of formats, in the layout that `swiglu` wants.
+    type SwiGlu: Send;
     /// The routed experts of one layer, all of them INT4, in the layout that `moe_int4` wants.
     type ExpertsInt4: Send;
     /// The routed experts of one layer in any mix of formats, for `moe`.
@@ -99,6 +101,12 @@ pub trait Kernels: Send + Sized {
     /// # Errors
     /// Array lengths that contradict the dimensions; memory.
     fn upload_int4(&self, weight: HostInt4) -> Result<Self::Int4>;
+
+    /// Uploads the projections of a SwiGLU for `swiglu`, both `[I, in]`.
+    ///
+    /// # Errors
+    /// Unequal dimensions; those of [`upload`](Self::upload) and [`upload_int4`](Self::upload_int4).
+    fn upload_swiglu(&self, gate_proj: HostLinear, up_proj: HostLinear) -> Result<Self::SwiGlu>;
 
     /// Uploads a layer's routed experts for `moe_int4`.
     ///
@@ -165,7 +173,7 @@ pub trait Kernels: Send + Sized {
     /// Token rows of a vocabulary shard: `out[t] = table[token_ids[t] - vocab_start]`, and zeros for a token
     /// outside the shard, so that the sum over ranks is the embedding.
     ///
-    /// `table` `[V_local, hidden]` weight; `out` `[T, hidden]` `Act`. Rounds to `Act`.
+    /// `table` `[V_local, hidden]` weight; `out` `[T, hidden]` `Act` (rounds) or `Float` (does not).
     fn embed(
         &self,
         batch: &Self::Batch,
@@ -176,8 +184,8 @@ pub trait Kernels: Send + Sized {
 
     /// `out[t] = weight * x[t] / sqrt(mean(x[t]^2) + eps)`.
     ///
-    /// `x`, `out` `[T, D]` `Act`; `weight` `[D]`. Computed in `Float`; rounds to `Act` once, at the end (HF
-    /// rounds the normalised row before it multiplies by the weight as well).
+    /// `x` `[T, D]` `Act` or `Float`; `weight` `[D]`; `out` `[T, D]` `Act`. Computed in `Float`; rounds to `Act`
+    /// once, at the end (HF rounds the normalised row before it multiplies by the weight as well).
     fn rms_norm(
         &self,
         x: &Self::Tensor,
@@ -186,10 +194,11 @@ pub trait Kernels: Send + Sized {
         out: &mut Self::Tensor,
     ) -> Result<()>;
 
-    /// The residual add and the norm that follows: `residual[t] += x[t]` (in place, rounds to `Act`), then
-    /// `rms_norm` of the rounded residual into `out`.
+    /// The residual add and the norm that follows: `residual[t] += x[t]` (in place), then `rms_norm` of the
+    /// residual into `out`.
     ///
-    /// `x`, `residual`, `out` `[T, D]` `Act`; `weight` `[D]`.
+    /// `x`, `out` `[T, D]` `Act`; `residual` `[T, D]` `Float`; `weight` `[D]`. The residual stream is not rounded
+    /// (HF keeps it in the model's type, and rounds it twice a layer).
     fn rms_norm_residual(
         &self,
         x: &Self::Tensor,
@@ -260,6 +269,19 @@ pub trait Kernels: Send + Sized {
     /// `out = x weight^T`. `x` `[T, in]` `Act`; `weight` `[out, in]` dense; `out` `[T, out]`, `Act` (rounds)
     /// or `Float` (does not).
     fn linear(&self, x: &Self::Tensor, weight: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
+
+    /// Two projections of the same `x` whose weights lie one below the other: `first = x weight[..A]^T`,
+    /// `second = x weight[A..]^T`.
+    ///
+    /// `x` `[T, in]` `Act`; `weight` `[A + B, in]` dense; `first` `[T, A]`, `second` `[T, B]`, both `Act`
+    /// (round) or both `Float` (do not).
+    fn linear_split(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Tensor,
+        first: &mut Self::Tensor,
+        second: &mut Self::Tensor,
+    ) -> Result<()>;
 
     /// [`linear`](Self::linear) with a packed INT4 weight.
     fn linear_int4(&self, x: &Self::Tensor, weight: &Self::Int4, out: &mut Self::Tensor) -> Result<()>;
@@ -376,6 +398,12 @@ pub trait Kernels: Send + Sized {
         shared: Option<&Self::Tensor>,
         out: &mut Self::Tensor,
     ) -> Result<()>;
+
+    /// A SwiGLU with its projections: `out = silu(x gate_proj^T) * (x up_proj^T)`.
+    ///
+    /// `x` `[T, in]`, `out` `[T, I]`, both `Act`. Rounds to `Act` once, at the end: the projections are not
+    /// rounded, as in [`moe_int4`](Self::moe_int4) (HF rounds them).
+    fn swiglu(&self, x: &Self::Tensor, weights: &Self::SwiGlu, out: &mut Self::Tensor) -> Result<()>;
 
     /// SwiGLU: `out = silu(gate) * up`, `silu(x) = x / (1 + exp(-x))`. All `[T, I]` `Act`; rounds to `Act`
     /// once.

@@ -189,6 +189,21 @@ impl HostLinear {
             HostLinear::Int4(w) => (w.out_features, w.in_features),
         }
     }
+
+    /// Fails unless a dense weight is a matrix with as many elements as its shape says; `kernel` and `tensor`
+    /// are what the error calls it.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape).
+    pub fn check(&self, kernel: &'static str, tensor: &'static str) -> crate::Result<()> {
+        if let HostLinear::Dense(weight) = self
+            && !matches!(weight.shape[..], [out, inner] if out * inner == weight.len())
+        {
+            let expected = format!("the two dimensions of {} elements", weight.len());
+            return Err(crate::Error::Shape { kernel, tensor, expected, found: weight.shape.clone() });
+        }
+        Ok(())
+    }
 }
 
 /// One routed expert's three projections.

@@ -325,6 +325,7 @@ DEVICE float reciprocal_approx(float x) {
     const float out = 1.0f / x;
     return fabsf(out) < 0x1p-126f ? __uint_as_float(__float_as_uint(out) & 0x80000000u) : out;
 }
+DEVICE float max_nan(float a, float b) { return a != a || b != b ? __uint_as_float(0x7fffffffu) : fmaxf(a, b); }
 DEVICE float relu(float x) { return x < 0.0f ? 0.0f : x; }
 
 template <int LUT>

@@ -15,16 +15,16 @@ pub struct GlmShard {
 }
 
 impl GlmShard {
-    /// With so many experts and selected positions; GLM-5.2 has 256 and 2048.
+    /// With so many experts, selected positions and tokens of the vocabulary; GLM-5.2 has 256, 2048 and 19360.
     ///
     /// # Panics
     /// The config is refused.
-    pub fn new(n_routed_experts: usize, index_topk: usize) -> Self {
+    pub fn new(n_routed_experts: usize, index_topk: usize, vocab_size: usize) -> Self {
         let text = json!({
             "model_type": "glm_moe_dsa",
             "hidden_size": 6144,
             "num_hidden_layers": 2,
-            "vocab_size": 19360,
+            "vocab_size": vocab_size,
             "num_attention_heads": 8,
             "q_lora_rank": 2048,
             "kv_lora_rank": 512,
@@ -73,14 +73,15 @@ impl Weights {
 
     /// Uniform in `centre` +- `spread`.
     fn tensor(&mut self, shape: &[usize], centre: f32, spread: f32) -> HostTensor {
-        let count: usize = shape.iter().product();
-        let mut values = Vec::with_capacity(count + 3);
-        while values.len() < count {
-            let word = self.word();
-            let quarter = |i: u32| f32::from((word >> (16 * i)) as u16 as i16) / 32768.0;
-            values.extend((0..4).map(|i| bf16::from_f32(centre + spread * quarter(i))));
+        // A table: there are hundreds of millions of them.
+        let table: [bf16; 256] =
+            std::array::from_fn(|i| bf16::from_f32(centre + spread * (i as f32 - 127.5) / 128.0));
+        let mut values = vec![bf16::ZERO; shape.iter().product()];
+        for chunk in values.chunks_mut(8) {
+            for (value, byte) in chunk.iter_mut().zip(self.word().to_le_bytes()) {
+                *value = table[usize::from(byte)];
+            }
         }
-        values.truncate(count);
         HostTensor::bf16(shape, values)
     }
 

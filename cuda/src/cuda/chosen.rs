@@ -45,6 +45,8 @@ pub(super) struct Chosen {
     repack_int4: Looked<RepackInt4Tile>,
     linear_int4: Memo<(), LinearInt4Tiles>,
     moe_int4: Memo<MoeInt4Dims, MoeInt4Tiles>,
+    router: Looked<RouterTile>,
+    sample: Looked<SampleTile>,
 }
 
 type Looked<T> = Memo<(&'static str, <T as Tile>::Dims), T>;
@@ -70,6 +72,8 @@ impl Chosen {
             repack_int4: Memo::default(),
             linear_int4: Memo::default(),
             moe_int4: Memo::default(),
+            router: Memo::default(),
+            sample: Memo::default(),
         }
     }
 
@@ -149,10 +153,10 @@ impl Chosen {
     }
 
     pub(super) fn router(&self, experts: usize, groups: usize) -> RouterTile {
-        RouterTile::safe(RouterDims { experts, groups })
+        self.look(&self.router, "any", RouterDims { experts, groups })
     }
 
     pub(super) fn sample(&self) -> SampleTile {
-        SampleTile::safe(())
+        self.look(&self.sample, "any", ())
     }
 }

@@ -22,7 +22,7 @@ pub(super) fn alloc<D: Device>(device: &D, dtype: DType, shape: &[usize]) -> Res
     CudaTensor::alloc(device, &format!("{dtype} {shape:?}"), dtype, shape)
 }
 
-pub(super) fn upload<D: Device>(device: &D, tensor: &HostTensor) -> Result<CudaTensor<D>> {
+pub(crate) fn upload<D: Device>(device: &D, tensor: &HostTensor) -> Result<CudaTensor<D>> {
     if tensor.len() != tensor.shape.iter().product::<usize>() {
         return Err(Error::Shape {
             kernel: "upload",

@@ -10,11 +10,12 @@ mod scratch;
 use std::ops::Range;
 
 use dsa80_reference::{
-    Batch, DType, DeviceTensor, Error, HostExpert, HostInt4, HostTensor, Kernels, Result, RopeLayout,
-    RouterParams, SampleOutput, SampleRow,
+    Batch, DType, DeviceTensor, Error, HostExpert, HostInt4, HostLinear, HostTensor, Kernels, Result,
+    RopeLayout, RouterParams, SampleOutput, SampleRow,
 };
 
 use self::chosen::Chosen;
+pub(crate) use self::memory::upload;
 use self::scratch::Grown;
 use crate::absorb::{absorb_output, absorb_query};
 use crate::batch::CudaBatch;
@@ -26,7 +27,8 @@ use crate::int4::PackedInt4;
 use crate::latent_rope::latent_rope;
 use crate::layer_norm_rope::layer_norm_rope;
 use crate::linear::{LinearTiles, LinearWorkspace, linear};
-use crate::linear_int4::{LinearInt4Workspace, linear_int4};
+use crate::linear_int4::{LinearInt4Tiles, LinearInt4Workspace, linear_int4, swiglu_int4};
+use crate::linear_split::linear_split;
 use crate::lm_head::lm_head;
 use crate::moe::{Experts, MoeWorkspace, moe};
 use crate::moe_int4::{MoeInt4Dims, MoeInt4Workspace, MoeLoad, moe_int4};
@@ -40,6 +42,7 @@ use crate::sample::{SampleWorkspace, sample};
 use crate::silu_mul::silu_mul;
 use crate::sources::Sources;
 use crate::sparse_mla::{SparseMlaDims, SparseMlaWorkspace, sparse_mla};
+use crate::swiglu::{SwiGlu, swiglu};
 use crate::tensor::CudaTensor;
 use crate::tiles::Tiles;
 use crate::top_k::{TopKWorkspace, top_k};
@@ -131,6 +134,16 @@ impl<D: Device> Cuda<D> {
         let alloc = |[]: [usize; 0]| LinearWorkspace::alloc(&self.device, &tiles);
         self.scratch.linear.with([], alloc, |workspace| launch(&tiles, workspace))
     }
+
+    /// Launches a product with an INT4 weight, whose workspace serves any size.
+    fn with_linear_int4(
+        &self,
+        launch: impl FnOnce(&LinearInt4Tiles, &LinearInt4Workspace<D>) -> Result<()>,
+    ) -> Result<()> {
+        let tiles = self.chosen.linear_int4();
+        let alloc = |[]: [usize; 0]| LinearInt4Workspace::alloc(&self.device, &tiles);
+        self.scratch.linear_int4.with([], alloc, |workspace| launch(&tiles, workspace))
+    }
 }
 
 /// A dimension of a tensor that has it; the launchers refuse one that has not.
@@ -145,6 +158,7 @@ fn refuse(message: String) -> Error {
 impl<D: Device> Kernels for Cuda<D> {
     type Tensor = CudaTensor<D>;
     type Int4 = PackedInt4<D>;
+    type SwiGlu = SwiGlu<D>;
     type ExpertsInt4 = ExpertsInt4<D>;
     type Experts = Experts<D>;
     type Batch = CudaBatch<D>;
@@ -159,6 +173,10 @@ impl<D: Device> Kernels for Cuda<D> {
 
     fn upload_int4(&self, weight: HostInt4) -> Result<PackedInt4<D>> {
         PackedInt4::upload(&self.device, &self.chosen.repack_int4(), &weight)
+    }
+
+    fn upload_swiglu(&self, gate_proj: HostLinear, up_proj: HostLinear) -> Result<SwiGlu<D>> {
+        SwiGlu::upload(&self.device, &self.chosen.repack_int4(), gate_proj, up_proj)
     }
 
     fn upload_experts_int4(&self, experts: Vec<HostExpert>) -> Result<ExpertsInt4<D>> {
@@ -281,13 +299,20 @@ impl<D: Device> Kernels for Cuda<D> {
         self.with_linear(|tiles, workspace| linear(&self.device, tiles, workspace, x, weight, out))
     }
 
+    fn linear_split(
+        &self,
+        x: &CudaTensor<D>,
+        weight: &CudaTensor<D>,
+        first: &mut CudaTensor<D>,
+        second: &mut CudaTensor<D>,
+    ) -> Result<()> {
+        self.with_linear(|tiles, workspace| {
+            linear_split(&self.device, tiles, workspace, x, weight, first, second)
+        })
+    }
+
     fn linear_int4(&self, x: &CudaTensor<D>, weight: &PackedInt4<D>, out: &mut CudaTensor<D>) -> Result<()> {
-        let tiles = self.chosen.linear_int4();
-        self.scratch.linear_int4.with(
-            [],
-            |[]| LinearInt4Workspace::alloc(&self.device, &tiles),
-            |workspace| linear_int4(&self.device, &tiles, workspace, x, weight, out),
-        )
+        self.with_linear_int4(|tiles, workspace| linear_int4(&self.device, tiles, workspace, x, weight, out))
     }
 
     fn absorb_query(&self, q: &CudaTensor<D>, kv_b: &CudaTensor<D>, out: &mut CudaTensor<D>) -> Result<()> {
@@ -405,6 +430,17 @@ impl<D: Device> Kernels for Cuda<D> {
             },
             |workspace| moe(&self.device, workspace, x, topk_ids, topk_weights, experts, shared, out),
         )
+    }
+
+    fn swiglu(&self, x: &CudaTensor<D>, weights: &SwiGlu<D>, out: &mut CudaTensor<D>) -> Result<()> {
+        match weights {
+            SwiGlu::Int4(weight) => self.with_linear_int4(|tiles, workspace| {
+                swiglu_int4(&self.device, tiles, workspace, x, weight, out)
+            }),
+            SwiGlu::Dense(weight) => {
+                self.with_linear(|tiles, workspace| swiglu(&self.device, tiles, workspace, x, weight, out))
+            }
+        }
     }
 
     fn silu_mul(&self, gate: &CudaTensor<D>, up: &CudaTensor<D>, out: &mut CudaTensor<D>) -> Result<()> {

@@ -18,9 +18,8 @@ impl<K: Kernels> Forward<'_, K> {
         let (kernels, config, shape, tokens) = (self.kernels, self.config, self.shape, self.tokens);
         let ws = &mut *self.workspace;
 
-        weights.q_a_proj.apply(kernels, &ws.normed, &mut ws.q_a)?;
+        weights.qkv_a_proj.apply(kernels, &ws.normed, &mut ws.q_a, &mut ws.kv_a)?;
         kernels.rms_norm(&ws.q_a, &weights.q_a_layernorm, config.latent_norm_eps, &mut ws.q_latent)?;
-        weights.kv_a_proj_with_mqa.apply(kernels, &ws.normed, &mut ws.kv_a)?;
         kernels.latent_rope(
             self.device_batch,
             &ws.kv_a,

@@ -29,12 +29,8 @@ impl<K: Kernels> Forward<'_, K> {
     fn swiglu(&mut self, mlp: &SwiGlu<K>, target: Target) -> Result<()> {
         let (kernels, tokens) = (self.kernels, self.tokens);
         let ws = &mut *self.workspace;
-        for tensor in [&mut ws.gate, &mut ws.up, &mut ws.activated] {
-            tensor.set_shape(&[tokens, mlp.intermediate])?;
-        }
-        mlp.gate_proj.apply(kernels, &ws.normed, &mut ws.gate)?;
-        mlp.up_proj.apply(kernels, &ws.normed, &mut ws.up)?;
-        kernels.silu_mul(&ws.gate, &ws.up, &mut ws.activated)?;
+        ws.activated.set_shape(&[tokens, mlp.intermediate])?;
+        kernels.swiglu(&ws.normed, &mlp.gate_up_proj, &mut ws.activated)?;
         let out = match target {
             Target::Delta => &mut ws.delta,
             Target::Shared => &mut ws.shared,

@@ -1,6 +1,6 @@
 //! A rank's weights on a backend.
 
-use dsa80_reference::{HostExpert, HostLinear, Kernels, Result};
+use dsa80_reference::{HostData, HostExpert, HostLinear, HostTensor, Kernels, Result};
 
 use crate::weights::{HostAttention, HostEnds, HostIndexer, HostLayer, HostMlp, HostMoe, HostSwiGlu};
 
@@ -70,10 +70,9 @@ impl<K: Kernels> Layer<K> {
 
 /// Multi-head latent attention, with an indexer where the layer is a full one.
 pub(crate) struct Attention<K: Kernels> {
-    pub(crate) q_a_proj: Linear<K>,
+    pub(crate) qkv_a_proj: QkvA<K>,
     pub(crate) q_a_layernorm: K::Tensor,
     pub(crate) q_b_proj: Linear<K>,
-    pub(crate) kv_a_proj_with_mqa: Linear<K>,
     pub(crate) kv_a_layernorm: K::Tensor,
     pub(crate) kv_b_proj: K::Tensor,
     pub(crate) o_proj: Linear<K>,
@@ -83,16 +82,69 @@ pub(crate) struct Attention<K: Kernels> {
 impl<K: Kernels> Attention<K> {
     fn upload(kernels: &K, attention: HostAttention) -> Result<Self> {
         Ok(Self {
-            q_a_proj: Linear::upload(kernels, attention.q_a_proj)?,
+            qkv_a_proj: QkvA::upload(kernels, attention.q_a_proj, attention.kv_a_proj_with_mqa)?,
             q_a_layernorm: kernels.upload(attention.q_a_layernorm)?,
             q_b_proj: Linear::upload(kernels, attention.q_b_proj)?,
-            kv_a_proj_with_mqa: Linear::upload(kernels, attention.kv_a_proj_with_mqa)?,
             kv_a_layernorm: kernels.upload(attention.kv_a_layernorm)?,
             kv_b_proj: kernels.upload(attention.kv_b_proj)?,
             o_proj: Linear::upload(kernels, attention.o_proj)?,
             indexer: attention.indexer.map(|indexer| Indexer::upload(kernels, indexer)).transpose()?,
         })
     }
+}
+
+/// The projections of a layer's input to the query's latent and to the cache row.
+pub(crate) enum QkvA<K: Kernels> {
+    /// One below the other, for one launch: both are dense and of one type.
+    Joined(K::Tensor),
+    /// Of different formats.
+    Apart { q_a_proj: Linear<K>, kv_a_proj_with_mqa: Linear<K> },
+}
+
+impl<K: Kernels> QkvA<K> {
+    fn upload(kernels: &K, q_a_proj: HostLinear, kv_a_proj_with_mqa: HostLinear) -> Result<Self> {
+        if let (HostLinear::Dense(q_a), HostLinear::Dense(kv_a)) = (&q_a_proj, &kv_a_proj_with_mqa)
+            && let Some(both) = stack(q_a, kv_a)
+        {
+            return Ok(Self::Joined(kernels.upload(both)?));
+        }
+        Ok(Self::Apart {
+            q_a_proj: Linear::upload(kernels, q_a_proj)?,
+            kv_a_proj_with_mqa: Linear::upload(kernels, kv_a_proj_with_mqa)?,
+        })
+    }
+
+    /// `q_a = x q_a_proj^T`, `kv_a = x kv_a_proj_with_mqa^T`.
+    pub(crate) fn apply(
+        &self,
+        kernels: &K,
+        x: &K::Tensor,
+        q_a: &mut K::Tensor,
+        kv_a: &mut K::Tensor,
+    ) -> Result<()> {
+        match self {
+            QkvA::Joined(weight) => kernels.linear_split(x, weight, q_a, kv_a),
+            QkvA::Apart { q_a_proj, kv_a_proj_with_mqa } => {
+                q_a_proj.apply(kernels, x, q_a)?;
+                kv_a_proj_with_mqa.apply(kernels, x, kv_a)
+            }
+        }
+    }
+}
+
+/// `second` below `first`, if they have one type and as many columns.
+fn stack(first: &HostTensor, second: &HostTensor) -> Option<HostTensor> {
+    let (&[a, columns], &[b, second_columns]) = (&first.shape[..], &second.shape[..]) else { return None };
+    if columns != second_columns {
+        return None;
+    }
+    let data = match (&first.data, &second.data) {
+        (HostData::Bf16(first), HostData::Bf16(second)) => HostData::Bf16([&first[..], second].concat()),
+        (HostData::F16(first), HostData::F16(second)) => HostData::F16([&first[..], second].concat()),
+        (HostData::F32(first), HostData::F32(second)) => HostData::F32([&first[..], second].concat()),
+        _ => return None,
+    };
+    Some(HostTensor { shape: vec![a + b, columns], data })
 }
 
 /// The lightning indexer of a full layer; replicated on every rank.
@@ -124,8 +176,8 @@ pub(crate) enum Mlp<K: Kernels> {
 
 /// A gated MLP: a dense layer's, or the shared expert of a sparse one.
 pub(crate) struct SwiGlu<K: Kernels> {
-    pub(crate) gate_proj: Linear<K>,
-    pub(crate) up_proj: Linear<K>,
+    /// `gate_proj` and `up_proj`.
+    pub(crate) gate_up_proj: K::SwiGlu,
     pub(crate) down_proj: Linear<K>,
     /// Rows of `gate_proj` on this rank.
     pub(crate) intermediate: usize,
@@ -135,8 +187,7 @@ impl<K: Kernels> SwiGlu<K> {
     fn upload(kernels: &K, mlp: HostSwiGlu) -> Result<Self> {
         let (intermediate, _) = mlp.gate_proj.dims();
         Ok(Self {
-            gate_proj: Linear::upload(kernels, mlp.gate_proj)?,
-            up_proj: Linear::upload(kernels, mlp.up_proj)?,
+            gate_up_proj: kernels.upload_swiglu(mlp.gate_proj, mlp.up_proj)?,
             down_proj: Linear::upload(kernels, mlp.down_proj)?,
             intermediate,
         })

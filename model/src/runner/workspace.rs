@@ -15,7 +15,7 @@ pub(crate) const MAX_LOGPROBS: usize = 20;
 /// step of `T`.
 pub(crate) struct Workspace<K: Kernels> {
     pub(crate) cos_sin: K::Tensor,        // [T, rope / 2, 2]
-    pub(crate) residual: K::Tensor,       // [T, hidden]
+    pub(crate) residual: K::Tensor,       // [T, hidden], not rounded between layers
     pub(crate) normed: K::Tensor,         // [T, hidden]
     pub(crate) delta: K::Tensor,          // [T, hidden], what a block adds to the residual stream
     pub(crate) shared: K::Tensor,         // [T, hidden], output of the shared expert
@@ -31,8 +31,6 @@ pub(crate) struct Workspace<K: Kernels> {
     pub(crate) index_weights: K::Tensor,  // [T, index_heads]
     pub(crate) index_logits: K::Tensor,   // [rows of a chunk, longest context]
     pub(crate) topk_indices: K::Tensor,   // [T, index_topk]
-    pub(crate) gate: K::Tensor,           // [T, intermediate]
-    pub(crate) up: K::Tensor,             // [T, intermediate]
     pub(crate) activated: K::Tensor,      // [T, intermediate]
     pub(crate) router_logits: K::Tensor,  // [T, experts]
     pub(crate) expert_ids: K::Tensor,     // [T, experts per token]
@@ -58,7 +56,7 @@ impl<K: Kernels> Workspace<K> {
         let latent = shape.kv_lora_rank + shape.qk_rope_head_dim;
         Ok(Self {
             cos_sin: float(shape.qk_rope_head_dim)?,
-            residual: act(shape.hidden_size)?,
+            residual: float(shape.hidden_size)?,
             normed: act(shape.hidden_size)?,
             delta: act(shape.hidden_size)?,
             shared: act(shape.hidden_size)?,
@@ -74,8 +72,6 @@ impl<K: Kernels> Workspace<K> {
             index_weights: float(shape.index_n_heads)?,
             index_logits: kernels.alloc(DType::Float, &[index_logits])?,
             topk_indices: index(shape.index_topk)?,
-            gate: act(shape.max_intermediate)?,
-            up: act(shape.max_intermediate)?,
             activated: act(shape.max_intermediate)?,
             router_logits: float(shape.n_routed_experts)?,
             expert_ids: index(shape.num_experts_per_tok)?,

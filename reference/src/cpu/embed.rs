@@ -1,7 +1,7 @@
 //! `embed`: token rows of a vocabulary shard.
 //!
-//! `table` `[V_local, hidden]` bf16, f16 or f32; `out` `[T, hidden]` `Act`, rounded (which changes rows of
-//! f32 tables alone). A token outside `vocab_start..vocab_start + V_local` gives zeros.
+//! `table` `[V_local, hidden]` bf16, f16 or f32; `out` `[T, hidden]` `Act`, rounded (which changes nothing of a
+//! bf16 table), or `Float`, not rounded. A token outside `vocab_start..vocab_start + V_local` gives zeros.
 
 use super::checks::Check;
 use super::matmul::Element;
@@ -9,6 +9,7 @@ use super::parallel::for_rows;
 use super::tensor::Storage;
 use super::{Cpu, CpuBatch, CpuTensor, Real};
 use crate::error::Result;
+use crate::tensor::{DType, DeviceTensor};
 
 pub(super) fn embed<F: Real>(
     cpu: &Cpu<F>,
@@ -19,20 +20,23 @@ pub(super) fn embed<F: Real>(
 ) -> Result<()> {
     let [vocab, hidden] = table.dims("embed", "table")?;
     out.expect_shape("embed", "out", &[batch.num_tokens(), hidden])?;
-    let out = Check("embed").act_mut("out", out)?;
+    let rounds = out.dtype() == DType::Act;
+    let check = Check("embed");
+    let out = if rounds { check.act_mut("out", out)? } else { check.float_mut("out", out)? };
+    let finish = |value| if rounds { cpu.act(value) } else { value };
     let row_of =
         |token: i32| usize::try_from(token).ok()?.checked_sub(vocab_start).filter(|&row| row < vocab);
     match &table.storage {
-        Storage::Bf16(table) => copy_rows(cpu, table, &batch.token_ids, row_of, hidden, out),
-        Storage::F16(table) => copy_rows(cpu, table, &batch.token_ids, row_of, hidden, out),
-        Storage::F32(table) => copy_rows(cpu, table, &batch.token_ids, row_of, hidden, out),
+        Storage::Bf16(table) => copy_rows(finish, table, &batch.token_ids, row_of, hidden, out),
+        Storage::F16(table) => copy_rows(finish, table, &batch.token_ids, row_of, hidden, out),
+        Storage::F32(table) => copy_rows(finish, table, &batch.token_ids, row_of, hidden, out),
         _ => return Err(table.wrong_dtype("embed", "table", "a weight (bf16, f16 or f32)")),
     }
     Ok(())
 }
 
 fn copy_rows<F: Real, E: Element>(
-    cpu: &Cpu<F>,
+    finish: impl Fn(F) -> F + Sync,
     table: &[E],
     token_ids: &[i32],
     row_of: impl Fn(i32) -> Option<usize> + Sync,
@@ -43,7 +47,7 @@ fn copy_rows<F: Real, E: Element>(
         None => out.fill(F::zero()),
         Some(row) => {
             for (out, element) in out.iter_mut().zip(&table[row * hidden..]) {
-                *out = cpu.act(element.widen());
+                *out = finish(element.widen());
             }
         }
     });
@@ -55,7 +59,7 @@ mod tests {
     use crate::batch::{Batch, SequenceSlice};
     use crate::cpu::testing::{read, tensor};
     use crate::kernels::Kernels;
-    use crate::tensor::{DType, HostTensor};
+    use crate::tensor::HostTensor;
 
     fn batch(cpu: &Cpu<f32>, token_ids: &[u32]) -> CpuBatch {
         let mut device = cpu.alloc_batch(8, 1, 8).unwrap();

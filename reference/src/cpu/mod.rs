@@ -6,6 +6,7 @@
 //! threads: the order in which an output element is summed depends on the inner dimension alone.
 
 mod absorb;
+mod any_linear;
 mod batch;
 mod checks;
 mod communicator;
@@ -15,6 +16,7 @@ mod latent_rope;
 mod layer_norm_rope;
 mod linear;
 mod linear_int4;
+mod linear_split;
 mod lm_head;
 mod matmul;
 mod moe;
@@ -30,6 +32,7 @@ mod router;
 mod sample;
 mod silu_mul;
 mod sparse_mla;
+mod swiglu;
 mod tensor;
 #[cfg(test)]
 mod testing;
@@ -43,13 +46,14 @@ pub use communicator::ThreadCommunicator;
 pub use linear_int4::CpuInt4;
 pub use moe::CpuExperts;
 pub use real::Real;
+pub use swiglu::CpuSwiGlu;
 pub use tensor::CpuTensor;
 
 use crate::batch::Batch;
 use crate::error::Result;
 use crate::kernels::{Kernels, RopeLayout, RouterParams, SampleOutput};
 use crate::sampling::SampleRow;
-use crate::tensor::{DType, HostExpert, HostInt4, HostTensor};
+use crate::tensor::{DType, HostExpert, HostInt4, HostLinear, HostTensor};
 
 /// The CPU backend.
 ///
@@ -81,6 +85,7 @@ impl<F: Real> Cpu<F> {
 impl<F: Real> Kernels for Cpu<F> {
     type Tensor = CpuTensor<F>;
     type Int4 = CpuInt4;
+    type SwiGlu = CpuSwiGlu;
     type ExpertsInt4 = CpuExperts;
     type Experts = CpuExperts;
     type Batch = CpuBatch;
@@ -95,6 +100,10 @@ impl<F: Real> Kernels for Cpu<F> {
 
     fn upload_int4(&self, weight: HostInt4) -> Result<CpuInt4> {
         CpuInt4::from_host(&weight)
+    }
+
+    fn upload_swiglu(&self, gate_proj: HostLinear, up_proj: HostLinear) -> Result<CpuSwiGlu> {
+        CpuSwiGlu::from_host(gate_proj, up_proj)
     }
 
     fn upload_experts_int4(&self, experts: Vec<HostExpert>) -> Result<CpuExperts> {
@@ -212,6 +221,16 @@ impl<F: Real> Kernels for Cpu<F> {
         linear::linear(self, x, weight, out)
     }
 
+    fn linear_split(
+        &self,
+        x: &CpuTensor<F>,
+        weight: &CpuTensor<F>,
+        first: &mut CpuTensor<F>,
+        second: &mut CpuTensor<F>,
+    ) -> Result<()> {
+        linear_split::linear_split(self, x, weight, first, second)
+    }
+
     fn linear_int4(&self, x: &CpuTensor<F>, weight: &CpuInt4, out: &mut CpuTensor<F>) -> Result<()> {
         linear_int4::linear_int4(self, x, weight, out)
     }
@@ -292,6 +311,10 @@ impl<F: Real> Kernels for Cpu<F> {
         out: &mut CpuTensor<F>,
     ) -> Result<()> {
         moe::moe(self, x, topk_ids, topk_weights, experts, shared, out)
+    }
+
+    fn swiglu(&self, x: &CpuTensor<F>, weights: &CpuSwiGlu, out: &mut CpuTensor<F>) -> Result<()> {
+        swiglu::swiglu(self, x, weights, out)
     }
 
     fn silu_mul(&self, gate: &CpuTensor<F>, up: &CpuTensor<F>, out: &mut CpuTensor<F>) -> Result<()> {

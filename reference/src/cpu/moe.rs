@@ -7,14 +7,13 @@
 //! token's result does not depend on who shares its experts. Rounds after `silu * up` and at the end. An
 //! expert that does not exist is an error; a repeated one counts twice.
 
+use super::any_linear::AnyLinear;
 use super::checks::Check;
-use super::linear_int4::CpuInt4;
-use super::matmul::{Dense, matmul};
 use super::parallel::for_rows;
 use super::silu_mul::swiglu;
 use super::{Cpu, CpuTensor, Real};
 use crate::error::{Error, Result};
-use crate::tensor::{HostData, HostExpert, HostLinear, HostTensor};
+use crate::tensor::{HostExpert, HostLinear};
 
 /// The routed experts of one layer, each projection in its own format.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,15 +25,9 @@ pub struct CpuExperts {
 
 #[derive(Debug, Clone, PartialEq)]
 struct Expert {
-    gate_proj: Linear,
-    up_proj: Linear,
-    down_proj: Linear,
-}
-
-#[derive(Debug, Clone, PartialEq)]
-enum Linear {
-    Dense(HostTensor),
-    Int4(CpuInt4),
+    gate_proj: AnyLinear,
+    up_proj: AnyLinear,
+    down_proj: AnyLinear,
 }
 
 impl CpuExperts {
@@ -84,11 +77,11 @@ fn upload(experts: Vec<HostExpert>, kernel: &'static str) -> Result<CpuExperts> 
     let Some(first) = experts.first() else {
         return Err(Check(kernel).bad_value("experts", "at least one".into(), 0));
     };
-    check_dense(first, kernel)?;
+    first.gate_proj.check(kernel, "gate_proj")?;
     let (moe_intermediate, hidden) = first.gate_proj.dims();
     for expert in &experts {
-        check_dense(expert, kernel)?;
         for (tensor, weight) in projections(expert) {
+            weight.check(kernel, tensor)?;
             let transposed = tensor == "down_proj";
             let expected = if transposed { (hidden, moe_intermediate) } else { (moe_intermediate, hidden) };
             let (out_features, in_features) = weight.dims();
@@ -104,49 +97,12 @@ fn upload(experts: Vec<HostExpert>, kernel: &'static str) -> Result<CpuExperts> 
     }
     let experts = experts.into_iter().map(|expert| {
         Ok(Expert {
-            gate_proj: Linear::from_host(expert.gate_proj)?,
-            up_proj: Linear::from_host(expert.up_proj)?,
-            down_proj: Linear::from_host(expert.down_proj)?,
+            gate_proj: AnyLinear::from_host(expert.gate_proj)?,
+            up_proj: AnyLinear::from_host(expert.up_proj)?,
+            down_proj: AnyLinear::from_host(expert.down_proj)?,
         })
     });
     Ok(CpuExperts { experts: experts.collect::<Result<_>>()?, hidden, moe_intermediate })
-}
-
-/// Fails unless dense projections are matrices with as many elements as their shape says.
-fn check_dense(expert: &HostExpert, kernel: &'static str) -> Result<()> {
-    for (tensor, weight) in projections(expert) {
-        if let HostLinear::Dense(weight) = weight
-            && !matches!(weight.shape[..], [out, inner] if out * inner == weight.len())
-        {
-            let expected = format!("the two dimensions of {} elements", weight.len());
-            return Err(Error::Shape { kernel, tensor, expected, found: weight.shape.clone() });
-        }
-    }
-    Ok(())
-}
-
-impl Linear {
-    fn from_host(weight: HostLinear) -> Result<Self> {
-        match weight {
-            HostLinear::Int4(weight) => Ok(Linear::Int4(CpuInt4::from_host(&weight)?)),
-            HostLinear::Dense(weight) => Ok(Linear::Dense(weight)),
-        }
-    }
-
-    /// `out = x weight^T`, unrounded; `x` has as many rows as `out`.
-    fn apply<F: Real>(&self, x: &[F], out: &mut [F]) {
-        fn dense<'a, E>(elements: &'a [E], shape: &[usize]) -> Dense<'a, E> {
-            Dense { elements, out_features: shape[0], in_features: shape[1] }
-        }
-        match self {
-            Linear::Int4(weight) => matmul(x, weight, out, |value| value),
-            Linear::Dense(HostTensor { shape, data }) => match data {
-                HostData::Bf16(w) => matmul(x, &dense(w, shape), out, |value| value),
-                HostData::F16(w) => matmul(x, &dense(w, shape), out, |value| value),
-                HostData::F32(w) => matmul(x, &dense(w, shape), out, |value| value),
-            },
-        }
-    }
 }
 
 pub(super) fn moe<F: Real>(
@@ -289,7 +245,7 @@ mod tests {
     use super::*;
     use crate::cpu::testing::{index, int4, randoms, read, tensor};
     use crate::kernels::Kernels;
-    use crate::tensor::DType;
+    use crate::tensor::{DType, HostTensor};
 
     const HIDDEN: usize = 40;
     const INTERMEDIATE: usize = 24;

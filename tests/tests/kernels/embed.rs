@@ -15,16 +15,20 @@ use crate::cache_rows::expect;
 struct Variant {
     width: usize,
     table: DType,
+    out: DType,
     tile: EmbedTile,
 }
 
-const fn variant(width: usize, table: DType, warps: usize) -> Variant {
-    Variant { width, table, tile: EmbedTile { warps } }
+const fn variant(width: usize, table: DType, out: DType, warps: usize) -> Variant {
+    Variant { width, table, out, tile: EmbedTile { warps } }
 }
 
 /// Every constant of the kernel in few programs: rows of one pass and of several, aligned and not.
-const VARIANTS: &[Variant] =
-    &[variant(328, DType::Bf16, 1), variant(36, DType::F32, 2), variant(35, DType::F16, 1)];
+const VARIANTS: &[Variant] = &[
+    variant(328, DType::Bf16, DType::Float, 1),
+    variant(36, DType::F32, DType::Act, 2),
+    variant(35, DType::F16, DType::Float, 1),
+];
 
 #[derive(Debug, Clone)]
 struct Case {
@@ -65,7 +69,7 @@ fn batch(token_ids: &[i32]) -> Batch {
 }
 
 fn run(device: &TestDevice, case: Case) {
-    let Variant { width, table, tile } = case.variant;
+    let Variant { width, table, out: out_dtype, tile } = case.variant;
     // Not exact in bf16, so that a wider table's rows are rounded.
     let values = Values::Outliers.take(case.seed, case.vocab * width);
     let values: Vec<f64> =
@@ -74,14 +78,14 @@ fn run(device: &TestDevice, case: Case) {
     let (host, on_device) = parity::batch(device, &batch(&case.token_ids));
     let shape = [case.token_ids.len(), width];
     let bytes = parity::twice(device, || {
-        let mut out = parity::poisoned(device, "out", DType::Act, &shape);
+        let mut out = parity::poisoned(device, "out", out_dtype, &shape);
         embed(device, &tile, &on_device, &table.device, case.vocab_start, &mut out).unwrap();
         parity::read_bytes(device, &out)
     });
-    let mut expected = parity::oracle().alloc(DType::Act, &shape).unwrap();
+    let mut expected = parity::oracle().alloc(out_dtype, &shape).unwrap();
     parity::oracle().embed(&host, &table.host, case.vocab_start, &mut expected).unwrap();
     let expected = parity::oracle().read(&expected).unwrap();
-    assert_same("out", width, &parity::numbers(DType::Act, &bytes), &expected);
+    assert_same("out", width, &parity::numbers(out_dtype, &bytes), &expected);
 }
 
 #[test]
@@ -94,7 +98,8 @@ fn agrees_with_the_oracle_at_size_with_every_tile() {
     let tables = select(&[DType::Bf16, DType::F16, DType::F32][..]);
     let variants = (select(&[6144, 512, 1000][..]), tables).prop_flat_map(|(width, table)| {
         let tiles = EmbedTile::candidates(EmbedDims { width }, &Limits::a100());
-        select(tiles).prop_map(move |tile| Variant { width, table, tile })
+        let outs = select(&[DType::Act, DType::Float][..]);
+        (select(tiles), outs).prop_map(move |(tile, out)| Variant { width, table, out, tile })
     });
     parity::check_on_gpu("embed_at_size", cases(variants, 300, 500), run);
 }
@@ -115,8 +120,8 @@ fn planted_faults_are_seen() {
         // The last vector of a row; no zeros.
         ("column < width;", "column < width - VECTOR;"),
         (
-            "        store_bf16<VECTOR>(to + column, words);",
-            "        if (inside) store_bf16<VECTOR>(to + column, words);",
+            "            store_words(static_cast<float*>(out)",
+            "            if (inside) store_words(static_cast<float*>(out)",
         ),
     ] {
         let fault = Fault { file: "embed.cu", find, replace };
@@ -138,6 +143,6 @@ fn misfits_are_named() {
         expect(run(&tensor(DType::Act, &[5, 16]), out()), &["`table` holds activations"]);
         expect(run(&table, tensor(DType::Act, &[2, 8])), &["`out`", "[2, 16]"]);
         expect(run(&table, tensor(DType::Act, &[3, 16])), &["`out`", "[2, 16]"]);
-        expect(run(&table, tensor(DType::Float, &[2, 16])), &["`out` holds floats"]);
+        expect(run(&table, tensor(DType::Index, &[2, 16])), &["`out` holds indices"]);
     });
 }

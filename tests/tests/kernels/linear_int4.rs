@@ -2,10 +2,11 @@
 
 use dsa80_cuda::linear_int4::{
     LinearInt4Tile, LinearInt4Tiles, LinearInt4Tokens, LinearInt4WideTile, LinearInt4Workspace, linear_int4,
+    swiglu_int4,
 };
 use dsa80_cuda::repack_int4::RepackInt4Tile;
 use dsa80_cuda::{Int4Shape, Limits, PackedInt4, Tile};
-use dsa80_reference::{DType, Kernels};
+use dsa80_reference::{DType, HostInt4, HostLinear, Kernels};
 use dsa80_tests::emulator::Fault;
 use dsa80_tests::parity::{self, F32_UNIT, Interval, Pair, TestDevice, Values};
 use proptest::prelude::*;
@@ -51,6 +52,7 @@ const fn wide(
     row_tiles: usize,
     token_tiles: usize,
     stages: usize,
+    ahead: bool,
     split_blocks: usize,
 ) -> Way {
     Way::Wide(LinearInt4WideTile {
@@ -59,6 +61,7 @@ const fn wide(
         row_tiles,
         token_tiles,
         stages,
+        ahead,
         blocks: 1,
         split_blocks,
     })
@@ -81,19 +84,19 @@ const FEW: &[Variant] = &[
 ];
 const WIDE: &[Variant] = &[
     Variant {
-        way: wide([1, 2], 2, 2, 2, 2),
+        way: wide([1, 2], 2, 2, 2, false, 2),
         format: format(DType::Bf16, 32, true),
         inner: 288,
         out: DType::Act,
     },
     Variant {
-        way: wide([2, 1], 3, 2, 3, 0),
-        format: format(DType::F16, 64, false),
+        way: wide([2, 1], 3, 2, 3, true, 0),
+        format: format(DType::Bf16, 64, false),
         inner: 320,
         out: DType::Float,
     },
     Variant {
-        way: wide([1, 1], 1, 4, 2, 1),
+        way: wide([1, 1], 1, 4, 2, false, 1),
         format: format(DType::F32, 96, true),
         inner: 220,
         out: DType::Act,
@@ -119,6 +122,17 @@ fn cases(
     )
 }
 
+/// How far sums may be off, `[T, out]`: the error analysis beside the kernels, with a group and two additions for every product.
+fn errors(x: &[f64], weight: &HostInt4) -> Vec<f64> {
+    let (inner, dense) = (weight.in_features, weight.dequantise().to_f32());
+    let rows = x.chunks_exact(inner).flat_map(|x| dense.chunks_exact(inner).map(move |w| (x, w)));
+    rows.map(|(x, w)| {
+        let magnitudes: f64 = x.iter().zip(w).map(|(x, w)| (x * f64::from(*w)).abs()).sum();
+        (2 * inner + 64) as f64 * 2.0 * F32_UNIT * magnitudes + 1e-37
+    })
+    .collect()
+}
+
 fn run(device: &TestDevice, case: Case) {
     let Case { variant: Variant { way, format, inner, out: dtype }, tokens, features, values, seed } = case;
     let host = int4(features, inner, format, seed);
@@ -140,19 +154,51 @@ fn run(device: &TestDevice, case: Case) {
     oracle.linear_int4(&x.host, &on_host, &mut expected).unwrap();
     oracle.linear_int4(&x.host, &on_host, &mut exact).unwrap();
     let (expected, exact) = (oracle.read(&expected).unwrap(), oracle.read(&exact).unwrap());
-    // The error analysis beside the kernels, with a group and two additions for every product at worst.
-    let (x, dense) = (oracle.read(&x.host).unwrap(), host.dequantise().to_f32());
-    let error = |i: usize| {
-        let (x, w) = (&x[i / features * inner..][..inner], &dense[i % features * inner..][..inner]);
-        let magnitudes: f64 = x.iter().zip(w).map(|(x, w)| (x * f64::from(*w)).abs()).sum();
-        (2 * inner + 64) as f64 * 2.0 * F32_UNIT * magnitudes + 1e-37
-    };
+    let error = errors(&oracle.read(&x.host).unwrap(), &host);
     let bound = |i: usize| {
-        let interval = Interval::around(exact[i], error(i));
-        if dtype == DType::Act { interval.round_bf16().farthest(expected[i]) } else { error(i) }
+        let interval = Interval::around(exact[i], error[i]);
+        if dtype == DType::Act { interval.round_bf16().farthest(expected[i]) } else { error[i] }
     };
     let relative_l2 = if dtype == DType::Act { 2.5e-3 } else { 1e-4 };
     parity::assert_close("out", features, &found, &expected, relative_l2, bound);
+}
+
+/// The same for a gate and its up projection: the oracle's sums, and what their errors become behind the SwiGLU.
+fn run_swiglu(device: &TestDevice, case: Case) {
+    let Case { variant: Variant { way, format, inner, .. }, tokens, features, values, seed } = case;
+    let projections = [seed, seed ^ 2].map(|seed| int4(features, inner, format, seed));
+    let x = Pair::new(device, "x", DType::Act, &[tokens, inner], &values.take(seed ^ 1, tokens * inner));
+    let [gate, up] = &projections;
+    let weight = PackedInt4::upload_gate_up(device, &RepackInt4Tile { warps: 2 }, gate, up).unwrap();
+    let tiles = way.tiles();
+    let workspace = LinearInt4Workspace::alloc(device, &tiles).unwrap();
+    let found = parity::twice(device, || {
+        let mut out = parity::poisoned(device, "out", DType::Act, &[tokens, features]);
+        swiglu_int4(device, &tiles, &workspace, &x.device, &weight, &mut out).unwrap();
+        parity::read_bytes(device, &out)
+    });
+    let found = parity::numbers(DType::Act, &found);
+
+    let oracle = parity::oracle();
+    let [gates, ups] = projections.each_ref().map(|host| {
+        let mut exact = oracle.alloc(DType::Float, &[tokens, features]).unwrap();
+        oracle.linear_int4(&x.host, &oracle.upload_int4(host.clone()).unwrap(), &mut exact).unwrap();
+        let errors = errors(&oracle.read(&x.host).unwrap(), host);
+        (oracle.read(&exact).unwrap(), errors)
+    });
+    let mut expected = oracle.alloc(DType::Act, &[tokens, features]).unwrap();
+    let [gate, up] = projections.map(HostLinear::Int4);
+    oracle.swiglu(&x.host, &oracle.upload_swiglu(gate, up).unwrap(), &mut expected).unwrap();
+    let expected = oracle.read(&expected).unwrap();
+    let bound = |i: usize| {
+        let (g, u) = (gates.0[i], ups.0[i]);
+        let silu = g / (1.0 + (-g).exp());
+        // The slope of silu is 1.1 at most; then what the kernel's own arithmetic adds, beside what is flushed to zero.
+        let error = 1.1 * gates.1[i] * (u.abs() + ups.1[i]) + silu.abs() * ups.1[i];
+        let own = (2.0 * g.abs().min(100.0) + 12.0) * F32_UNIT * (silu * u).abs();
+        Interval::around(silu * u, error + own + 1e-35 * (1.0 + u.abs())).round_bf16().farthest(expected[i])
+    };
+    parity::assert_close("out", features, &found, &expected, 2.5e-3, bound);
 }
 
 #[test]
@@ -163,6 +209,34 @@ fn few_tokens_agree_with_the_oracle() {
 #[test]
 fn many_tokens_agree_with_the_oracle() {
     parity::check("linear_int4_wide", cases(select(WIDE), 70, 110), run);
+}
+
+/// Values whose products of two sums are numbers.
+const FOR_PRODUCTS: [Values; 5] =
+    [Values::Normal, Values::Ties, Values::Negative, Values::Zeros, Values::Outliers];
+
+#[test]
+fn swiglus_agree_with_the_oracle() {
+    let cases = |variants, tokens, features| {
+        let values = Values::any_of(&FOR_PRODUCTS);
+        (cases(variants, tokens, features), values).prop_map(|(case, values)| Case { values, ..case })
+    };
+    parity::check("swiglu_int4", cases(select(vec![FEW[0], WIDE[2]]), 24, 30), run_swiglu);
+}
+
+#[test]
+fn swiglus_agree_with_the_oracle_at_size() {
+    let tiles = [
+        Way::Few(LinearInt4Tile::safe(LinearInt4Tokens::UpTo8)),
+        Way::Few(LinearInt4Tile::safe(LinearInt4Tokens::UpTo32)),
+        Way::Wide(LinearInt4WideTile::safe(())),
+    ];
+    let formats = vec![format(DType::Bf16, 128, false), format(DType::Bf16, 32, true)];
+    let variants = (select(tiles.to_vec()), select(formats), select(vec![256, 6144]))
+        .prop_map(|(way, format, inner)| Variant { way, format, inner, out: DType::Act });
+    let cases = (cases(variants, 200, 300), Values::any_of(&FOR_PRODUCTS))
+        .prop_map(|(case, values)| Case { values, ..case });
+    parity::check_on_gpu("swiglu_int4_at_size", cases, run_swiglu);
 }
 
 #[test]
@@ -197,14 +271,13 @@ fn planted_faults_are_seen() {
     let (few_32, few_128, wide_32, wide_96) = (FEW[0], FEW[1], WIDE[0], WIDE[2]);
     for (file, variant, find, replace) in [
         // Two nibbles change places.
-        ("int4.cuh", few_32, "p % 2 == 0 ? low : high", "p % 2 == 1 ? low : high"),
-        ("int4.cuh", wide_32, "word >> (4 * p)", "word >> (4 * (p ^ 2))"),
+        ("int4.cuh", few_32, "word >> (4 * p)", "word >> (4 * (p ^ 2))"),
         // A group ends one word late.
         ("linear_int4.cuh", few_32, "64 * k_tile + 32 * part;", "64 * k_tile + 16 * part;"),
         ("linear_int4.cuh", wide_96, "64 * k_tile + 32 * part;", "64 * k_tile + 32 * part - 32;"),
         // Zero points are ignored.
         ("linear_int4.cu", few_32, "low = int4_offset(zeros), high", "high"),
-        ("linear_int4_wide.cu", wide_32, "low = int4_offset(zeros), high", "high"),
+        ("linear_int4_wide.cu", wide_32, "ZERO_POINTS ? zeros[r][i / WORDS_PER_GROUP] : 0x88u", "0x88u"),
         // Barriers are missing.
         ("linear_int4.cu", few_32, "    __syncthreads();\n    const int splits", "    const int splits"),
         ("linear_int4_wide.cu", wide_32, "        __syncthreads();\n", ""),
@@ -229,13 +302,7 @@ fn planted_faults_are_seen() {
         ),
         ("linear_int4.cuh", few_128, "column >= tokens) continue", "column >= tokens - 1) continue"),
         ("linear_int4_wide.cu", wide_32, "/ 8), tokens - 1);", "/ 8), tokens - 2);"),
-        // A warp's, and a split's, sums are left out; a ticket is kept.
-        (
-            "linear_int4.cu",
-            few_32,
-            "for (int w = 1; w < TILE_WARPS; ++w)",
-            "for (int w = 2; w < TILE_WARPS; ++w)",
-        ),
+        // A split's sums are left out; a ticket is kept.
         (
             "linear_int4_wide.cu",
             wide_32,
@@ -246,6 +313,9 @@ fn planted_faults_are_seen() {
     ] {
         parity::catches(Fault { file, find, replace }, cases(Just(variant), 24, 40), run);
     }
+    // The gate's and the up projection's rows change places.
+    let fault = Fault { file: "linear_int4.cuh", find: "swiglu(c.x, c.z)", replace: "swiglu(c.z, c.x)" };
+    parity::catches(fault, cases(Just(few_32), 24, 40), run_swiglu);
 }
 
 #[test]
@@ -268,5 +338,10 @@ fn misfits_are_named() {
         let shape = Int4Shape::of(&[&weight, &weight]).unwrap();
         let gate_up = PackedInt4::alloc(device, "gate and up", shape, 1).unwrap();
         expect(refused(x(), &gate_up, out()), &["`weight`", "one weight"]);
+        let refused = |packed: &_, mut out| {
+            swiglu_int4(device, &tiles, &workspace, &x(), packed, &mut out).unwrap_err().to_string()
+        };
+        expect(refused(&packed, out()), &["swiglu_int4", "`weight`", "a gate and its up projection"]);
+        expect(refused(&gate_up, tensor(DType::Float, &[2, 16])), &["swiglu_int4", "`out` holds floats"]);
     });
 }

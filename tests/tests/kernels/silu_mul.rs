@@ -91,17 +91,19 @@ fn agrees_with_the_oracle_at_size_with_every_tile() {
 
 #[test]
 fn planted_faults_are_seen() {
-    for (find, replace) in [
-        ("gate * -1.4426950408889634f", "gate * 1.4426950408889634f"),
-        ("gate * -1.4426950408889634f", "gate * -1.44f"),
+    const ROWS: &str = "silu_mul.cu";
+    const ELEMENT: &str = "silu.cuh";
+    for (file, find, replace) in [
+        (ELEMENT, "gate * -1.4426950408889634f", "gate * 1.4426950408889634f"),
+        (ELEMENT, "gate * -1.4426950408889634f", "gate * -1.44f"),
         // The last vector; the few after it; one too many of them.
-        ("if (place < whole) store", "if (place < whole - VECTOR) store"),
-        ("gridDim.x - 1 && place < count", "gridDim.x && place < count"),
-        ("&& place < count)", "&& place <= count)"),
+        (ROWS, "if (place < whole) store", "if (place < whole - VECTOR) store"),
+        (ROWS, "gridDim.x - 1 && place < count", "gridDim.x && place < count"),
+        (ROWS, "&& place < count)", "&& place <= count)"),
         // A thread's second vector is its first.
-        ("load_bf16<VECTOR>(up + place, ups[i]);", "load_bf16<VECTOR>(up + start, ups[i]);"),
+        (ROWS, "load_bf16<VECTOR>(up + place, ups[i]);", "load_bf16<VECTOR>(up + start, ups[i]);"),
     ] {
-        let fault = Fault { file: "silu_mul.cu", find, replace };
+        let fault = Fault { file, find, replace };
         parity::catches(fault, cases(Just(TILE), 5, 300), run);
     }
 }

@@ -94,9 +94,9 @@ fn a100(compiler: Arc<Compiler>, seen: Arc<Mutex<HashSet<Program>>>) -> Cuda<Dry
 
 /// GLM-5.2's own shapes: a prompt longer than the indexer selects, then 1 to 64 sequences.
 fn run_glm(compiler: Arc<Compiler>, seen: Arc<Mutex<HashSet<Program>>>) {
-    let mut limits = prompt::limits(4096, 64, 19360);
+    let mut limits = prompt::limits(4096, 64, 1000);
     limits.max_batch_seqs = 64;
-    let mut rank = judge::load_weights(a100(compiler, seen), &GlmShard::new(8, 2048), &limits).unwrap();
+    let mut rank = judge::load_weights(a100(compiler, seen), &GlmShard::new(8, 2048, 1000), &limits).unwrap();
     let pages: Vec<u32> = (0..64).collect();
     for (sequences, computed, tokens) in [
         (1, 0, 2560),

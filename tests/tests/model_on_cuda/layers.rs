@@ -17,15 +17,13 @@ use dsa80_tests::prompt;
 
 use super::every_fixture_on_a_gpu;
 
-/// The residual stream after the last layer is no further from what is exact than the oracle's with the same rounding points, but for a
-/// quarter: tensor cores round the probabilities as well, and a step has but a few hundred numbers.
-const FROM_EXACT: f64 = 1.25;
-/// From that oracle it is this far off at most,
+/// What the residual stream may be off the oracle with the same rounding points after the last layer. Five layers have been 9e-3 off: of
+/// two values that differ by a share of an ulp as large a share of the roundings goes to different sides, so that after a few of them the
+/// errors of both are independent.
 const RELATIVE_L2: f64 = 1e-2;
-/// or, where the oracle itself is about as far from what is exact (after four layers it is), what two runs are apart whose errors are
-/// independent: sqrt(1 + 1.25^2) of its distance. They are independent because of two values that differ by a share of an ulp as large a
-/// share of the roundings goes to different sides.
-const INDEPENDENT: f64 = 1.6;
+/// How many times as far from what is exact as that oracle it may be: tensor cores round the probabilities as well, and a step has but a
+/// few hundred numbers.
+const FROM_EXACT: f64 = 1.25;
 
 /// Runs the first `tokens` of the prompt in three steps, and compares after every layer of each.
 pub(super) fn compare<D: Device>(cuda: Cuda<D>, fixture: &Fixture, tokens: usize) {
@@ -70,17 +68,17 @@ fn compare_steps<D: Device>(
             words.join(" ")
         );
         assert!(from_exact <= FROM_EXACT * own, "{place}");
-        assert!(last(by_layer) <= RELATIVE_L2.max(INDEPENDENT * own), "{place}");
+        assert!(last(by_layer) <= RELATIVE_L2, "{place}");
     }
 }
 
-/// The shapes that the kernels were made for, from 1 token at a time to 160.
+/// The shapes that the kernels were made for: many tokens, few, and one.
 #[test]
 fn a_shard_of_glm_is_the_oracles_within_rounding() {
     let Some(cuda) = super::on_gpu() else { return };
-    let (glm, limits) = (GlmShard::new(16, 64), prompt::limits(192, PAGE_SIZE, 19360));
-    let tokens: Vec<u32> = (0..192).map(|i| i * 7919 % 19360).collect();
-    let pieces = [0..160, 160..184, 184..191, 191..192];
+    let (glm, limits) = (GlmShard::new(8, 64, 1000), prompt::limits(176, PAGE_SIZE, 1000));
+    let tokens: Vec<u32> = (0..161).map(|i| i * 7919 % 1000).collect();
+    let pieces = [0..130, 130..154, 154..160, 160..161];
     compare_steps(cuda, "GLM-5.2, a shard", &glm, &limits, &tokens, &pieces);
 }
 

@@ -38,7 +38,8 @@ fn steps_of_a_shard_of_glm() {
     let mut limits = prompt::limits(CONTEXT, PAGE_SIZE, 19360);
     limits.max_batch_seqs = 64;
     let started = Instant::now();
-    let mut rank = judge::load_weights(Cuda::open().unwrap(), &GlmShard::new(256, 2048), &limits).unwrap();
+    let mut rank =
+        judge::load_weights(Cuda::open().unwrap(), &GlmShard::new(256, 2048, 19360), &limits).unwrap();
     println!("loaded in {:.1} s", started.elapsed().as_secs_f64());
     for start in (0..CONTEXT).step_by(2048) {
         let pages: Vec<u32> = (0..CONTEXT.div_ceil(PAGE_SIZE) as u32).collect();

@@ -34,12 +34,12 @@ impl Plain for Tokens {
         let mut random = Random::new(seed);
         let mut batch = inputs::decode_of_one_context(rows, rows)?;
         batch.token_ids = (0..rows).map(|_| random.below(VOCAB) as i32).collect();
-        let out = CudaTensor::alloc(gpu, "out", DType::Act, &[rows, DIMS.width])?;
+        let out = CudaTensor::alloc(gpu, "out", DType::Float, &[rows, DIMS.width])?;
         Ok(Self { batch: inputs::upload(gpu, &batch)?, out })
     }
 
     fn cost(rows: usize) -> Cost {
-        embed::cost(rows, DIMS, DType::Bf16)
+        embed::cost(rows, DIMS, DType::Bf16, DType::Float)
     }
 
     fn launch(&mut self, gpu: &Gpu, tile: &EmbedTile, table: &CudaTensor<Gpu>) -> Result<()> {
@@ -58,7 +58,7 @@ impl Plain for Tokens {
         let table = oracle::rows(gpu, table, &tokens)?;
         let mut batch = inputs::decode_of_one_context(rows.len(), rows.len())?;
         batch.token_ids = (0..rows.len() as i32).collect();
-        let mut expected = oracle().alloc(DType::Act, &[rows.len(), DIMS.width])?;
+        let mut expected = oracle().alloc(DType::Float, &[rows.len(), DIMS.width])?;
         oracle().embed(&oracle::upload(&batch)?, &table, 0, &mut expected)?;
         let found = oracle::row_numbers(gpu, &self.out, &rows)?;
         Ok(Accuracy::of(rows.len(), 0.0, &found, &oracle().read(&expected)?, |_| 0.0))

@@ -138,7 +138,7 @@ impl Step {
                     ids: inputs::indices(gpu, "topk_ids", &[tokens, TOP_K], &host_ids)?,
                     host_ids,
                     weights: weights(gpu, tokens, &mut random)?,
-                    shared: inputs::normal(gpu, "shared", DType::Act, &rows, 3 * seed + 2, 0.5)?,
+                    shared: inputs::normal(gpu, "shared", DType::Act, &rows, 3 * seed + 2, 1.0)?,
                     out: CudaTensor::alloc(gpu, "out", DType::Act, &rows)?,
                 })
             })

@@ -47,10 +47,10 @@ impl Plain for Norm {
 
     fn new(gpu: &Gpu, (): &(), Shape { rows, width, residual }: Shape, seed: u64) -> Result<Self> {
         let shape = [rows, width];
-        let act = |name, seed| inputs::normal(gpu, name, DType::Act, &shape, seed, 1.5);
+        let normal = |name, dtype, seed| inputs::normal(gpu, name, dtype, &shape, seed, 1.5);
         Ok(Self {
-            x: act("x", seed)?,
-            residual: residual.then(|| act("residual", seed + 1)).transpose()?,
+            x: normal("x", DType::Act, seed)?,
+            residual: residual.then(|| normal("residual", DType::Float, seed + 1)).transpose()?,
             weight: inputs::normal(gpu, "weight", DType::Bf16, &[width], seed + 2, 1.0)?,
             out: CudaTensor::alloc(gpu, "out", DType::Act, &shape)?,
         })
@@ -85,7 +85,10 @@ impl Plain for Norm {
             oracle().rms_norm_residual(&x, &mut residual, &weight, EPS, &mut expected)?;
             let found = self.residual.as_ref().map(|residual| oracle::row_numbers(gpu, residual, &rows));
             let found = found.transpose()?.unwrap_or_default();
-            accuracy = Some(Accuracy::of(rows.len(), 0.0, &found, &oracle().read(&residual)?, |_| 0.0));
+            let expected = oracle().read(&residual)?;
+            let unit = 1.0 / f64::from(1 << 24);
+            let bound = |i: usize| unit * expected[i].abs();
+            accuracy = Some(Accuracy::of(rows.len(), unit, &found, &expected, bound));
         } else {
             oracle().rms_norm(&x, &weight, EPS, &mut expected)?;
         }

@@ -1,0 +1,133 @@
+//! `swiglu`: both projections of a SwiGLU and its activation in one launch, by the kernels of [`linear`](crate::linear) or of
+//! [`linear_int4`](crate::linear_int4).
+//!
+//! Rows of the weight are eight of the gate and the same eight of the up projection in turns, so that one thread gets both of a feature.
+
+use dsa80_reference::{DType, DeviceTensor, Error, HostData, HostLinear, HostTensor, Result};
+
+use crate::device::Device;
+use crate::int4::PackedInt4;
+use crate::linear::{LinearTiles, LinearWorkspace, Product};
+use crate::repack_int4::RepackInt4Tile;
+use crate::tensor::CudaTensor;
+
+const KERNEL: &str = "swiglu";
+const UPLOAD: &str = "upload_swiglu";
+
+/// Rows of a projection that lie together.
+const ROWS: usize = 8;
+
+/// A gate and its up projection.
+#[derive(Debug)]
+pub enum SwiGlu<D: Device> {
+    /// Both INT4, with groups of one size and scales of one type.
+    Int4(PackedInt4<D>),
+    /// Anything else, as a dense weight: INT4 beside another format is dequantised, which is exact.
+    Dense(SwiGluDense<D>),
+}
+
+/// A gate and its up projection as one dense weight.
+#[derive(Debug)]
+pub struct SwiGluDense<D: Device> {
+    /// `[2 * intermediate rounded up to 8, in]`.
+    weight: CudaTensor<D>,
+    /// Features of either projection.
+    intermediate: usize,
+}
+
+impl<D: Device> SwiGlu<D> {
+    /// Uploads, and repacks what is INT4.
+    ///
+    /// # Errors
+    /// Unequal dimensions, named; arrays that contradict them; memory; the device.
+    pub fn upload(
+        device: &D,
+        tile: &RepackInt4Tile,
+        gate_proj: HostLinear,
+        up_proj: HostLinear,
+    ) -> Result<Self> {
+        for (tensor, weight) in [("gate_proj", &gate_proj), ("up_proj", &up_proj)] {
+            weight.check(UPLOAD, tensor)?;
+        }
+        let (dims, found) = (gate_proj.dims(), up_proj.dims());
+        if dims != found {
+            return Err(Error::Shape {
+                kernel: UPLOAD,
+                tensor: "up_proj",
+                expected: format!("{:?}", [dims.0, dims.1]),
+                found: vec![found.0, found.1],
+            });
+        }
+        if let (HostLinear::Int4(gate), HostLinear::Int4(up)) = (&gate_proj, &up_proj)
+            && gate.group_size == up.group_size
+            && gate.scales.dtype() == up.scales.dtype()
+        {
+            return PackedInt4::upload_gate_up(device, tile, gate, up).map(Self::Int4);
+        }
+        let [gate, up] = [gate_proj, up_proj].map(dense);
+        let data = match (&gate.data, &up.data) {
+            (HostData::Bf16(gate), HostData::Bf16(up)) => HostData::Bf16(in_turns(gate, up, dims)),
+            (HostData::F16(gate), HostData::F16(up)) => HostData::F16(in_turns(gate, up, dims)),
+            _ => HostData::F32(in_turns(&gate.to_f32(), &up.to_f32(), dims)),
+        };
+        let shape = vec![2 * dims.0.next_multiple_of(ROWS), dims.1];
+        let weight = crate::cuda::upload(device, &HostTensor { shape, data })?;
+        Ok(Self::Dense(SwiGluDense { weight, intermediate: dims.0 }))
+    }
+}
+
+/// A projection as a dense weight; exact, but for f32 scales.
+fn dense(weight: HostLinear) -> HostTensor {
+    match weight {
+        HostLinear::Dense(weight) => weight,
+        HostLinear::Int4(weight) => weight.dequantise(),
+    }
+}
+
+/// Eight rows of `gate`, eight of `up`, and so on; rows of zeros fill up the last eight.
+fn in_turns<T: Copy + Default>(gate: &[T], up: &[T], (rows, columns): (usize, usize)) -> Vec<T> {
+    let mut all = Vec::with_capacity(2 * rows.next_multiple_of(ROWS) * columns);
+    for first in (0..rows).step_by(ROWS) {
+        for weight in [gate, up] {
+            let end = (first + ROWS).min(rows);
+            all.extend_from_slice(&weight[first * columns..end * columns]);
+            all.resize(all.len() + (first + ROWS - end) * columns, T::default());
+        }
+    }
+    all
+}
+
+/// The contract's [`swiglu`](dsa80_reference::Kernels::swiglu) with a dense weight;
+/// [`swiglu_int4`](crate::linear_int4::swiglu_int4) is the one with an INT4 weight.
+///
+/// # Errors
+/// A shape, element type or tile that does not fit; the device.
+pub fn swiglu<D: Device>(
+    device: &D,
+    tiles: &LinearTiles,
+    workspace: &LinearWorkspace<D>,
+    x: &CudaTensor<D>,
+    SwiGluDense { weight, intermediate }: &SwiGluDense<D>,
+    out: &mut CudaTensor<D>,
+) -> Result<()> {
+    let product = Product::unchecked(KERNEL, x, None, weight, out)?;
+    let expected = [product.tokens, *intermediate];
+    out.expect(KERNEL, "out", out.shape() == expected, || format!("{expected:?}"))?;
+    out.expect_dtype(KERNEL, "out", &[DType::Act], "activations")?;
+    Product { swiglu: true, ..product }.launch(device, tiles, workspace)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_take_turns_and_zeros_fill_up() {
+        let gate: Vec<i32> = (0..18).collect();
+        let up: Vec<i32> = (100..118).collect();
+        let all = in_turns(&gate, &up, (9, 2));
+        assert_eq!(all.len(), 2 * 16 * 2);
+        assert_eq!((all[0], all[15], all[16], all[31]), (0, 15, 100, 115));
+        assert_eq!((&all[32..35], &all[48..51]), (&[16, 17, 0][..], &[116, 117, 0][..]));
+    }
+}
