@@ -180,6 +180,11 @@ impl Inputs {
     }
 }
 
+/// Tiles for small shapes, whose programs these tests compile anyway.
+pub(crate) fn small_tiles() -> LinearTiles {
+    LinearTiles { up_to_8: WHOLE.few, up_to_32: SHARED.few, middle: TILES.many, many: TILES.many }
+}
+
 fn tiles(variant: &Variant) -> LinearTiles {
     LinearTiles { up_to_8: variant.few, up_to_32: variant.few, middle: variant.many, many: variant.many }
 }
