@@ -8,7 +8,8 @@ use crate::tensor::CudaTensor;
 
 const KERNEL: &str = "lm_head";
 
-/// The kernel of the contract's [`lm_head`](dsa80_reference::Kernels::lm_head). A row outside `x` counts as zeros.
+/// The kernel of the contract's [`lm_head`](dsa80_reference::Kernels::lm_head). What a row outside `x` gives is undefined; nothing
+/// outside `x` is read.
 ///
 /// # Errors
 /// A shape, element type or tile that does not fit; the device.

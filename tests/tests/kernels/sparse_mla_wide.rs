@@ -284,7 +284,8 @@ fn run(device: &TestDevice, case: Case) {
             expected.fill(f64::NAN);
         }
     }
-    let relative_l2 = if case.values == Values::Normal { 2.5e-3 } else { f64::INFINITY };
+    // Three roundings, of the weights, the output and the oracle's output, of 1.6e-3 each in the mean: with few rows nothing averages.
+    let relative_l2 = if case.values == Values::Normal { 3e-3 } else { f64::INFINITY };
     parity::assert_close("out", rank, &found, &expected, relative_l2, |i| bounds[i]);
 }
 
