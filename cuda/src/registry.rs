@@ -2,19 +2,19 @@
 
 use dsa80_reference::{Result, RopeLayout};
 
-use crate::device::{Limits, ProgramEntry};
 use crate::absorb::{self, AbsorbTile, AbsorbTokens};
-use crate::linear::LinearTokens;
-use crate::moe_int4::{self, MoeInt4Dims, MoeInt4Tile, MoeLoad};
-use crate::moe_int4_pairs::{self, MoeInt4PairsTile};
-use crate::linear_few::{self, LinearFewTile};
-use crate::linear_many::{self, LinearTile};
+use crate::device::{Limits, ProgramEntry};
 use crate::embed::{self, EmbedDims, EmbedTile};
 use crate::indexer_logits::{self, IndexerLogitsDims, IndexerLogitsTile};
 use crate::latent_rope::{self, LatentRopeDims, LatentRopeTile};
 use crate::layer_norm_rope::{self, LayerNormRopeDims, LayerNormRopeTile};
+use crate::linear::LinearTokens;
+use crate::linear_few::{self, LinearFewTile};
 use crate::linear_int4::{self, LinearInt4Tile, LinearInt4Tokens};
 use crate::linear_int4_wide::{self, LinearInt4WideTile};
+use crate::linear_many::{self, LinearTile};
+use crate::moe_int4::{self, MoeInt4Dims, MoeInt4Tile, MoeLoad};
+use crate::moe_int4_pairs::{self, MoeInt4PairsTile};
 use crate::repack_int4::{self, RepackInt4Tile};
 use crate::rms_norm::{self, RmsNormDims, RmsNormTile};
 use crate::rope::{self, RopeDims, RopeTile};

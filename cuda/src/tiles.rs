@@ -207,8 +207,8 @@ impl Tiles {
     pub fn linear(&self, limits: &Limits) -> LinearTiles {
         let [up_to_8, up_to_32] = [LinearTokens::UpTo8, LinearTokens::UpTo32]
             .map(|tokens| self.tile(tokens.class(), tokens, limits));
-        let [middle, many] =
-            [LinearTokens::Middle, LinearTokens::Many].map(|tokens| self.tile(tokens.class(), tokens, limits));
+        let [middle, many] = [LinearTokens::Middle, LinearTokens::Many]
+            .map(|tokens| self.tile(tokens.class(), tokens, limits));
         LinearTiles { up_to_8, up_to_32, middle, many }
     }
 

@@ -52,7 +52,7 @@ impl Layer {
             group_size,
             weight_packed: (0..out * words).map(|i| word(1, i)).collect(),
             scales,
-            zero_points: (self.zero_points && place % 2 == 0)
+            zero_points: (self.zero_points && place.is_multiple_of(2))
                 .then(|| (0..out.div_ceil(8) * groups).map(|i| word(4, i)).collect()),
         }
     }

@@ -1,6 +1,8 @@
 //! Inputs, made on the device where they are large.
 
-use dsa80_cuda::{Arg, CudaBatch, CudaTensor, Device, Gpu, GpuBuffer, Int4Shape, Launch, PackedInt4, Program};
+use dsa80_cuda::{
+    Arg, CudaBatch, CudaTensor, Device, Gpu, GpuBuffer, Int4Shape, Launch, PackedInt4, Program,
+};
 use dsa80_reference::fp8::{IndexerPage, MlaRow};
 use dsa80_reference::{Batch, DType, Result, SequenceSlice};
 

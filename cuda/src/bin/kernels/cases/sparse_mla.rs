@@ -47,7 +47,9 @@ impl Shape {
         let many = prefill || tokens * heads / 8 > 132;
         let class = if many { "prefill" } else { "decode" };
         match (cache, selection) {
-            (CacheType::Bf16, _) if SparseMlaTiles::safe(DIMS).is_wide(tokens, heads) => (SparseMlaWideTile::KERNEL, class_of(prefill)),
+            (CacheType::Bf16, _) if SparseMlaTiles::safe(DIMS).is_wide(tokens, heads) => {
+                (SparseMlaWideTile::KERNEL, class_of(prefill))
+            }
             (CacheType::Bf16, Selection::Drifting) => (SparseMlaUnionTile::KERNEL, "any"),
             _ => (SparseMlaTile::KERNEL, class),
         }
