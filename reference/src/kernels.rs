@@ -67,7 +67,8 @@ pub struct SampleOutput<T> {
 
 /// A backend: device memory and every kernel of the model.
 ///
-/// Implementations: [`Cpu`](crate::cpu::Cpu) (the oracle, and what serves without a GPU).
+/// Implementations: [`Cpu`](crate::cpu::Cpu) (the oracle, and what serves without a GPU), and `Cuda` of
+/// `dsa80-cuda`.
 pub trait Kernels: Send + Sized {
     /// A tensor on the device.
     type Tensor: DeviceTensor;

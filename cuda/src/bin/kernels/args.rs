@@ -91,6 +91,9 @@ pub(crate) enum Command {
         /// Replaces the table between `<!-- kernels:begin -->` and `<!-- kernels:end -->` in this file
         #[arg(long, value_name = "FILE")]
         readme: Option<PathBuf>,
+        /// Only cases that have a goal
+        #[arg(long)]
+        goals: bool,
     },
 }
 

@@ -59,13 +59,14 @@ fn run(Cli { command, machine }: Cli) -> anyhow::Result<()> {
         Command::Bench { select, json, quick, git } => bench::run(&machine, &select, json, quick, git),
         Command::Sweep { select, write, dry_run } => sweep::run(&machine, &select, &write, dry_run),
         Command::Adapt { from, to, write } => adapt::run(&machine, &from, &to, &write),
-        Command::Table { file, readme } => table(&file, readme.as_deref()),
+        Command::Table { file, readme, goals } => table(&file, readme.as_deref(), goals),
     }
 }
 
 #[expect(clippy::print_stdout, reason = "the table is the command's result")]
-fn table(file: &Path, readme: Option<&Path>) -> anyhow::Result<()> {
-    let table = Report::read(file)?.markdown();
+fn table(file: &Path, readme: Option<&Path>, goals: bool) -> anyhow::Result<()> {
+    let report = Report::read(file)?;
+    let table = if goals { report.with_goals().markdown() } else { report.markdown() };
     let Some(readme) = readme else {
         println!("{table}");
         return Ok(());

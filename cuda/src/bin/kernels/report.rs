@@ -195,6 +195,12 @@ impl Report {
         )
     }
 
+    /// The cases that have a goal.
+    pub(crate) fn with_goals(mut self) -> Self {
+        self.cases.retain(|case| case.goal_us.is_some());
+        self
+    }
+
     /// For the README.
     pub(crate) fn markdown(&self) -> String {
         let mut table = Table::new([
@@ -346,6 +352,14 @@ mod tests {
         );
         report.cases[0].accuracy.relative_l2 = 1.0;
         assert!(report.markdown().contains("7.00, WRONG"));
+    }
+
+    #[test]
+    fn cases_without_a_goal_can_be_left_out() {
+        let mut report = report();
+        let all = report.cases.len();
+        report.cases[0].goal_us = None;
+        assert_eq!(report.with_goals().cases.len(), all - 1);
     }
 
     #[test]
