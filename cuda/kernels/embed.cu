@@ -1,6 +1,7 @@
 // Token rows of a vocabulary shard, zeros for tokens of other shards: a block a token.
 //
-// Constants: TABLE_TYPE; FLOATS (out is f32, not bf16); VECTOR neighbouring columns of a load, which divide a row. Tile: TILE_WARPS warps a block.
+// Constants: TABLE_TYPE; FLOATS (out is f32, not bf16); VECTOR neighbouring columns of a load, which divide a row.
+// Tile: TILE_WARPS warps a block.
 #include "rows.cuh"
 
 constexpr int THREADS = 32 * TILE_WARPS;

@@ -195,8 +195,8 @@ struct RawKeys {
     }
 };
 
-// 32 keys as MMA operands. IN_ORDER: in the order of the dims; otherwise 8-bit keys swap the second and the third of every four. `zero` is 0,
-// which the compiler must not know: it would keep bf16 keys in the registers they were loaded to, and copy them before every product.
+// 32 keys as MMA operands. IN_ORDER: in the order of the dims; otherwise 8-bit keys swap the second and the third of every four. `zero` is
+// 0, which the compiler must not know: it would keep bf16 keys in the registers they were loaded to, and copy them before every product.
 struct KeyGroup {
     uint32_t steps[4 * DIM_GROUPS][2][4];
 

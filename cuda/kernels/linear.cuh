@@ -3,8 +3,8 @@
 // A weight is never rounded: a bf16 is one piece, an f16 is the sum of two bf16 numbers, an f32 of three. Each piece is the upper half of
 // what is left, so the rest is exact and no piece overflows; only bits of an f32 below 2^-133 are lost. One bf16 MMA for every piece.
 //
-// Constants: WEIGHT_TYPE; VECTORS (rows of x and of the weight are whole and aligned vectors of 16 bytes, or elements are copied one by one);
-// SWIGLU (what the outputs are).
+// Constants: WEIGHT_TYPE; VECTORS (rows of x and of the weight are whole and aligned vectors of 16 bytes, or elements are copied one by
+// one); SWIGLU (what the outputs are).
 #pragma once
 
 #include "silu.cuh"
@@ -88,8 +88,8 @@ DEVICE void store_outputs(void* row, int feature, int features, bool floats, boo
     }
 }
 
-// Where the outputs of `features` rows of the weight go: those below `split` to `first` [tokens, split], the others to `second`. Of SWIGLU, rows
-// are eight of a gate and the same eight of its up projection in turns, and `first` [tokens, split] gets silu(gate) * up.
+// Where the outputs of `features` rows of the weight go: those below `split` to `first` [tokens, split], the others to `second`. Of
+// SWIGLU, rows are eight of a gate and the same eight of its up projection in turns, and `first` [tokens, split] gets silu(gate) * up.
 struct Outputs {
     uint8_t* first;
     uint8_t* second;

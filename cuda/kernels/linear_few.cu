@@ -1,4 +1,5 @@
-// `linear`, `linear_split`, `swiglu` and `lm_head` for few tokens: out[t, o] = weight[o] . x[t]. The weight, which is read once, is all that counts.
+// `linear`, `linear_split`, `swiglu` and `lm_head` for few tokens: out[t, o] = weight[o] . x[t]. The weight, which is read once, is all
+// that counts.
 //
 // Features are the 16 rows of an MMA, tokens its 8 columns. The order of the products of a dot product is free as long as weight and x
 // agree: lane (g, t) holds 8 neighbouring columns of rows g, g + 8 and of token g, 16 bytes each, which make two MMAs. Every lane copies

@@ -1,5 +1,6 @@
 // Products of tiles: TILE_TOKENS rows of x with TILE_FEATURES features of a dense weight, 64 columns a step, through a ring of
-// TILE_STAGES steps in shared memory. TILE_TOKEN_WARPS x TILE_FEATURE_WARPS warps share a tile. TILE_AHEAD: a warp holds two parts of a step.
+// TILE_STAGES steps in shared memory. TILE_TOKEN_WARPS x TILE_FEATURE_WARPS warps share a tile. TILE_AHEAD: a warp holds two parts of a
+// step.
 //
 // Constants: those of linear.cuh; TRANSPOSED: a weight lies as [columns, features], and is turned on its way to the tensor cores.
 #pragma once

@@ -29,7 +29,8 @@ DEVICE T& shared_memory() {
 
 DEVICE uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
 
-// Asynchronous copies from global to shared memory: visible to the issuing thread after `cp_async_wait`, to others after a barrier that follows.
+// Asynchronous copies from global to shared memory: visible to the issuing thread after `cp_async_wait`, to others after a barrier that
+// follows.
 
 // 16 bytes, past the L1.
 DEVICE void cp_async_16(void* shared, const void* global) {

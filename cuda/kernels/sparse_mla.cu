@@ -324,8 +324,8 @@ DEVICE void attend(float (&o)[VALUE_TILES][4], float (&reference)[2], float (&su
 }
 
 // `q` [T, H, WIDTH]; `cache` rows of ROW_BYTES; `topk_indices` [T, k]; `out` [T, H, KV_LORA_RANK], or with SPLIT the partial results of
-// a range of blocks as `sparse_mla.cuh` describes them; without WHOLE_GROUPS the last group of heads may be short. Where `union_counts` is not null, tokens in groups of `union_tokens` whose count is
-// at most `union_most` are left alone. Grid: tokens, groups of heads, splits.
+// a range of blocks as `sparse_mla.cuh` describes them; without WHOLE_GROUPS the last group of heads may be short. Where `union_counts` is
+// not null, tokens in groups of `union_tokens` whose count is at most `union_most` are left alone. Grid: tokens, groups of heads, splits.
 KERNEL void __launch_bounds__(THREADS, 1)
 sparse_mla(const uint16_t* q, const uint8_t* cache, const int32_t* topk_indices, const int32_t* seq_ids, const int32_t* block_table,
            uint16_t* out, float* partial_out, float* partial_max, float* partial_sum, const int32_t* union_counts, int union_tokens,
