@@ -284,7 +284,8 @@ fn run(device: &TestDevice, case: Case) {
             expected.fill(f64::NAN);
         }
     }
-    // Three roundings, of the weights, the output and the oracle's output, of 1.6e-3 each in the mean: with few rows nothing averages.
+    // Rounding the weights costs up to 1.6e-3 in the mean; two numbers that far apart, both rounded to bf16 (the oracle's output is, too), are
+    // up to 2.7e-3 apart in the mean.
     let relative_l2 = if case.values == Values::Normal { 3e-3 } else { f64::INFINITY };
     parity::assert_close("out", rank, &found, &expected, relative_l2, |i| bounds[i]);
 }
