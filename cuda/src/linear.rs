@@ -214,18 +214,27 @@ impl<'a, D: Device> Product<'a, D> {
         format!("{kernel}: {tokens} x {columns} -> {features}, {}", self.weight.dtype())
     }
 
-    fn gathered(&self) -> Arg<'_, D::Buffer> {
-        self.rows.map_or(Arg::Null, |rows| Arg::Buffer(rows.buffer()))
-    }
-
-    fn second(&self) -> Arg<'_, D::Buffer> {
-        self.second.map_or(Arg::Null, |second| Arg::Buffer(second.buffer()))
-    }
-
-    fn sizes(&self) -> [Arg<'_, D::Buffer>; 6] {
-        let (split, floats) = (self.out.shape()[1], usize::from(self.out.dtype() == DType::Float));
-        [self.x.shape()[0], self.tokens, self.columns, self.features, split, floats]
-            .map(|size| Arg::I32(size as i32))
+    /// The parameters of either kernel.
+    fn args<'b>(&'b self, [parts, arrivals]: [Arg<'b, D::Buffer>; 2]) -> [Arg<'b, D::Buffer>; 13] {
+        let tensor = |tensor: Option<&'b CudaTensor<D>>| {
+            tensor.map_or(Arg::Null, |tensor| Arg::Buffer(tensor.buffer()))
+        };
+        let size = |size: usize| Arg::I32(size as i32);
+        [
+            tensor(Some(self.x)),
+            tensor(self.rows),
+            tensor(Some(self.weight)),
+            tensor(Some(self.out)),
+            tensor(self.second),
+            parts,
+            arrivals,
+            size(self.x.shape()[0]),
+            size(self.tokens),
+            size(self.columns),
+            size(self.features),
+            size(self.out.shape()[1]),
+            size(usize::from(self.out.dtype() == DType::Float)),
+        ]
     }
 
     fn launch_few(&self, device: &D, tile: &LinearFewTile, workspace: &LinearWorkspace<D>) -> Result<()> {
@@ -240,8 +249,7 @@ impl<'a, D: Device> Product<'a, D> {
         let grid = tile.grid([self.tokens, self.columns, self.features], limits);
         let (blocks, splits) = (grid.blocks, grid.splits);
         let need = if splits > 1 { tile.need(blocks * splits, variant.groups) } else { Need::default() };
-        let [parts, arrivals] = workspace.arguments(tile, need)?;
-        let [x_rows, tokens, columns, features, split, floats] = self.sizes();
+        let args = self.args(workspace.arguments(tile, need)?);
         device.launch(&Launch {
             program: &tile.program(variant),
             entry: linear_few::ENTRY,
@@ -249,21 +257,7 @@ impl<'a, D: Device> Product<'a, D> {
             threads: tile.threads(),
             shared_bytes: tile.shared_bytes(variant),
             shape: self.shape(),
-            args: &[
-                Arg::Buffer(self.x.buffer()),
-                self.gathered(),
-                Arg::Buffer(self.weight.buffer()),
-                Arg::Buffer(self.out.buffer()),
-                self.second(),
-                parts,
-                arrivals,
-                x_rows,
-                tokens,
-                columns,
-                features,
-                split,
-                floats,
-            ],
+            args: &args,
         })
     }
 
@@ -273,8 +267,7 @@ impl<'a, D: Device> Product<'a, D> {
         let tile = tile.for_weight(weight);
         let variant = linear_many::Variant { weight, vectors: self.vectors(), swiglu: self.swiglu };
         let (blocks, need) = tile.grid(self.tokens, self.features, self.columns, limits);
-        let [parts, arrivals] = workspace.arguments(&tile, need)?;
-        let [x_rows, tokens, columns, features, split, floats] = self.sizes();
+        let args = self.args(workspace.arguments(&tile, need)?);
         device.launch(&Launch {
             program: &tile.program("linear.cu", variant, false),
             entry: KERNEL,
@@ -282,21 +275,7 @@ impl<'a, D: Device> Product<'a, D> {
             threads: tile.threads(),
             shared_bytes: tile.shared_bytes(weight),
             shape: self.shape(),
-            args: &[
-                Arg::Buffer(self.x.buffer()),
-                self.gathered(),
-                Arg::Buffer(self.weight.buffer()),
-                Arg::Buffer(self.out.buffer()),
-                self.second(),
-                parts,
-                arrivals,
-                x_rows,
-                tokens,
-                columns,
-                features,
-                split,
-                floats,
-            ],
+            args: &args,
         })
     }
 }

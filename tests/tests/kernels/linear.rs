@@ -123,9 +123,18 @@ fn pieces(weight: DType) -> usize {
     }
 }
 
-/// The relative L2 error of such sums: their roundings are many, and mostly cancel.
-pub(crate) fn sum_l2(columns: usize) -> f64 {
+/// The relative L2 error of such sums. Every 16 columns a sum is cut off, by half a unit of what it is in the mean, half of what it
+/// becomes: that adds up. What is constant is measured, not derived: 2.2e-6 was the most that an H100 showed.
+fn sum_l2(columns: usize) -> f64 {
     3e-6 + columns as f64 / 32.0 * F32_UNIT
+}
+
+/// That of outputs: what is rounded to bf16 is off by that, and sums that cancel by what their terms are.
+pub(crate) fn outputs_l2(dtype: DType, columns: usize, magnitudes: &[f64], expected: &[f64]) -> f64 {
+    let relative_l2 = if dtype == DType::Act { 2.5e-3 } else { sum_l2(columns) };
+    let norm = |values: &[f64]| values.iter().map(|x| x * x).sum::<f64>().sqrt();
+    let cancelled = (norm(magnitudes) / norm(expected)).max(1.0) / (columns as f64).sqrt();
+    relative_l2 * cancelled.max(1.0)
 }
 
 struct Inputs {
@@ -213,11 +222,8 @@ pub(crate) fn run(device: &TestDevice, case: Case, gathers: bool) {
         // A sum on either side of a rounding boundary: half a step of each.
         if dtype == DType::Act { error + 2.0 * half_ulp_bf16(expected[i].abs() + error) } else { error }
     };
-    let relative_l2 = if dtype == DType::Act { 2.5e-3 } else { sum_l2(case.columns) };
-    // Sums that cancel are off by what their terms are.
-    let norm = |values: &[f64]| values.iter().map(|x| x * x).sum::<f64>().sqrt();
-    let cancelled = (norm(&magnitudes) / norm(&expected)).max(1.0) / (case.columns as f64).sqrt();
-    parity::assert_close("out", case.features, &found, &expected, relative_l2 * cancelled.max(1.0), bound);
+    let relative_l2 = outputs_l2(dtype, case.columns, &magnitudes, &expected);
+    parity::assert_close("out", case.features, &found, &expected, relative_l2, bound);
 }
 
 #[test]

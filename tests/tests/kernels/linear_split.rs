@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use proptest::sample::select;
 
 use crate::cache_rows::expect;
-use crate::linear::{fine, small_tiles, sum_error, sum_l2};
+use crate::linear::{fine, outputs_l2, small_tiles, sum_error};
 
 #[derive(Debug, Clone)]
 struct Case {
@@ -74,15 +74,16 @@ fn run(device: &TestDevice, case: Case, tiles: &LinearTiles) {
         [("first", first, &outs[0], 0, a), ("second", second, &outs[1], a, b)]
     {
         let expected = oracle.read(expected).unwrap();
-        let bound = |i: usize| {
+        let magnitude = |i: usize| {
             let (x, w) = (&xs[i / width * columns..], &weights[(start + i % width) * columns..]);
-            let magnitude = x[..columns].iter().zip(w).map(|(x, w)| (x * w).abs()).sum::<f64>();
-            let error = sum_error(columns, case.weight, magnitude);
+            x[..columns].iter().zip(w).map(|(x, w)| (x * w).abs()).sum::<f64>()
+        };
+        let magnitudes: Vec<f64> = (0..expected.len()).map(magnitude).collect();
+        let bound = |i: usize| {
+            let error = sum_error(columns, case.weight, magnitudes[i]);
             if floats { error } else { error + 2.0 * half_ulp_bf16(expected[i].abs() + error) }
         };
-        let relative_l2 = if floats { 10.0 * sum_l2(columns) } else { 2.5e-3 };
-        // Of few outputs rounding may be all that there is.
-        let relative_l2 = if expected.len() < 100 { 4.0 * relative_l2 } else { relative_l2 };
+        let relative_l2 = outputs_l2(dtype, columns, &magnitudes, &expected);
         parity::assert_close(name, width, found, &expected, relative_l2, bound);
     }
 }
