@@ -53,6 +53,9 @@ const EMBEDDED: &[(&str, &str)] = &[
     ("sparse_mla_union.cu", include_str!("../kernels/sparse_mla_union.cu")),
     ("sparse_mla_wide.cu", include_str!("../kernels/sparse_mla_wide.cu")),
     ("top_k.cu", include_str!("../kernels/top_k.cu")),
+    ("top_k_filtered.cu", include_str!("../kernels/top_k_filtered.cu")),
+    ("top_k_row.cuh", include_str!("../kernels/top_k_row.cuh")),
+    ("top_k_select.cuh", include_str!("../kernels/top_k_select.cuh")),
 ];
 
 /// Where kernel sources come from.

@@ -209,6 +209,14 @@ impl TopKTile {
         Variant::Filtered { parts: 1 << parts.ilog2() }
     }
 
+    /// The file of the variant, and the entry point in it.
+    fn source(variant: Variant) -> (&'static str, &'static str) {
+        match variant {
+            Variant::Held => ("top_k.cu", "top_k"),
+            Variant::Filtered { .. } => ("top_k_filtered.cu", "top_k_filtered"),
+        }
+    }
+
     fn threads(&self, variant: Variant) -> usize {
         match variant {
             Variant::Held => self.held.threads,
@@ -216,7 +224,7 @@ impl TopKTile {
         }
     }
 
-    /// Bytes of `Shared` in `top_k.cu`.
+    /// Bytes of `Shared` in the variant's file.
     fn shared_bytes(&self, variant: Variant) -> usize {
         let warps = self.threads(variant) / 32;
         let (ranked, last, num_ranked, ranges_and_sums, found) = (8 * self.ranked, 8, 4, 12 * warps, 12);
@@ -264,7 +272,7 @@ impl TopKTile {
                 ]);
             }
         }
-        Program::new("top_k.cu", defines)
+        Program::new(Self::source(variant).0, defines)
     }
 
     /// Rows that are split at most in a launch.
@@ -281,7 +289,7 @@ pub fn programs(tile: &TopKTile) -> Vec<ProgramEntry> {
     }
     let entry = |(variant, name): (Variant, &str)| ProgramEntry {
         program: tile.program(variant),
-        entry: KERNEL,
+        entry: TopKTile::source(variant).1,
         threads: tile.threads(variant) as u32,
         shared_bytes: tile.shared_bytes(variant),
         variant: name.to_owned(),
@@ -387,7 +395,7 @@ pub fn top_k<D: Device>(
     }
     device.launch(&Launch {
         program: &tile.program(variant),
-        entry: KERNEL,
+        entry: TopKTile::source(variant).1,
         grid: [(rows.len() * variant.parts()) as u32, 1, 1],
         threads: tile.threads(variant) as u32,
         shared_bytes: tile.shared_bytes(variant),

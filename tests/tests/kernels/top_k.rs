@@ -251,47 +251,61 @@ fn large_windows() -> Case {
 fn windows_may_have_more_words_than_threads() {
     parity::small_cases(|device| run(device, large_windows()));
     let barrier = "        __syncthreads();\n    }\n}\n\n// Selects among what passed the pivots";
-    let fault =
-        Fault { file: "top_k.cu", find: barrier, replace: &barrier["        __syncthreads();\n".len()..] };
+    let fault = Fault {
+        file: "top_k_filtered.cu",
+        find: barrier,
+        replace: &barrier["        __syncthreads();\n".len()..],
+    };
     parity::catches(fault, Just(large_windows()), run);
 }
 
 #[test]
 fn planted_faults_are_seen() {
-    for (find, replace) in [
+    for (file, find, replace) in [
         // Ties go to the higher position.
-        ("above | (equal & (position <= last.position))", "above | (equal & (position >= last.position))"),
+        (
+            "top_k_row.cuh",
+            "above | (equal & (position <= last.position))",
+            "above | (equal & (position >= last.position))",
+        ),
         // The row ends one early: held, filtered.
-        ("positions[first_row + blockIdx.x] + 1", "positions[first_row + blockIdx.x]"),
-        ("positions[first_row + row_index] + 1", "positions[first_row + row_index]"),
+        ("top_k.cu", "positions[first_row + blockIdx.x] + 1", "positions[first_row + blockIdx.x]"),
+        ("top_k_filtered.cu", "positions[first_row + row_index] + 1", "positions[first_row + row_index]"),
         // The last elements of a row that is not whole vectors.
-        ("position(vector) + j < limit ?", "position(vector) + 3 < limit ?"),
+        ("top_k_row.cuh", "position(vector) + j < limit ?", "position(vector) + 3 < limit ?"),
         // A missing barrier: some threads read the bin before it is found.
         (
+            "top_k_select.cuh",
             "            above += counts[i];\n        }\n    }\n    __syncthreads();",
             "            above += counts[i];\n        }\n    }",
         ),
         // Survivors that found no place are not missed.
-        ("survivors >= k && survivors <= capacity && write_best", "survivors >= k && write_best"),
-        ("__all_sync(ALL_LANES, survivors <= capacity) && ", ""),
+        (
+            "top_k_filtered.cu",
+            "survivors >= k && survivors <= capacity && write_best",
+            "survivors >= k && write_best",
+        ),
+        ("top_k_filtered.cu", "__all_sync(ALL_LANES, survivors <= capacity) && ", ""),
         // Parts of a row with different pivots.
-        ("if (to_key(last.value) < highest_pivot) return false;", ""),
+        ("top_k_filtered.cu", "if (to_key(last.value) < highest_pivot) return false;", ""),
         // The next launch finds the arrivals of this one.
-        ("if (threadIdx.x == 0) arrivals[row_index] = 0;", ""),
+        ("top_k_filtered.cu", "if (threadIdx.x == 0) arrivals[row_index] = 0;", ""),
         // Equal scores in a row that is selected from memory.
         (
+            "top_k_select.cuh",
             "keys.contains(key_of(value, position)) ? ~position : 0",
             "keys.contains(key_of(value, position)) ? position : 0",
         ),
         // The second window of a row.
         (
+            "top_k_filtered.cu",
             "written += __reduce_add_sync(ALL_LANES, lane() < WARPS ?",
             "written = __reduce_add_sync(ALL_LANES, lane() < WARPS ?",
         ),
         // The second vector of a thread.
-        ("written += __reduce_add_sync(ALL_LANES, sum);", ""),
+        ("top_k.cu", "written += __reduce_add_sync(ALL_LANES, sum);", ""),
     ] {
-        let fault = Fault { file: "top_k.cu", find, replace };
+        let fault = Fault { file, find, replace };
         parity::catches(fault, cases(&TILES[..1], 1500, 6, KS), run);
     }
 }
