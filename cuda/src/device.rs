@@ -137,6 +137,8 @@ pub struct Launch<'a, B> {
 pub trait Device: Send {
     /// Device memory. Kernels write through it: it is shared like a pointer, and only its owner frees it.
     type Buffer: Send + std::fmt::Debug;
+    /// Launches that were captured.
+    type Graph: Send;
 
     /// What tiles are validated against.
     fn limits(&self) -> &Limits;
@@ -165,4 +167,16 @@ pub trait Device: Send {
     /// # Errors
     /// The program does not compile; the launch is refused.
     fn launch(&self, launch: &Launch<'_, Self::Buffer>) -> Result<()>;
+
+    /// Captures what `launches` launches, without running it. The programs must have been launched before: loading one cannot be captured.
+    ///
+    /// # Errors
+    /// `launches` failed, or did more than launch.
+    fn capture(&self, launches: impl FnOnce() -> Result<()>) -> Result<Self::Graph>;
+
+    /// Launches all that was captured, on the memory that it was captured with; does not wait.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn replay(&self, graph: &Self::Graph) -> Result<()>;
 }

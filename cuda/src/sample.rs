@@ -238,6 +238,13 @@ pub struct SampleStep {
     edits: usize,
 }
 
+impl SampleStep {
+    /// How many they are.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+}
+
 /// The kernel of the contract's [`sample`](dsa80_reference::Kernels::sample).
 ///
 /// # Errors
@@ -286,13 +293,7 @@ fn check<D: Device>(
         tensor.expect_dtype(KERNEL, name, &[dtype], expected)?;
     }
     out.top_ids.expect(KERNEL, "top_ids", top <= MAX_TOP, || format!("[{count}, at most {MAX_TOP}]"))?;
-    for row in rows {
-        check_params(row.params)?;
-        if let Some(token) = row.forced {
-            let inside = (token as usize) < vocab;
-            check_value("forced", inside, || format!("a token below {vocab}"), token)?;
-        }
-    }
+    rows.iter().try_for_each(|row| check_row(row, vocab))?;
     tile.validate((), device.limits())?;
     let (shape, elements) = (vec![count, top], count * top.max(1));
     let SampleWorkspace { max_rows, max_top, .. } = *workspace;
@@ -316,6 +317,12 @@ fn check_value(
     if ok { Ok(()) } else { Err(error()) }
 }
 
+pub(crate) fn check_row(row: &SampleRow<'_>, vocab: usize) -> Result<()> {
+    check_params(row.params)?;
+    let Some(token) = row.forced else { return Ok(()) };
+    check_value("forced", (token as usize) < vocab, || format!("a token below {vocab}"), token)
+}
+
 fn check_params(params: &SamplingParams) -> Result<()> {
     let SamplingParams { temperature, top_p, min_p, repetition_penalty, .. } = *params;
     let at_least_0 = || "a number, 0 or more".into();
@@ -334,6 +341,70 @@ fn check_params(params: &SamplingParams) -> Result<()> {
     })
 }
 
+/// What rows ask for, as the kernels read it.
+#[derive(Default)]
+struct Requests {
+    requests: Vec<[u32; REQUEST_BYTES / 4]>,
+    /// The rows that drop tokens before the draw.
+    filtered: Vec<u32>,
+    edits: Vec<[u32; 2]>,
+}
+
+impl Requests {
+    /// As many of `rows` as have no more than `max_edits` edits together.
+    fn of(rows: &[SampleRow<'_>], vocab: usize, max_edits: usize) -> Self {
+        let (mut asked, mut counts) = (Self::default(), Vec::new());
+        for (index, row) in rows.iter().enumerate() {
+            let begin = asked.edits.len();
+            edit(&mut asked.edits, &mut counts, vocab, row);
+            if asked.edits.len() > max_edits && index > 0 {
+                asked.edits.truncate(begin);
+                break;
+            }
+            let filters = is_filtered(row, vocab);
+            if filters {
+                asked.filtered.push(index as u32);
+            }
+            asked.requests.push(request(row, filters, begin, asked.edits.len()));
+        }
+        asked
+    }
+
+    fn write<D: Device>(mut self, device: &D, workspace: &SampleWorkspace<D>) -> Result<()> {
+        self.filtered.resize(self.requests.len().next_multiple_of(2), 0);
+        let mut bytes: Vec<u8> = bytemuck::cast_slice(&self.requests).to_vec();
+        bytes.extend_from_slice(bytemuck::cast_slice(&self.filtered));
+        bytes.extend_from_slice(bytemuck::cast_slice(&self.edits));
+        device.write(&workspace.uploads, 0, &bytes)
+    }
+}
+
+/// Writes what all `rows` ask for into the workspace, for a [`launch`] that a graph has captured: one that filters every row, and lets
+/// every row edit its logits. `None`, and nothing is written, where their edits do not fit together.
+///
+/// # Errors
+/// More rows than the workspace has room for; a parameter that means nothing; the device.
+pub fn upload_all<D: Device>(
+    device: &D,
+    workspace: &SampleWorkspace<D>,
+    vocab: usize,
+    rows: &[SampleRow<'_>],
+) -> Result<Option<SampleStep>> {
+    rows.iter().try_for_each(|row| check_row(row, vocab))?;
+    let (count, capacity) = (rows.len(), workspace.max_rows);
+    if count > capacity {
+        return Err(Error::Capacity { shape: vec![count], elements: count, capacity });
+    }
+    let mut asked = Requests::of(rows, vocab, workspace.max_edits);
+    if asked.requests.len() < count || asked.edits.len() > workspace.max_edits {
+        return Ok(None);
+    }
+    // The kernels leave a row alone that its request does not have filtered.
+    asked.filtered = (0..count as u32).collect();
+    asked.write(device, workspace)?;
+    Ok(Some(SampleStep { first_row: 0, rows: count, filtered: count, edits: workspace.max_edits }))
+}
+
 /// Writes what the rows from `first_row` on ask for into the workspace: as many as its room for edits holds. The rows' parameters are
 /// taken as they are; `sample` checks them.
 ///
@@ -346,32 +417,12 @@ pub fn upload<D: Device>(
     rows: &[SampleRow<'_>],
     first_row: usize,
 ) -> Result<SampleStep> {
-    let (mut requests, mut filtered, mut edits) = (Vec::new(), Vec::new(), Vec::new());
-    let mut counts = Vec::new();
-    for (index, row) in rows[first_row..].iter().enumerate() {
-        let begin = edits.len();
-        edit(&mut edits, &mut counts, vocab, row);
-        if edits.len() > workspace.max_edits {
-            if index == 0 {
-                let expected = format!("at most {} changes of a row's logits", workspace.max_edits);
-                check_value("logit_bias", false, || expected, edits.len())?;
-            }
-            edits.truncate(begin);
-            break;
-        }
-        let filters = is_filtered(row, vocab);
-        if filters {
-            filtered.push(index as u32);
-        }
-        requests.push(request(row, filters, begin, edits.len()));
-    }
-    let step = SampleStep { first_row, rows: requests.len(), filtered: filtered.len(), edits: edits.len() };
-    filtered.resize(requests.len().next_multiple_of(2), 0);
-    let mut bytes: Vec<u8> = bytemuck::cast_slice(&requests).to_vec();
-    bytes.extend_from_slice(bytemuck::cast_slice(&filtered));
-    bytes.extend_from_slice(bytemuck::cast_slice(&edits));
-    device.write(&workspace.uploads, 0, &bytes)?;
-    Ok(step)
+    let asked = Requests::of(&rows[first_row..], vocab, workspace.max_edits);
+    let (rows, filtered, edits) = (asked.requests.len(), asked.filtered.len(), asked.edits.len());
+    let expected = || format!("at most {} changes of a row's logits", workspace.max_edits);
+    check_value("logit_bias", edits <= workspace.max_edits, expected, edits)?;
+    asked.write(device, workspace)?;
+    Ok(SampleStep { first_row, rows, filtered, edits })
 }
 
 /// Whether tokens are dropped before the draw.

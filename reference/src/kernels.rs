@@ -82,6 +82,10 @@ pub trait Kernels: Send + Sized {
     type Experts: Send;
     /// A [`Batch`] on the device.
     type Batch: Send;
+    /// What [`record`](Self::record) has recorded.
+    type Graph: Send;
+    /// What the rows of [`sample_plan`](Self::sample_plan) ask for, on the device.
+    type SamplePlan: Send;
 
     // Memory.
 
@@ -168,6 +172,35 @@ pub trait Kernels: Send + Sized {
     /// # Errors
     /// Another element type.
     fn read_bytes(&self, tensor: &Self::Tensor) -> Result<Vec<u8>>;
+
+    // Graphs.
+
+    /// Runs `launches`, which calls kernels and nothing else, then records it: [`replay`](Self::replay) runs the same kernels again, on the same
+    /// tensors and batches as they are then. Their shapes, and the numbers of a batch that fix them (tokens, sequences, the widest block
+    /// table, the longest context), are those of the recording. `None`, and nothing has run, on a backend that has no graphs.
+    ///
+    /// # Errors
+    /// `launches` failed, or did what cannot be recorded: it read, wrote or allocated memory.
+    fn record(&self, launches: impl FnMut() -> Result<()>) -> Result<Option<Self::Graph>>;
+
+    /// Room for what up to `max_rows` rows of logits of `vocab_size` tokens ask of [`sample_plan`](Self::sample_plan).
+    ///
+    /// # Errors
+    /// Memory.
+    fn alloc_sample_plan(&self, max_rows: usize, vocab_size: usize) -> Result<Self::SamplePlan>;
+
+    /// Replaces what is asked for, if it fits: rows that change many logits, all of them together, may not. Then `plan` is as it was, and
+    /// [`sample`](Self::sample) does what it cannot.
+    ///
+    /// # Errors
+    /// More rows than there is room for; those of [`sample`](Self::sample).
+    fn upload_sample_plan(&self, rows: &[SampleRow<'_>], plan: &mut Self::SamplePlan) -> Result<bool>;
+
+    /// Runs what was recorded; does not wait for it. The tensors and batches that it was recorded with must still be there.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn replay(&self, graph: &Self::Graph) -> Result<()>;
 
     // Kernels.
 
@@ -432,6 +465,15 @@ pub trait Kernels: Send + Sized {
         &self,
         logits: &Self::Tensor,
         rows: &[SampleRow<'_>],
+        out: &mut SampleOutput<Self::Tensor>,
+    ) -> Result<()>;
+
+    /// [`sample`](Self::sample) of what `plan` asks for when it runs: what can be recorded. `logits` has as many rows as `plan` then has; no
+    /// alternatives are reported (`top_ids` `[R, 0]`).
+    fn sample_plan(
+        &self,
+        logits: &Self::Tensor,
+        plan: &Self::SamplePlan,
         out: &mut SampleOutput<Self::Tensor>,
     ) -> Result<()>;
 }

@@ -39,6 +39,7 @@ use crate::rope::rope;
 use crate::rope_table::rope_table;
 use crate::router::router;
 use crate::sample::{SampleWorkspace, sample};
+use crate::sample_plan::SamplePlan;
 use crate::silu_mul::silu_mul;
 use crate::sources::Sources;
 use crate::sparse_mla::{SparseMlaDims, SparseMlaWorkspace, sparse_mla};
@@ -162,6 +163,8 @@ impl<D: Device> Kernels for Cuda<D> {
     type ExpertsInt4 = ExpertsInt4<D>;
     type Experts = Experts<D>;
     type Batch = CudaBatch<D>;
+    type Graph = D::Graph;
+    type SamplePlan = SamplePlan<D>;
 
     fn alloc(&self, dtype: DType, shape: &[usize]) -> Result<CudaTensor<D>> {
         memory::alloc(&self.device, dtype, shape)
@@ -217,6 +220,24 @@ impl<D: Device> Kernels for Cuda<D> {
 
     fn read_bytes(&self, tensor: &CudaTensor<D>) -> Result<Vec<u8>> {
         memory::read_bytes(&self.device, tensor)
+    }
+
+    /// The first run compiles, and grows workspaces: neither can be captured.
+    fn record(&self, mut launches: impl FnMut() -> Result<()>) -> Result<Option<D::Graph>> {
+        launches()?;
+        self.device.capture(launches).map(Some)
+    }
+
+    fn replay(&self, graph: &D::Graph) -> Result<()> {
+        self.device.replay(graph)
+    }
+
+    fn alloc_sample_plan(&self, max_rows: usize, vocab_size: usize) -> Result<SamplePlan<D>> {
+        SamplePlan::alloc(&self.device, self.chosen.sample(), max_rows, vocab_size)
+    }
+
+    fn upload_sample_plan(&self, rows: &[SampleRow<'_>], plan: &mut SamplePlan<D>) -> Result<bool> {
+        plan.upload(&self.device, rows)
     }
 
     fn embed(
@@ -469,5 +490,14 @@ impl<D: Device> Kernels for Cuda<D> {
             |[rows, vocab, top]| SampleWorkspace::alloc(&self.device, &tile, rows, vocab, top),
             |workspace| sample(&self.device, &tile, workspace, logits, rows, out),
         )
+    }
+
+    fn sample_plan(
+        &self,
+        logits: &CudaTensor<D>,
+        plan: &SamplePlan<D>,
+        out: &mut SampleOutput<CudaTensor<D>>,
+    ) -> Result<()> {
+        plan.launch(&self.device, logits, out)
     }
 }

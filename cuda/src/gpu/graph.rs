@@ -16,6 +16,9 @@ pub struct Graph {
     _modules: Arc<Modules>,
 }
 
+// SAFETY: a graph has one owner, and the driver asks no more than that two threads do not use it at a time.
+unsafe impl Send for Graph {}
+
 impl Graph {
     /// Launches all of it; does not wait.
     ///

@@ -265,6 +265,7 @@ impl Gpu {
 
 impl Device for Gpu {
     type Buffer = GpuBuffer;
+    type Graph = Graph;
 
     fn limits(&self) -> &Limits {
         &self.limits
@@ -349,6 +350,14 @@ impl Device for Gpu {
             });
         }
         Ok(())
+    }
+
+    fn capture(&self, launches: impl FnOnce() -> Result<()>) -> Result<Graph> {
+        Gpu::capture(self, launches)
+    }
+
+    fn replay(&self, graph: &Graph) -> Result<()> {
+        graph.launch()
     }
 }
 

@@ -60,7 +60,18 @@ pub(super) fn load(
         Ok(limits)
     })?;
     warm_up(&mut model, config)?;
+    if options.cuda_graphs {
+        record_graphs(&mut model)?;
+    }
     Ok(Box::new(model))
+}
+
+/// After the warm-up, which has made what the kernels keep between launches as large as it gets.
+fn record_graphs(model: &mut RankGroup<Cuda>) -> Result<(), LaunchError> {
+    let started = Instant::now();
+    let graphs = model.record_graphs()?;
+    tracing::info!(graphs, elapsed_ms = started.elapsed().as_millis() as u64, "decode steps are recorded");
+    Ok(())
 }
 
 /// What is asked for, or nine tenths of what is free: the rest is for what kernels keep between launches, and for the kernels.

@@ -66,6 +66,8 @@ pub struct LaunchOptions {
     pub max_waiting: usize,
     /// Reuse the cache rows of equal prompt beginnings.
     pub enable_prefix_caching: bool,
+    /// On a GPU, record decode steps as CUDA graphs when the model is launched, and replay those.
+    pub cuda_graphs: bool,
 }
 
 impl Default for LaunchOptions {
@@ -81,6 +83,7 @@ impl Default for LaunchOptions {
             kv_cache_bytes: None,
             max_waiting: 256,
             enable_prefix_caching: true,
+            cuda_graphs: true,
         }
     }
 }

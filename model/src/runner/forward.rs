@@ -81,3 +81,31 @@ impl<K: Kernels> Forward<'_, K> {
         Ok(())
     }
 }
+
+/// Which token rows are projected to logits.
+pub(super) enum LogitRows {
+    /// Those in `workspace.logit_rows`.
+    Listed,
+    /// All of a step that is recorded.
+    Every,
+}
+
+/// Leaves the logits of normalised rows in `workspace.logits`, which has as many rows.
+pub(super) fn lm_head<K: Kernels>(
+    kernels: &K,
+    communicator: &dyn Communicator<K::Tensor>,
+    ends: &Ends<K>,
+    workspace: &mut Workspace<K>,
+    rows: LogitRows,
+) -> Result<()> {
+    let Workspace { normed, logit_rows, every_row, logits_shard, logits, .. } = workspace;
+    let rows = match rows {
+        LogitRows::Listed => &*logit_rows,
+        LogitRows::Every => &*every_row,
+    };
+    if communicator.world_size() == 1 {
+        return kernels.lm_head(normed, rows, &ends.lm_head, logits);
+    }
+    kernels.lm_head(normed, rows, &ends.lm_head, logits_shard)?;
+    communicator.all_gather(logits_shard, logits)
+}

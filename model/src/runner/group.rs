@@ -28,9 +28,15 @@ pub struct RankGroup<K: Kernels> {
 
 /// A rank on its own thread. Dropping the sender ends the thread.
 struct Follower {
-    steps: Sender<Arc<Step>>,
-    results: Receiver<Result<(), Error>>,
+    orders: Sender<Order>,
+    results: Receiver<Result<(), LaunchError>>,
     thread: JoinHandle<()>,
+}
+
+/// What every rank does together.
+enum Order {
+    Step(Arc<Step>),
+    RecordGraphs,
 }
 
 impl<K> RankGroup<K>
@@ -76,6 +82,47 @@ where
             Rank::load_and_settle(kernels, communicator, weights, widest, index_logits, settle)?;
         Ok(Self { first, others: Vec::new(), limits })
     }
+
+    /// Records decode steps on every rank, and says how many graphs each has; see [`Rank::record_graphs`].
+    ///
+    /// # Errors
+    /// As there, of the first rank in rank order.
+    pub fn record_graphs(&mut self) -> Result<usize, LaunchError> {
+        let limits = self.limits;
+        self.together(|| Order::RecordGraphs, |first| first.record_graphs(&limits))
+            .map_err(|(_, error)| error)
+    }
+
+    /// Gives every rank the same order; the first obeys by `own`. The error is that of the rank that failed by itself, with its rank.
+    fn together<R>(
+        &mut self,
+        order: impl Fn() -> Order,
+        own: impl FnOnce(&mut Rank<K>) -> Result<R, LaunchError>,
+    ) -> Result<R, (usize, LaunchError)> {
+        for follower in &self.others {
+            // A thread that is gone is reported below, by its result.
+            let _ = follower.orders.send(order());
+        }
+        let mut errors = Vec::new();
+        let done = own(&mut self.first).map_err(|error| {
+            // The others may wait for rank 0 in a collective.
+            self.first.abort(&error.to_string());
+            errors.push((0, error));
+        });
+        for (index, follower) in self.others.iter().enumerate() {
+            let gone = || Error::Backend { backend: "thread", message: "has ended".into() };
+            if let Err(error) = follower.results.recv().unwrap_or_else(|_| Err(gone().into())) {
+                errors.push((index + 1, error));
+            }
+        }
+        // A rank's own failure says more than the broken collectives that the others saw because of it.
+        let broken = |error: &LaunchError| matches!(error, LaunchError::Kernel(Error::Communicator { .. }));
+        let cause = errors.iter().position(|(_, error)| !broken(error)).unwrap_or(0);
+        match done {
+            Ok(done) if errors.is_empty() => Ok(done),
+            _ => Err(errors.swap_remove(cause)),
+        }
+    }
 }
 
 /// Starts the thread of a rank other than 0: it loads, says how that went, then makes steps until its sender
@@ -85,7 +132,7 @@ fn follow<K: Kernels + 'static>(
     weights: &Arc<dyn WeightSource>,
     limits: &StepLimits,
 ) -> (Receiver<Result<(), LaunchError>>, Follower) {
-    let (steps, step_receiver) = channel::<Arc<Step>>();
+    let (orders, order_receiver) = channel();
     let (result_sender, results) = channel();
     let (loaded_sender, loaded) = channel();
     let (weights, limits) = (Arc::clone(weights), *limits);
@@ -102,8 +149,11 @@ fn follow<K: Kernels + 'static>(
         if loaded_sender.send(Ok(())).is_err() {
             return;
         }
-        for step in step_receiver {
-            let result = rank.step(&step).map(drop);
+        for order in order_receiver {
+            let result = match order {
+                Order::Step(step) => rank.step(&step).map(drop).map_err(LaunchError::from),
+                Order::RecordGraphs => rank.record_graphs(&limits).map(drop),
+            };
             let failed = result.is_err();
             // A failed rank leaves; its communicator tells the others why they cannot go on.
             if result_sender.send(result).is_err() || failed {
@@ -111,36 +161,13 @@ fn follow<K: Kernels + 'static>(
             }
         }
     });
-    (loaded, Follower { steps, results, thread })
+    (loaded, Follower { orders, results, thread })
 }
 
 impl<K: Kernels + 'static> StepModel for RankGroup<K> {
     fn step(&mut self, step: Arc<Step>) -> Result<Vec<Sampled>, StepError> {
-        for follower in &self.others {
-            // A thread that is gone is reported below, by its result.
-            let _ = follower.steps.send(Arc::clone(&step));
-        }
-        let (mut sampled, mut errors) = (Vec::new(), Vec::new());
-        match self.first.step(&step) {
-            Ok(tokens) => sampled = tokens,
-            Err(error) => {
-                // The others may wait for rank 0 in a collective.
-                self.first.abort(&error.to_string());
-                errors.push((0, error));
-            }
-        }
-        for (index, follower) in self.others.iter().enumerate() {
-            let gone = || Error::Backend { backend: "thread", message: "has ended".into() };
-            if let Err(error) = follower.results.recv().unwrap_or_else(|_| Err(gone())) {
-                errors.push((index + 1, error));
-            }
-        }
-        // A rank's own failure says more than the broken collectives that the others saw because of it.
-        let own = errors.iter().find(|(_, error)| !matches!(error, Error::Communicator { .. }));
-        match own.or(errors.first()) {
-            None => Ok(sampled),
-            Some((rank, error)) => Err(StepError(format!("rank {rank}: {error}"))),
-        }
+        self.together(|| Order::Step(Arc::clone(&step)), |first| Ok(first.step(&step)?))
+            .map_err(|(rank, error)| StepError(format!("rank {rank}: {error}")))
     }
 
     fn limits(&self) -> StepLimits {
@@ -152,8 +179,8 @@ impl<K: Kernels> Drop for RankGroup<K> {
     fn drop(&mut self) {
         // Dropped in the middle of a step only by a panic: the others must not wait for rank 0.
         self.first.abort("rank 0 has left");
-        for Follower { steps, results, thread } in self.others.drain(..) {
-            drop((steps, results));
+        for Follower { orders, results, thread } in self.others.drain(..) {
+            drop((orders, results));
             // A panic in the thread has already been reported as a step's error.
             let _ = thread.join();
         }

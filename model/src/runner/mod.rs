@@ -3,6 +3,7 @@
 mod attention;
 mod cache;
 mod forward;
+mod graphs;
 mod group;
 mod mlp;
 mod probe;

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use dsa80_reference::{Batch, Communicator, Kernels, Result, SampleRow};
+use dsa80_reference::{Batch, Communicator, Kernels, Result, SampleRow, SamplingParams};
 
 use super::cache::Caches;
-use super::forward::Forward;
+use super::forward::{Forward, LogitRows, lm_head};
+use super::graphs::{Bucket, DecodeGraphs, cannot_record};
 use super::probe::Probe;
 use super::shape::RankShape;
 use super::source::WeightSource;
@@ -30,6 +31,8 @@ pub struct Rank<K: Kernels> {
     caches: Caches<K>,
     workspace: Workspace<K>,
     device_batch: K::Batch,
+    sample_plan: K::SamplePlan,
+    graphs: DecodeGraphs<K>,
 }
 
 impl<K: Kernels> Rank<K> {
@@ -74,11 +77,67 @@ impl<K: Kernels> Rank<K> {
             .clamp(widest.max_model_len, widest.max_model_len.saturating_mul(widest.max_batch_tokens));
         let workspace = Workspace::alloc(&kernels, &shape, widest.max_batch_tokens, index_logits)?;
         let device_batch = kernels.alloc_batch(widest.max_batch_tokens, widest.max_batch_seqs, max_blocks)?;
+        let sample_plan = kernels.alloc_sample_plan(LOGIT_ROWS, shape.vocab_size)?;
         let limits = settle(&kernels)?;
         let caches = Caches::alloc(&kernels, &config, limits.num_pages, limits.page_size)?;
-        let rank =
-            Self { kernels, communicator, config, shape, ends, layers, caches, workspace, device_batch };
+        let rank = Self {
+            kernels,
+            communicator,
+            config,
+            shape,
+            ends,
+            layers,
+            caches,
+            workspace,
+            device_batch,
+            sample_plan,
+            graphs: DecodeGraphs::default(),
+        };
         Ok((rank, limits))
+    }
+
+    /// Records the decode steps within `limits` as graphs, which [`step`](Self::step) replays from then on, and says how many there are: none
+    /// on a backend that has no graphs. All ranks record together, as they step together.
+    ///
+    /// # Errors
+    /// A step that cannot be recorded, with what to do about it.
+    pub fn record_graphs(&mut self, limits: &StepLimits) -> Result<usize, LaunchError> {
+        self.graphs = DecodeGraphs::default();
+        for bucket in Bucket::all(limits, self.shape.index_topk) {
+            match self.record(bucket, limits).map_err(|error| cannot_record(bucket, &error))? {
+                Some(graph) => self.graphs.push(bucket, graph),
+                None => break,
+            }
+        }
+        Ok(self.graphs.len())
+    }
+
+    fn record(&mut self, bucket: Bucket, limits: &StepLimits) -> Result<Option<K::Graph>> {
+        let batch = bucket.widest(limits);
+        self.kernels.upload_batch(&batch, &mut self.device_batch)?;
+        self.kernels.upload_sample_plan(&vec![UNASKED; bucket.sequences], &mut self.sample_plan)?;
+        self.workspace.set_logit_rows(bucket.sequences, 0)?;
+        let kernels = &self.kernels;
+        let mut forward = Forward {
+            kernels,
+            communicator: &*self.communicator,
+            config: &self.config,
+            shape: &self.shape,
+            caches: &mut self.caches,
+            workspace: &mut self.workspace,
+            batch: &batch,
+            device_batch: &self.device_batch,
+            tokens: bucket.sequences,
+        };
+        kernels.record(|| {
+            forward.run(&self.ends, &self.layers, None)?;
+            let (communicator, ws) = (forward.communicator, &mut *forward.workspace);
+            lm_head(kernels, communicator, &self.ends, ws, LogitRows::Every)?;
+            match communicator.rank() {
+                0 => kernels.sample_plan(&ws.logits, &self.sample_plan, &mut ws.sampled),
+                _ => Ok(()),
+            }
+        })
     }
 
     /// Runs `batch` through all layers and writes its cache rows.
@@ -121,19 +180,20 @@ impl<K: Kernels> Rank<K> {
         ws.set_logit_rows(rows.len(), top)?;
         let indices: Vec<i32> = rows.iter().map(|&row| row as i32).collect();
         self.kernels.write_index(&indices, &mut ws.logit_rows)?;
-        if self.communicator.world_size() == 1 {
-            self.kernels.lm_head(&ws.normed, &ws.logit_rows, &self.ends.lm_head, &mut ws.logits)
-        } else {
-            self.kernels.lm_head(&ws.normed, &ws.logit_rows, &self.ends.lm_head, &mut ws.logits_shard)?;
-            self.communicator.all_gather(&ws.logits_shard, &mut ws.logits)
-        }
+        lm_head(&self.kernels, &*self.communicator, &self.ends, ws, LogitRows::Listed)
     }
 
     /// One step: forward, then a token for every target. All ranks compute the logits; only rank 0 chooses.
     ///
+    /// A decode step for which a graph was recorded is its replay: rounded up to as many sequences, which changes in what order a sequence's
+    /// sums are taken as other sequences beside it do, and nothing else.
+    ///
     /// # Errors
     /// As for [`forward`](Self::forward).
     pub fn step(&mut self, step: &Step) -> Result<Vec<Sampled>> {
+        if let Some(sampled) = self.replay(step)? {
+            return Ok(sampled);
+        }
         self.forward(&step.batch, None)?;
         let mut sampled = Vec::with_capacity(step.targets.len());
         for targets in step.targets.chunks(LOGIT_ROWS) {
@@ -141,10 +201,39 @@ impl<K: Kernels> Rank<K> {
             let top = targets.iter().filter_map(|target| target.logprobs).max().unwrap_or(0);
             self.project(&rows, top)?;
             if self.communicator.rank() == 0 {
-                self.sample(targets, top, &mut sampled)?;
+                let rows: Vec<SampleRow<'_>> = targets.iter().map(sample_row).collect();
+                let ws = &mut self.workspace;
+                self.kernels.sample(&ws.logits, &rows, &mut ws.sampled)?;
+                self.read_sampled(targets, top, |index| index, &mut sampled)?;
             }
         }
         Ok(sampled)
+    }
+
+    /// Makes a step that was recorded; `None`, and nothing has run, if it was not.
+    fn replay(&mut self, step: &Step) -> Result<Option<Vec<Sampled>>> {
+        let Step { batch, targets } = step;
+        let Some((bucket, graph)) = self.graphs.of(step) else { return Ok(None) };
+        let ws = &mut self.workspace;
+        self.kernels.upload_batch(&bucket.pad(batch), &mut self.device_batch)?;
+        ws.set_tokens(&self.shape, bucket.sequences)?;
+        if self.communicator.rank() != 0 {
+            return self.kernels.replay(graph).map(|()| Some(Vec::new()));
+        }
+
+        let mut rows = vec![UNASKED; bucket.sequences];
+        targets.iter().for_each(|target| rows[target.row] = sample_row(target));
+        let chosen = self.kernels.upload_sample_plan(&rows, &mut self.sample_plan)?;
+        self.kernels.replay(graph)?;
+        let top = targets.iter().filter_map(|target| target.logprobs).max().unwrap_or(0);
+        ws.set_logit_rows(batch.num_seqs(), top)?;
+        // What a plan has no room for, and alternatives: the same choice again, and more.
+        if !chosen || top > 0 {
+            self.kernels.sample(&ws.logits, &rows[..batch.num_seqs()], &mut ws.sampled)?;
+        }
+        let mut sampled = Vec::with_capacity(targets.len());
+        self.read_sampled(targets, top, |index| targets[index].row, &mut sampled)?;
+        Ok(Some(sampled))
     }
 
     /// Breaks the group of ranks: every rank that waits in a collective fails with `reason`.
@@ -152,15 +241,28 @@ impl<K: Kernels> Rank<K> {
         self.communicator.abort(reason);
     }
 
-    fn sample(&mut self, targets: &[SampleTarget], top: usize, sampled: &mut Vec<Sampled>) -> Result<()> {
-        let rows: Vec<SampleRow<'_>> = targets.iter().map(sample_row).collect();
-        let ws = &mut self.workspace;
-        self.kernels.sample(&ws.logits, &rows, &mut ws.sampled)?;
-        let tokens = self.kernels.read_index(&ws.sampled.token_ids)?;
-        let logprobs = self.kernels.read(&ws.sampled.logprobs)?;
-        let top_ids = self.kernels.read_index(&ws.sampled.top_ids)?;
-        let top_logprobs = self.kernels.read(&ws.sampled.top_logprobs)?;
-        for (i, target) in targets.iter().enumerate() {
+    /// Appends what was sampled for every target; `row_of` says at which of the sampled rows the target of an index is. Waits for the device.
+    fn read_sampled(
+        &self,
+        targets: &[SampleTarget],
+        top: usize,
+        row_of: impl Fn(usize) -> usize,
+        sampled: &mut Vec<Sampled>,
+    ) -> Result<()> {
+        if targets.is_empty() {
+            return Ok(());
+        }
+        let out = &self.workspace.sampled;
+        let tokens = self.kernels.read_index(&out.token_ids)?;
+        // Every read waits once more: only for what is asked for.
+        let scored = targets.iter().any(|target| target.logprobs.is_some());
+        let logprobs = if scored { self.kernels.read(&out.logprobs)? } else { Vec::new() };
+        let (top_ids, top_logprobs) = match top {
+            0 => (Vec::new(), Vec::new()),
+            _ => (self.kernels.read_index(&out.top_ids)?, self.kernels.read(&out.top_logprobs)?),
+        };
+        for (index, target) in targets.iter().enumerate() {
+            let i = row_of(index);
             let alternatives = |wanted: usize| {
                 let row = i * top..i * top + wanted;
                 top_ids[row.clone()]
@@ -180,6 +282,22 @@ impl<K: Kernels> Rank<K> {
         Ok(())
     }
 }
+
+/// What nobody asks of a row.
+const UNASKED: SampleRow<'static> =
+    SampleRow { params: &GREEDY, prompt: &[], output: &[], banned: &[], position: 0, forced: None };
+
+static GREEDY: SamplingParams = SamplingParams {
+    temperature: 0.0,
+    top_k: 0,
+    top_p: 1.0,
+    min_p: 0.0,
+    repetition_penalty: 1.0,
+    frequency_penalty: 0.0,
+    presence_penalty: 0.0,
+    logit_bias: Vec::new(),
+    seed: 0,
+};
 
 fn sample_row(target: &SampleTarget) -> SampleRow<'_> {
     SampleRow {

@@ -36,6 +36,7 @@ pub(crate) struct Workspace<K: Kernels> {
     pub(crate) expert_ids: K::Tensor,     // [T, experts per token]
     pub(crate) expert_weights: K::Tensor, // [T, experts per token]
     pub(crate) logit_rows: K::Tensor,     // [R]
+    pub(crate) every_row: K::Tensor,      // [R], 0, 1, 2, ..: the logit rows of a recorded step
     pub(crate) logits_shard: K::Tensor,   // [R, vocab / world_size]
     pub(crate) logits: K::Tensor,         // [R, vocab]
     pub(crate) sampled: SampleOutput<K::Tensor>,
@@ -54,7 +55,10 @@ impl<K: Kernels> Workspace<K> {
         let float = |columns: usize| kernels.alloc(DType::Float, &[max_tokens, columns]);
         let index = |columns: usize| kernels.alloc(DType::Index, &[max_tokens, columns]);
         let latent = shape.kv_lora_rank + shape.qk_rope_head_dim;
+        let mut every_row = kernels.alloc(DType::Index, &[LOGIT_ROWS])?;
+        kernels.write_index(&std::array::from_fn::<_, LOGIT_ROWS, _>(|row| row as i32), &mut every_row)?;
         Ok(Self {
+            every_row,
             cos_sin: float(shape.qk_rope_head_dim)?,
             residual: float(shape.hidden_size)?,
             normed: act(shape.hidden_size)?,
@@ -116,6 +120,7 @@ impl<K: Kernels> Workspace<K> {
     /// Shapes the tensors whose rows are logits.
     pub(crate) fn set_logit_rows(&mut self, rows: usize, top: usize) -> Result<()> {
         self.logit_rows.set_rows(rows)?;
+        self.every_row.set_rows(rows)?;
         self.logits_shard.set_rows(rows)?;
         self.logits.set_rows(rows)?;
         self.sampled.token_ids.set_rows(rows)?;

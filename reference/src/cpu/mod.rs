@@ -30,6 +30,7 @@ mod rms_norm;
 mod rope;
 mod router;
 mod sample;
+mod sample_plan;
 mod silu_mul;
 mod sparse_mla;
 mod swiglu;
@@ -39,6 +40,7 @@ mod testing;
 mod top_k;
 mod vector;
 
+use std::convert::Infallible;
 use std::ops::Range;
 
 pub use batch::CpuBatch;
@@ -46,6 +48,7 @@ pub use communicator::ThreadCommunicator;
 pub use linear_int4::CpuInt4;
 pub use moe::CpuExperts;
 pub use real::Real;
+pub use sample_plan::CpuSamplePlan;
 pub use swiglu::CpuSwiGlu;
 pub use tensor::CpuTensor;
 
@@ -89,6 +92,8 @@ impl<F: Real> Kernels for Cpu<F> {
     type ExpertsInt4 = CpuExperts;
     type Experts = CpuExperts;
     type Batch = CpuBatch;
+    type Graph = Infallible;
+    type SamplePlan = CpuSamplePlan;
 
     fn alloc(&self, dtype: DType, shape: &[usize]) -> Result<CpuTensor<F>> {
         CpuTensor::alloc(dtype, shape)
@@ -144,6 +149,22 @@ impl<F: Real> Kernels for Cpu<F> {
 
     fn read_bytes(&self, tensor: &CpuTensor<F>) -> Result<Vec<u8>> {
         Ok(tensor.bytes("read_bytes", "tensor")?.to_vec())
+    }
+
+    fn record(&self, _launches: impl FnMut() -> Result<()>) -> Result<Option<Infallible>> {
+        Ok(None)
+    }
+
+    fn replay(&self, graph: &Infallible) -> Result<()> {
+        match *graph {}
+    }
+
+    fn alloc_sample_plan(&self, max_rows: usize, vocab_size: usize) -> Result<CpuSamplePlan> {
+        Ok(CpuSamplePlan::new(max_rows, vocab_size))
+    }
+
+    fn upload_sample_plan(&self, rows: &[SampleRow<'_>], plan: &mut CpuSamplePlan) -> Result<bool> {
+        plan.replace(rows).map(|()| true)
     }
 
     fn embed(
@@ -338,5 +359,14 @@ impl<F: Real> Kernels for Cpu<F> {
         out: &mut SampleOutput<CpuTensor<F>>,
     ) -> Result<()> {
         sample::sample(self, logits, rows, out)
+    }
+
+    fn sample_plan(
+        &self,
+        logits: &CpuTensor<F>,
+        plan: &CpuSamplePlan,
+        out: &mut SampleOutput<CpuTensor<F>>,
+    ) -> Result<()> {
+        sample::sample(self, logits, &plan.rows(), out)
     }
 }

@@ -19,13 +19,15 @@ const MAX_NOISE: f64 = 17.0;
 /// Tokens that `top_p` sorts at first; most distributions are cut within them.
 const TOP_P_BLOCK: usize = 64;
 
+const CHECK: Check = Check("sample");
+
 pub(super) fn sample<F: Real>(
     _cpu: &Cpu<F>,
     logits: &CpuTensor<F>,
     rows: &[SampleRow<'_>],
     out: &mut SampleOutput<CpuTensor<F>>,
 ) -> Result<()> {
-    let check = Check("sample");
+    let check = CHECK;
     let [count, vocab] = logits.dims(check.0, "logits")?;
     check.shape("logits", logits, count == rows.len() && (vocab > 0 || count == 0), || {
         format!("[{}, V] with V at least 1", rows.len())
@@ -35,12 +37,7 @@ pub(super) fn sample<F: Real>(
     let [_, n] = out.top_ids.dims(check.0, "top_ids")?;
     out.top_ids.expect_shape(check.0, "top_ids", &[count, n])?;
     out.top_logprobs.expect_shape(check.0, "top_logprobs", &[count, n])?;
-    for row in rows {
-        check_params(check, row.params)?;
-        if let Some(token) = row.forced {
-            check.value("forced", (token as usize) < vocab, || format!("a token below {vocab}"), token)?;
-        }
-    }
+    rows.iter().try_for_each(|row| check_row(row, vocab))?;
     let logits = check.float("logits", logits)?;
     let token_ids = out.token_ids.indices_mut(check.0, "token_ids")?;
     let logprobs = check.float_mut("logprobs", &mut out.logprobs)?;
@@ -71,6 +68,12 @@ struct Choice {
     token: u32,
     logprob: f64,
     top: Vec<(u32, f64)>,
+}
+
+pub(super) fn check_row(row: &SampleRow<'_>, vocab: usize) -> Result<()> {
+    check_params(CHECK, row.params)?;
+    let Some(token) = row.forced else { return Ok(()) };
+    CHECK.value("forced", (token as usize) < vocab, || format!("a token below {vocab}"), token)
 }
 
 fn check_params(check: Check, params: &SamplingParams) -> Result<()> {

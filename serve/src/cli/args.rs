@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use dsa80_model::launch::{Device, LaunchOptions};
 
 use super::size;
@@ -55,6 +55,17 @@ pub(super) struct ModelArgs {
     /// Do not reuse the cache rows of equal prompt beginnings.
     #[arg(long)]
     no_prefix_caching: bool,
+
+    /// On a GPU: decode steps are recorded as CUDA graphs at the start and replayed (on), or every kernel is launched by itself (off).
+    #[arg(long, value_enum, value_name = "on|off", default_value = "on")]
+    cuda_graphs: Switch,
+}
+
+/// Something that is done or not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
 }
 
 impl ModelArgs {
@@ -72,6 +83,7 @@ impl ModelArgs {
             kv_cache_bytes: self.kv_cache_memory,
             max_waiting: self.max_queued_requests.unwrap_or(default.max_waiting),
             enable_prefix_caching: !self.no_prefix_caching,
+            cuda_graphs: self.cuda_graphs == Switch::On,
         }
     }
 }

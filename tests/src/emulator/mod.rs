@@ -5,19 +5,22 @@
 //! collective that not all reach.
 
 mod compile;
+mod graph;
 mod runtime;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dsa80_cuda::{Arg, Device, Launch, Limits, Program, Sources};
 use dsa80_reference::{Error, Result};
 
 use compile::Unit;
+use graph::Captured;
 use runtime::{Argument, Kernel, Memory};
 
+pub use graph::EmulatedGraph;
 pub use runtime::EmulatedBuffer;
 
 /// A change of one place of a source: a planted fault.
@@ -40,6 +43,8 @@ pub struct Emulator {
     seed: AtomicU64,
     seconds: u64,
     kernels: Mutex<HashMap<(Program, &'static str), Arc<Kernel>>>,
+    /// The launches of the capture that is under way.
+    capture: Mutex<Option<Vec<Captured>>>,
 }
 
 impl Emulator {
@@ -66,6 +71,7 @@ impl Emulator {
             seed: AtomicU64::new(0),
             seconds: 300,
             kernels: Mutex::default(),
+            capture: Mutex::default(),
         })
     }
 
@@ -128,34 +134,47 @@ impl Emulator {
 
     fn kernel(&self, program: &Program, entry: &'static str) -> Result<Arc<Kernel>> {
         let key = (program.clone(), entry);
-        if let Some(kernel) = self.kernels.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
+        if let Some(kernel) = lock(&self.kernels).get(&key) {
             return Ok(Arc::clone(kernel));
         }
+        self.refuse_in_capture("launched for the first time", entry)?;
         let unit = Unit::new(program, entry, |file| self.read(file))?;
         let kernel = Arc::new(Kernel::load(&unit.compiled().map_err(refuse)?).map_err(refuse)?);
-        self.kernels.lock().unwrap_or_else(PoisonError::into_inner).insert(key, Arc::clone(&kernel));
+        lock(&self.kernels).insert(key, Arc::clone(&kernel));
         Ok(kernel)
+    }
+
+    /// What a GPU cannot capture, in its words.
+    fn refuse_in_capture(&self, what: &str, name: &str) -> Result<()> {
+        if lock(&self.capture).is_some() {
+            return Err(refuse(format!("`{name}` cannot be {what} while launches are captured")));
+        }
+        Ok(())
     }
 }
 
 impl Device for Emulator {
     type Buffer = EmulatedBuffer;
+    type Graph = EmulatedGraph;
 
     fn limits(&self) -> &Limits {
         &self.limits
     }
 
     fn alloc(&self, name: &str, bytes: usize) -> Result<EmulatedBuffer> {
+        self.refuse_in_capture("allocated", name)?;
         Memory::alloc(name, bytes)
             .map(EmulatedBuffer::new)
             .ok_or_else(|| refuse(format!("no memory for `{name}`, {bytes} bytes")))
     }
 
     fn write(&self, buffer: &EmulatedBuffer, offset: usize, bytes: &[u8]) -> Result<()> {
+        self.refuse_in_capture("written", &buffer.memory().name())?;
         buffer.memory().write(offset, bytes).map_err(refuse)
     }
 
     fn read(&self, buffer: &EmulatedBuffer, offset: usize, bytes: &mut [u8]) -> Result<()> {
+        self.refuse_in_capture("read", &buffer.memory().name())?;
         buffer.memory().read(offset, bytes).map_err(refuse)
     }
 
@@ -172,6 +191,10 @@ impl Device for Emulator {
             return Err(place(format!("a grid of {:?} blocks", launch.grid)));
         }
         let kernel = self.kernel(launch.program, launch.entry).map_err(|error| place(error.to_string()))?;
+        if let Some(capture) = &mut *lock(&self.capture) {
+            capture.push(Captured::new(launch));
+            return Ok(());
+        }
         let arguments: Vec<Argument<'_>> = launch
             .args
             .iter()
@@ -193,6 +216,23 @@ impl Device for Emulator {
         };
         kernel.run(&shape, &arguments).map_err(place)
     }
+
+    fn capture(&self, launches: impl FnOnce() -> Result<()>) -> Result<EmulatedGraph> {
+        self.refuse_in_capture("captured", "a graph")?;
+        *lock(&self.capture) = Some(Vec::new());
+        let launched = launches();
+        let captured = lock(&self.capture).take().unwrap_or_default();
+        launched.map(|()| EmulatedGraph(captured))
+    }
+
+    fn replay(&self, graph: &EmulatedGraph) -> Result<()> {
+        self.refuse_in_capture("replayed", "a graph")?;
+        graph.0.iter().try_for_each(|captured| captured.launch(self))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn refuse(message: String) -> Error {

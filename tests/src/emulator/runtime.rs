@@ -1,6 +1,7 @@
 //! The C++ side: its library, memory that it may touch, kernels that it runs.
 #![expect(unsafe_code, reason = "kernels are C++, and what they touch is raw memory")]
 
+use std::borrow::Cow;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -134,6 +135,10 @@ impl Memory {
 
     fn base(&self) -> *mut u8 {
         self.mapping.wrapping_add(SPACE)
+    }
+
+    pub(super) fn name(&self) -> Cow<'_, str> {
+        self.name.to_string_lossy()
     }
 
     fn range(&self, offset: usize, length: usize) -> Result<*mut u8, String> {

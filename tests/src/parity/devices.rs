@@ -27,6 +27,15 @@ pub enum TestBuffer {
     Gpu(<Gpu as Device>::Buffer),
 }
 
+/// Launches that a [`TestDevice`] has captured.
+#[derive(Debug)]
+pub enum TestGraph {
+    /// By the emulator.
+    Emulator(<Emulator as Device>::Graph),
+    /// By a GPU.
+    Gpu(<Gpu as Device>::Graph),
+}
+
 impl TestDevice {
     /// Whether this is a GPU, which takes cases that would be slow in emulation.
     pub fn is_gpu(&self) -> bool {
@@ -58,6 +67,7 @@ impl TestBuffer {
 
 impl Device for TestDevice {
     type Buffer = TestBuffer;
+    type Graph = TestGraph;
 
     fn limits(&self) -> &Limits {
         match self {
@@ -91,6 +101,21 @@ impl Device for TestDevice {
         match self {
             TestDevice::Emulator(device) => launch_on(device, launch, TestBuffer::emulated),
             TestDevice::Gpu(device) => launch_on(device.as_ref(), launch, TestBuffer::on_gpu),
+        }
+    }
+
+    fn capture(&self, launches: impl FnOnce() -> Result<()>) -> Result<TestGraph> {
+        match self {
+            TestDevice::Emulator(device) => device.capture(launches).map(TestGraph::Emulator),
+            TestDevice::Gpu(device) => device.capture(launches).map(TestGraph::Gpu),
+        }
+    }
+
+    fn replay(&self, graph: &TestGraph) -> Result<()> {
+        match (self, graph) {
+            (TestDevice::Emulator(device), TestGraph::Emulator(graph)) => device.replay(graph),
+            (TestDevice::Gpu(device), TestGraph::Gpu(graph)) => device.replay(graph),
+            _ => panic!("a graph of another device"),
         }
     }
 }

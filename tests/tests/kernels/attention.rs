@@ -207,17 +207,10 @@ fn a_captured_step_serves_longer_contexts() {
         let (first, _) = batch([40, 8, 20]);
         let mut step = Step::new(device, &first, pages);
         step.launch().unwrap();
-        // Only a GPU has graphs; elsewhere the second batch is launched.
-        let graph = match device {
-            TestDevice::Gpu(gpu) => Some(gpu.capture(|| step.launch()).unwrap()),
-            TestDevice::Emulator(_) => None,
-        };
+        let graph = device.capture(|| step.launch()).unwrap();
         step.poison();
         step.batch.upload(device, &longer).unwrap();
-        match graph {
-            Some(graph) => graph.launch().unwrap(),
-            None => step.launch().unwrap(),
-        }
+        device.replay(&graph).unwrap();
         step.judge(&longer);
     });
 }

@@ -24,6 +24,7 @@ struct Dry {
 
 impl Device for Dry {
     type Buffer = usize;
+    type Graph = ();
 
     fn limits(&self) -> &Limits {
         &self.limits
@@ -54,6 +55,14 @@ impl Device for Dry {
             let message = format!("{} ({}): {:?}", launch.entry, launch.shape, compiled.resources);
             return Err(Error::Backend { backend: "dry", message });
         }
+        Ok(())
+    }
+
+    fn capture(&self, launches: impl FnOnce() -> Result<()>) -> Result<()> {
+        launches()
+    }
+
+    fn replay(&self, (): &()) -> Result<()> {
         Ok(())
     }
 }

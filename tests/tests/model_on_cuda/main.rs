@@ -14,6 +14,7 @@ mod dry;
 mod emulated;
 mod engine;
 mod fixtures;
+mod graphs;
 mod layers;
 mod memory;
 mod serve;

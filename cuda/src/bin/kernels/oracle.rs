@@ -268,6 +268,7 @@ mod tests {
 
     impl Device for Memory {
         type Buffer = Mutex<Vec<u8>>;
+        type Graph = ();
 
         fn limits(&self) -> &Limits {
             &self.0
@@ -289,6 +290,14 @@ mod tests {
 
         fn launch(&self, _launch: &Launch<'_, Self::Buffer>) -> Result<()> {
             Err(Error::Backend { backend: "memory", message: "launches nothing".into() })
+        }
+
+        fn capture(&self, launches: impl FnOnce() -> Result<()>) -> Result<()> {
+            launches()
+        }
+
+        fn replay(&self, (): &()) -> Result<()> {
+            Ok(())
         }
     }
 
