@@ -11,11 +11,21 @@ use super::request::TokenLogprobs;
 /// The engine owns the cache's pages by number (`0..num_pages`); the model only follows the batch's block
 /// tables.
 pub trait StepModel: Send {
-    /// Runs one step on all ranks: writes the batch's cache rows and returns one result per target, in order.
+    /// Runs one step on all ranks: writes the batch's cache rows and returns one result per target, in order. Calls `meanwhile` once on its
+    /// way: when the device has all it needs and is only waited for, or else before it begins.
     ///
     /// # Errors
     /// [`StepError`]; the model's state is unknown afterwards and it is not stepped again.
-    fn step(&mut self, step: Arc<Step>) -> Result<Vec<Sampled>, StepError>;
+    fn step_while(&mut self, step: Arc<Step>, meanwhile: &mut dyn FnMut())
+    -> Result<Vec<Sampled>, StepError>;
+
+    /// [`step_while`](Self::step_while) with nothing else to do.
+    ///
+    /// # Errors
+    /// As there.
+    fn step(&mut self, step: Arc<Step>) -> Result<Vec<Sampled>, StepError> {
+        self.step_while(step, &mut || ())
+    }
 
     /// What a step may hold. Must not change while the model lives.
     fn limits(&self) -> StepLimits;

@@ -165,8 +165,12 @@ fn follow<K: Kernels + 'static>(
 }
 
 impl<K: Kernels + 'static> StepModel for RankGroup<K> {
-    fn step(&mut self, step: Arc<Step>) -> Result<Vec<Sampled>, StepError> {
-        self.together(|| Order::Step(Arc::clone(&step)), |first| Ok(first.step(&step)?))
+    fn step_while(
+        &mut self,
+        step: Arc<Step>,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<Vec<Sampled>, StepError> {
+        self.together(|| Order::Step(Arc::clone(&step)), |first| Ok(first.step_while(&step, meanwhile)?))
             .map_err(|(rank, error)| StepError(format!("rank {rank}: {error}")))
     }
 

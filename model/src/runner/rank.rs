@@ -191,14 +191,24 @@ impl<K: Kernels> Rank<K> {
     /// # Errors
     /// As for [`forward`](Self::forward).
     pub fn step(&mut self, step: &Step) -> Result<Vec<Sampled>> {
-        if let Some(sampled) = self.replay(step)? {
-            return Ok(sampled);
+        self.step_while(step, &mut || ())
+    }
+
+    /// [`step`](Self::step), with what there is to do while it runs: called once, when a recorded step is on its way, or before any other.
+    ///
+    /// # Errors
+    /// As for [`forward`](Self::forward).
+    pub fn step_while(&mut self, step: &Step, meanwhile: &mut dyn FnMut()) -> Result<Vec<Sampled>> {
+        if self.start_replay(step)? {
+            meanwhile();
+            return self.replayed(step);
         }
+        meanwhile();
         self.forward(&step.batch, None)?;
         let mut sampled = Vec::with_capacity(step.targets.len());
         for targets in step.targets.chunks(LOGIT_ROWS) {
             let rows: Vec<usize> = targets.iter().map(|target| target.row).collect();
-            let top = targets.iter().filter_map(|target| target.logprobs).max().unwrap_or(0);
+            let top = most_alternatives(targets);
             self.project(&rows, top)?;
             if self.communicator.rank() == 0 {
                 let rows: Vec<SampleRow<'_>> = targets.iter().map(sample_row).collect();
@@ -210,30 +220,36 @@ impl<K: Kernels> Rank<K> {
         Ok(sampled)
     }
 
-    /// Makes a step that was recorded; `None`, and nothing has run, if it was not.
-    fn replay(&mut self, step: &Step) -> Result<Option<Vec<Sampled>>> {
+    /// Starts a step that was recorded; whether it was.
+    fn start_replay(&mut self, step: &Step) -> Result<bool> {
         let Step { batch, targets } = step;
-        let Some((bucket, graph)) = self.graphs.of(step) else { return Ok(None) };
+        let Some((bucket, graph)) = self.graphs.of(step) else { return Ok(false) };
         let ws = &mut self.workspace;
         self.kernels.upload_batch(&bucket.pad(batch), &mut self.device_batch)?;
         ws.set_tokens(&self.shape, bucket.sequences)?;
         if self.communicator.rank() != 0 {
-            return self.kernels.replay(graph).map(|()| Some(Vec::new()));
+            return self.kernels.replay(graph).map(|()| true);
         }
-
         let mut rows = vec![UNASKED; bucket.sequences];
         targets.iter().for_each(|target| rows[target.row] = sample_row(target));
         let chosen = self.kernels.upload_sample_plan(&rows, &mut self.sample_plan)?;
         self.kernels.replay(graph)?;
-        let top = targets.iter().filter_map(|target| target.logprobs).max().unwrap_or(0);
+        let top = most_alternatives(targets);
         ws.set_logit_rows(batch.num_seqs(), top)?;
         // What a plan has no room for, and alternatives: the same choice again, and more.
         if !chosen || top > 0 {
             self.kernels.sample(&ws.logits, &rows[..batch.num_seqs()], &mut ws.sampled)?;
         }
+        Ok(true)
+    }
+
+    /// What came out of a step that was replayed. Waits for it.
+    fn replayed(&self, Step { targets, .. }: &Step) -> Result<Vec<Sampled>> {
         let mut sampled = Vec::with_capacity(targets.len());
-        self.read_sampled(targets, top, |index| targets[index].row, &mut sampled)?;
-        Ok(Some(sampled))
+        if self.communicator.rank() == 0 {
+            self.read_sampled(targets, most_alternatives(targets), |index| targets[index].row, &mut sampled)?;
+        }
+        Ok(sampled)
     }
 
     /// Breaks the group of ranks: every rank that waits in a collective fails with `reason`.
@@ -281,6 +297,11 @@ impl<K: Kernels> Rank<K> {
         }
         Ok(())
     }
+}
+
+/// The most alternatives that any of `targets` wants reported.
+fn most_alternatives(targets: &[SampleTarget]) -> usize {
+    targets.iter().filter_map(|target| target.logprobs).max().unwrap_or(0)
 }
 
 /// What nobody asks of a row.

@@ -203,6 +203,14 @@ pub fn gpu() -> Option<TestDevice> {
     }
 }
 
+/// Bytes that are free on the GPU, if there is one.
+pub fn free_memory() -> Option<usize> {
+    match gpu()? {
+        TestDevice::Gpu(gpu) => gpu.memory().ok().map(|(free, _)| free),
+        TestDevice::Emulator(_) => None,
+    }
+}
+
 /// The embedded kernels, or those of the folder `DSA80_KERNELS`: an edit then needs no rebuild.
 fn sources() -> Sources {
     std::env::var_os("DSA80_KERNELS").map_or(Sources::Embedded, |folder| Sources::Folder(folder.into()))

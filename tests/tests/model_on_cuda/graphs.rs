@@ -230,7 +230,7 @@ impl<T> Communicator<T> for Deaf {
 #[test]
 fn a_step_that_cannot_be_recorded_says_which_and_what_to_do() {
     let Some(cuda) = emulated() else { return };
-    let fixture = fixture();
+    let fixture = Fixture::open(fixture::root().join("cases/int4_asym_g32_tp8")).unwrap();
     let checkpoint = Checkpoint::open(&fixture.dir).unwrap();
     let limits = judge::limits(&fixture, PAGE_SIZE);
     let communicator: Box<dyn Communicator<CudaTensor<TestDevice>>> = Box::new(Deaf);

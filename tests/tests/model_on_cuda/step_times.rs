@@ -1,10 +1,12 @@
 //! How long a step of a shard of GLM-5.2 takes: two layers and the ends. By hand, on a GPU: `--ignored --nocapture`.
 
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use dsa80_cuda::Cuda;
+use dsa80_model::engine::{SampleTarget, Step};
 use dsa80_model::runner::Rank;
-use dsa80_reference::{Batch, SequenceSlice};
+use dsa80_reference::{Batch, SamplingParams, SequenceSlice};
 use dsa80_tests::glm::GlmShard;
 use dsa80_tests::parity::devices;
 use dsa80_tests::{judge, prompt};
@@ -29,6 +31,66 @@ fn milliseconds(rank: &mut Rank<Cuda>, sequences: usize, tokens: usize) -> f64 {
     (0..20).map(|_| step(rank)).fold(f64::INFINITY, f64::min)
 }
 
+/// A decode step of so many sequences, each of which draws its next token.
+fn decode(sequences: usize, context: usize) -> Step {
+    let pages: Vec<u32> = (0..context.div_ceil(PAGE_SIZE) as u32).collect();
+    let tokens: Vec<u32> = (0..sequences as u32).map(|i| i * 7919 % 19360).collect();
+    let slice = |i| SequenceSlice { token_ids: &tokens[i..=i], computed_len: context - 1, pages: &pages };
+    let slices: Vec<_> = (0..sequences).map(slice).collect();
+    let params = Arc::new(SamplingParams { temperature: 0.8, top_p: 0.95, ..SamplingParams::default() });
+    let target = |row| SampleTarget {
+        row,
+        params: Arc::clone(&params),
+        prompt: Arc::default(),
+        output: Vec::new(),
+        banned: Arc::default(),
+        position: context as u32,
+        forced: None,
+        logprobs: None,
+    };
+    let batch = Batch::new(PAGE_SIZE, &slices).unwrap();
+    Step { batch, targets: (0..sequences).map(target).collect() }
+}
+
+/// What a decode step takes, each the median of 40.
+#[derive(Debug)]
+struct Times {
+    /// Milliseconds from the step to its tokens.
+    step: f64,
+    /// Microseconds of the host until all is on its way.
+    start: f64,
+    /// Microseconds of the host from the end of the device's work to the tokens.
+    end: f64,
+}
+
+fn times(rank: &mut Rank<Cuda>, step: &Step) -> Times {
+    let median = |mut times: Vec<f64>| {
+        times.sort_by(f64::total_cmp);
+        times[times.len() / 2]
+    };
+    rank.step(step).unwrap();
+    let (mut steps, mut starts, mut ends) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..40 {
+        let started = Instant::now();
+        rank.step(step).unwrap();
+        steps.push(started.elapsed().as_secs_f64() * 1e3);
+        // Once more, with time enough for the device to end before it is waited for.
+        let (started, mut started_by, mut ended) = (Instant::now(), Duration::ZERO, Instant::now());
+        rank.step_while(step, &mut || {
+            started_by = started.elapsed();
+            std::thread::sleep(Duration::from_millis(8));
+            ended = Instant::now();
+        })
+        .unwrap();
+        starts.push(started_by.as_secs_f64() * 1e6);
+        ends.push(ended.elapsed().as_secs_f64() * 1e6);
+    }
+    Times { step: median(steps), start: median(starts), end: median(ends) }
+}
+
+/// The host's part of a replayed step of 32 streams, in microseconds: a goal of the project.
+const HOST_OF_32: f64 = 200.0;
+
 #[test]
 #[ignore = "a measurement, for a GPU"]
 fn steps_of_a_shard_of_glm() {
@@ -52,5 +114,24 @@ fn steps_of_a_shard_of_glm() {
         println!(
             "{sequences:>2} sequences of {tokens:>4} new tokens, context {CONTEXT}: {milliseconds:.2} ms"
         );
+    }
+
+    let sizes = [1, 2, 8, 13, 16, 32, 64];
+    let eager = sizes.map(|sequences| times(&mut rank, &decode(sequences, CONTEXT)));
+    let free = || devices::free_memory().unwrap_or_default();
+    let (before, started) = (free(), Instant::now());
+    let graphs = rank.record_graphs(&limits).unwrap();
+    let (after, elapsed) = (free(), started.elapsed().as_secs_f64());
+    let kib = before.saturating_sub(after) / graphs / 1024;
+    println!("{graphs} graphs recorded in {elapsed:.2} s, {kib} KiB each");
+    println!("sequences  launched ms  replayed ms  host: start us  end us");
+    for (sequences, eager) in sizes.into_iter().zip(eager) {
+        let replayed = times(&mut rank, &decode(sequences, CONTEXT));
+        println!(
+            "{sequences:>9}  {:>11.3}  {:>11.3}  {:>14.0}  {:>6.0}",
+            eager.step, replayed.step, replayed.start, replayed.end
+        );
+        let host = replayed.start + replayed.end;
+        assert!(sequences > 32 || host < HOST_OF_32, "{host:.0} us of the host for {sequences} sequences");
     }
 }

@@ -127,7 +127,12 @@ impl MockModel {
 }
 
 impl StepModel for MockModel {
-    fn step(&mut self, step: Arc<Step>) -> Result<Vec<Sampled>, StepError> {
+    fn step_while(
+        &mut self,
+        step: Arc<Step>,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<Vec<Sampled>, StepError> {
+        meanwhile();
         let number = {
             let mut log = self.log.lock().unwrap();
             log.push(Arc::clone(&step));
