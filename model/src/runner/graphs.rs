@@ -113,15 +113,17 @@ impl<K: Kernels> DecodeGraphs<K> {
         self.0.len()
     }
 
-    /// The smallest graph that computes `step`: one new token for every sequence, and at most one target for each.
+    /// The smallest graph that computes `step`.
     pub(super) fn of(&self, step: &Step) -> Option<(Bucket, &K::Graph)> {
-        let Step { batch, targets } = step;
-        let decodes = batch.num_tokens() == batch.num_seqs()
-            && batch.cu_seqlens.windows(2).all(|bounds| bounds[0] < bounds[1]);
-        let apart = targets.windows(2).all(|pair| pair[0].row < pair[1].row);
-        let graph = || self.0.iter().rev().find(|(bucket, _)| bucket.holds(batch));
-        (decodes && apart).then(graph).flatten().map(|(bucket, graph)| (*bucket, graph))
+        let bucket = || self.0.iter().rev().find(|(bucket, _)| bucket.holds(&step.batch));
+        is_decode(step).then(bucket).flatten().map(|(bucket, graph)| (*bucket, graph))
     }
+}
+
+/// Whether a step is one new token for every sequence, and at most one target for each.
+fn is_decode(Step { batch, targets }: &Step) -> bool {
+    batch.cu_seqlens.windows(2).all(|bounds| bounds[1] - bounds[0] == 1)
+        && targets.windows(2).all(|pair| pair[0].row < pair[1].row)
 }
 
 /// Why a step could not be recorded, and what serves all the same.
@@ -131,4 +133,125 @@ pub(super) fn cannot_record(bucket: Bucket, error: &Error) -> LaunchError {
         "a decode step of {sequences} sequences with contexts up to {context} tokens cannot be recorded as a graph: {error}; \
          --cuda-graphs off launches every kernel by itself"
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use dsa80_reference::SequenceSlice;
+
+    use super::*;
+    use crate::engine::SampleTarget;
+
+    fn limits() -> StepLimits {
+        StepLimits {
+            page_size: 16,
+            num_pages: 8,
+            max_batch_tokens: 512,
+            max_batch_seqs: 20,
+            max_model_len: 1000,
+            vocab_size: 64,
+            max_logprobs: 20,
+        }
+    }
+
+    #[test]
+    fn buckets_reach_every_limit_and_no_further() {
+        let buckets = |limits: StepLimits, index_topk| {
+            let all = Bucket::all(&limits, index_topk);
+            let (mut sequences, mut contexts) = (Vec::new(), Vec::new());
+            for Bucket { sequences: s, context: c } in &all {
+                sequences.push(*s);
+                contexts.push(*c);
+            }
+            sequences.dedup();
+            contexts.dedup();
+            let each = sequences.len() / contexts.len();
+            assert_eq!(all.len(), each * contexts.len());
+            (sequences[..each].to_vec(), contexts)
+        };
+        assert_eq!(buckets(limits(), 32), (vec![20, 16, 8, 4, 2, 1], vec![1000, 512, 128, 32]));
+        // The indexer selects everything.
+        assert_eq!(buckets(StepLimits { max_batch_seqs: 4, ..limits() }, 2048), (vec![4, 2, 1], vec![1000]));
+        let tokens = StepLimits { max_batch_tokens: 1, ..limits() };
+        assert_eq!(buckets(tokens, 1000), (vec![1], vec![1000]));
+        let many = StepLimits { max_batch_seqs: 256, ..limits() };
+        assert_eq!(buckets(many, 1000).0, [64, 56, 48, 40, 32, 24, 16, 8, 4, 2, 1]);
+    }
+
+    #[test]
+    fn a_padded_step_computes_the_same_and_writes_the_same() {
+        let pages: [&[u32]; 2] = [&[5, 1, 7], &[3, 0]];
+        let slices = [(40, 9), (17, 4)].map(|(computed_len, token)| (computed_len, [token]));
+        let slices: Vec<_> = slices
+            .iter()
+            .zip(pages)
+            .map(|((computed_len, token_ids), pages)| SequenceSlice {
+                token_ids,
+                computed_len: *computed_len,
+                pages,
+            })
+            .collect();
+        let batch = Batch::new(16, &slices).unwrap();
+        let padded = Bucket { sequences: 4, context: 64 }.pad(&batch);
+        let expected = Batch {
+            page_size: 16,
+            token_ids: vec![9, 4, 4, 4],
+            positions: vec![40, 17, 17, 17],
+            seq_ids: vec![0, 1, 2, 3],
+            slot_mapping: vec![7 * 16 + 8, 1, -1, -1],
+            cu_seqlens: vec![0, 1, 2, 3, 4],
+            context_lens: vec![41, 18, 18, 18],
+            block_table: [[5, 1, 7, -1], [3, 0, -1, -1], [3, 0, -1, -1], [3, 0, -1, -1]].concat(),
+            max_blocks: 4,
+            max_context_len: 64,
+        };
+        assert_eq!(padded, expected);
+        // Pages beyond the bucket's contexts hold nothing yet.
+        assert_eq!(Bucket { sequences: 2, context: 48 }.pad(&batch).block_table, [5, 1, 7, 3, 0, -1]);
+        let spare = SequenceSlice { token_ids: &[1], computed_len: 3, pages: &[2, 4, 6] };
+        assert_eq!(
+            Bucket { sequences: 1, context: 16 }.pad(&Batch::new(16, &[spare]).unwrap()).block_table,
+            [2]
+        );
+    }
+
+    #[test]
+    fn the_widest_step_of_a_bucket_is_one_of_its_own_and_writes_nothing() {
+        let bucket = Bucket { sequences: 3, context: 200 };
+        let batch = bucket.widest(&limits());
+        assert!(bucket.holds(&batch) && batch.num_tokens() == 3 && batch.visible(2) == 200);
+        assert_eq!(bucket.pad(&batch), batch);
+        assert!(batch.slot_mapping.iter().all(|&slot| slot < 0));
+        // More blocks than there are pages.
+        assert!(
+            batch.block_table.len() == 3 * 13 && batch.block_table.iter().all(|page| (0..8).contains(page))
+        );
+    }
+
+    #[test]
+    fn a_decode_has_one_token_and_at_most_one_target_for_every_sequence() {
+        let slice = |token_ids| SequenceSlice { token_ids, computed_len: 0, pages: &[0] };
+        let target = |row| SampleTarget {
+            row,
+            params: Default::default(),
+            prompt: Default::default(),
+            output: Vec::new(),
+            banned: Default::default(),
+            position: 1,
+            forced: None,
+            logprobs: None,
+        };
+        let step = |slices: &[SequenceSlice<'_>], rows: &[usize]| Step {
+            batch: Batch::new(16, slices).unwrap(),
+            targets: rows.iter().map(|&row| target(row)).collect(),
+        };
+        let two = [slice(&[1]), slice(&[2])];
+        assert!(
+            is_decode(&step(&two, &[0, 1])) && is_decode(&step(&two, &[1])) && is_decode(&step(&two, &[]))
+        );
+        assert!(!is_decode(&step(&two, &[0, 0])));
+        assert!(!is_decode(&step(&[slice(&[1, 2])], &[1])));
+        // As many tokens as sequences, and not one each.
+        assert!(!is_decode(&step(&[slice(&[1, 2]), slice(&[])], &[1])));
+    }
 }

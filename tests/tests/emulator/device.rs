@@ -161,3 +161,34 @@ fn a_launch_that_no_gpu_takes_is_refused() {
     assert!(snippet.launch(0, 32, 0, &args).is_err());
     assert!(snippet.launch_grid([1, 65536, 1], 32, 0, &args).is_err());
 }
+
+#[test]
+fn a_captured_launch_runs_when_it_is_replayed_on_what_is_there_then() {
+    let source =
+        "KERNEL void kernel(const int32_t* a, int32_t* sum, int32_t factor) { sum[0] += factor * a[0]; }";
+    let Some(snippet) = Snippet::new(source) else { return };
+    let (a, sum) = (snippet.buffer("a", &[1i32]), snippet.buffer("sum", &[0i32]));
+    let args = [Arg::Buffer(&a), Arg::Buffer(&sum), Arg::I32(2)];
+    let device = &snippet.emulator;
+    let captured = |launches: &dyn Fn() -> Result<(), String>| {
+        let backend = |message| dsa80_reference::Error::Backend { backend: "test", message };
+        device.capture(|| launches().map_err(backend)).map_err(|error| error.to_string())
+    };
+    let launch = || snippet.launch(1, 1, 0, &args);
+    // As a GPU cannot load a program in the middle of a capture.
+    let error = captured(&launch).unwrap_err();
+    assert!(error.contains("launched for the first time while launches are captured"), "{error}");
+    launch().unwrap();
+    let graph = captured(&|| (0..3).try_for_each(|_| launch())).unwrap();
+    assert_eq!(snippet.values::<i32>(&sum, 1), [2]);
+    device.write(&a, 0, &10i32.to_ne_bytes()).unwrap();
+    device.replay(&graph).unwrap();
+    assert_eq!(snippet.values::<i32>(&sum, 1), [62]);
+    for refused in [
+        captured(&|| device.alloc("more", 4).map(drop).map_err(|error| error.to_string())),
+        captured(&|| device.write(&a, 0, &[0]).map_err(|error| error.to_string())),
+        captured(&|| device.replay(&graph).map_err(|error| error.to_string())),
+    ] {
+        assert!(refused.unwrap_err().contains("while launches are captured"));
+    }
+}

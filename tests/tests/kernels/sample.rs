@@ -1,8 +1,8 @@
 //! `sample` against the oracle: the same tokens for the same random numbers, and log-probabilities.
 
 use dsa80_cuda::sample::{SampleTile, SampleWorkspace, sample};
-use dsa80_cuda::{Limits, Tile};
-use dsa80_reference::{DType, Kernels, SampleOutput, SampleRow, SamplingParams};
+use dsa80_cuda::{CudaTensor, Device, Limits, SamplePlan, Tile};
+use dsa80_reference::{DType, Error, Kernels, SampleOutput, SampleRow, SamplingParams};
 use dsa80_tests::emulator::Fault;
 use dsa80_tests::parity::{self, F32_UNIT, Pair, TestDevice, Values};
 use proptest::prelude::*;
@@ -294,6 +294,80 @@ fn agrees_with_the_oracle() {
 fn agrees_with_the_oracle_at_size_with_every_tile() {
     let tiles = SampleTile::candidates((), &Limits::a100());
     parity::check_on_gpu("sample_at_size", cases(tiles.leak(), &[151_553, 154_880], 2), run);
+}
+
+/// A captured launch does what the rows ask for that were uploaded last, as the launch of these rows alone does it.
+fn replay(device: &TestDevice, case: Case) {
+    let (count, vocab) = (case.rows.len(), case.vocab);
+    let values = case.rows.iter().zip(case.seed..);
+    let values = values.flat_map(|(row, seed)| (0..vocab).map(move |id| row.logits.at(seed, id)));
+    let logits = Pair::new(device, "logits", DType::Float, &[count, vocab], &values.collect::<Vec<_>>());
+    let outputs = || SampleOutput {
+        token_ids: parity::poisoned(device, "token_ids", DType::Index, &[count]),
+        logprobs: parity::poisoned(device, "logprobs", DType::Float, &[count]),
+        top_ids: parity::poisoned(device, "top_ids", DType::Index, &[count, 0]),
+        top_logprobs: parity::poisoned(device, "top_logprobs", DType::Float, &[count, 0]),
+    };
+    let bytes = |out: &SampleOutput<CudaTensor<TestDevice>>| {
+        [&out.token_ids, &out.logprobs].map(|tensor| parity::read_bytes(device, tensor)).concat()
+    };
+    let rows: Vec<SampleRow<'_>> = case.rows.iter().map(Row::as_row).collect();
+    let others: Vec<SampleRow<'_>> = rows.iter().rev().copied().collect();
+
+    let mut expected = outputs();
+    let workspace = SampleWorkspace::alloc(device, &case.tile, count, vocab, 0).unwrap();
+    sample(device, &case.tile, &workspace, &logits.device, &rows, &mut expected).unwrap();
+
+    let mut found = outputs();
+    let mut plan = SamplePlan::alloc(device, case.tile, count, vocab).unwrap();
+    let error = plan.launch(device, &logits.device, &mut found).unwrap_err().to_string();
+    assert!(error.contains("uploaded before"), "{error}");
+    assert!(plan.upload(device, &others).unwrap());
+    plan.launch(device, &logits.device, &mut found).unwrap();
+    let graph = device.capture(|| plan.launch(device, &logits.device, &mut found)).unwrap();
+    assert!(plan.upload(device, &rows).unwrap());
+    device.replay(&graph).unwrap();
+    parity::assert_same("a replay", 4, &bytes(&found), &bytes(&expected));
+}
+
+#[test]
+fn a_captured_launch_asks_for_what_was_uploaded_last() {
+    parity::check("sample_plan", cases(&TILES[..1], &[3, 300, 2000], 5), replay);
+}
+
+#[test]
+fn what_does_not_fit_a_plan_leaves_it_alone() {
+    parity::small_cases(|device| {
+        let tile = TILES[0];
+        let vocab = 8;
+        // A ban of every token in each of a thousand rows is more than `4 vocab + 4096` changes.
+        let params = SamplingParams::default();
+        let banned: Vec<u32> = (0..vocab as u32).collect();
+        let row = SampleRow {
+            params: &params,
+            prompt: &[],
+            output: &[],
+            banned: &banned,
+            position: 0,
+            forced: None,
+        };
+        let mut plan = SamplePlan::alloc(device, tile, 1000, vocab).unwrap();
+        assert!(plan.upload(device, &[row; 2]).unwrap());
+        assert!(!plan.upload(device, &[row; 1000]).unwrap());
+        assert!(matches!(plan.upload(device, &[row; 1001]), Err(Error::Capacity { .. })));
+        let refused = SamplingParams { temperature: -1.0, ..SamplingParams::default() };
+        assert!(plan.upload(device, &[SampleRow { params: &refused, ..row }]).is_err());
+        // As it was: two rows.
+        let logits = Pair::new(device, "logits", DType::Float, &[3, vocab], &[0.0; 24]);
+        let mut out = SampleOutput {
+            token_ids: parity::poisoned(device, "token_ids", DType::Index, &[3]),
+            logprobs: parity::poisoned(device, "logprobs", DType::Float, &[3]),
+            top_ids: parity::poisoned(device, "top_ids", DType::Index, &[3, 0]),
+            top_logprobs: parity::poisoned(device, "top_logprobs", DType::Float, &[3, 0]),
+        };
+        let error = plan.launch(device, &logits.device, &mut out).unwrap_err().to_string();
+        assert!(error.contains("expected [2, 8]"), "{error}");
+    });
 }
 
 #[derive(Debug, Clone, Copy)]

@@ -293,3 +293,20 @@ fn a_dropped_stream_is_counted_as_cancelled() {
     let stats = engine.stats();
     assert_eq!((stats.cancelled, stats.finished, stats.failed, stats.pages_used), (2, 0, 0, 0));
 }
+
+#[test]
+fn a_token_is_told_while_the_next_step_is_made() {
+    let gated = Gated::start();
+    let mut stream = gated.engine.submit(request([2], 2)).unwrap();
+    gated.wait_for_step();
+    assert!(matches!(stream.next_blocking(), Some(Event::Started { .. })));
+    gated.next_step();
+    // The model is held in the second step.
+    assert!(matches!(stream.next_blocking(), Some(Event::Token { .. })));
+    let engine = gated.open();
+    // Nothing follows the last step, and its events come all the same.
+    assert!(matches!(stream.next_blocking(), Some(Event::Token { .. })));
+    assert!(matches!(stream.next_blocking(), Some(Event::Finished { .. })));
+    assert!(stream.next_blocking().is_none());
+    engine.shutdown(Duration::ZERO);
+}
