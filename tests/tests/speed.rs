@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
+use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -47,6 +48,8 @@ fn the_default_model_decodes_at_conversational_speed() {
 struct Idle {
     limits: StepLimits,
     streams: usize,
+    /// Held until all streams are there, or the first would be done before the last begins.
+    all_there: Receiver<()>,
     ended: Option<Instant>,
     idle: Arc<Mutex<Vec<Duration>>>,
 }
@@ -57,6 +60,8 @@ impl StepModel for Idle {
         step: Arc<Step>,
         meanwhile: &mut dyn FnMut(),
     ) -> Result<Vec<Sampled>, StepError> {
+        // The other end is gone once they are.
+        let _ = self.all_there.recv();
         let decodes = step.batch.num_tokens() == self.streams && step.targets.len() == self.streams;
         if let Some(ended) = self.ended.filter(|_| decodes) {
             self.idle.lock().unwrap().push(ended.elapsed());
@@ -88,7 +93,8 @@ async fn the_engine_is_soon_ready_for_the_next_step() {
         max_logprobs: 0,
     };
     let idle = Arc::new(Mutex::new(Vec::new()));
-    let model = Idle { limits, streams: STREAMS, ended: None, idle: Arc::clone(&idle) };
+    let (held, all_there) = channel::<()>();
+    let model = Idle { limits, streams: STREAMS, all_there, ended: None, idle: Arc::clone(&idle) };
     let engine = Engine::start(Box::new(model), EngineOptions::default());
     let stream = |i: usize| {
         let prompt = (0..8000).map(|token| ((token * 7 + i * 31) % 154_880) as u32).collect();
@@ -96,7 +102,9 @@ async fn the_engine_is_soon_ready_for_the_next_step() {
         let mut stream = engine.submit(request).unwrap();
         tokio::spawn(async move { while stream.next().await.is_some() {} })
     };
-    for stream in (0..STREAMS).map(stream).collect::<Vec<_>>() {
+    let streams: Vec<_> = (0..STREAMS).map(stream).collect();
+    drop(held);
+    for stream in streams {
         stream.await.unwrap();
     }
     tokio::task::block_in_place(|| engine.shutdown(Duration::ZERO));
