@@ -13,7 +13,7 @@ use crate::emulator::{Emulator, Fault};
 #[derive(Debug)]
 pub enum TestDevice {
     /// The kernels' sources on the CPU.
-    Emulator(Emulator),
+    Emulator(Box<Emulator>),
     /// A GPU.
     Gpu(Box<Gpu>),
 }
@@ -99,7 +99,7 @@ impl Device for TestDevice {
 
     fn launch(&self, launch: &Launch<'_, TestBuffer>) -> Result<()> {
         match self {
-            TestDevice::Emulator(device) => launch_on(device, launch, TestBuffer::emulated),
+            TestDevice::Emulator(device) => launch_on(device.as_ref(), launch, TestBuffer::emulated),
             TestDevice::Gpu(device) => launch_on(device.as_ref(), launch, TestBuffer::on_gpu),
         }
     }
@@ -172,7 +172,7 @@ pub fn emulator() -> Option<TestDevice> {
         return None;
     }
     match Emulator::from_sources(sources()) {
-        Ok(emulator) => Some(TestDevice::Emulator(emulator)),
+        Ok(emulator) => Some(TestDevice::Emulator(Box::new(emulator))),
         Err(reason) => {
             let message = format!("left out: the kernels in emulation ({reason})");
             assert!(std::env::var_os("DSA80_REQUIRE_ALL").is_none(), "{message}");
@@ -185,7 +185,8 @@ pub fn emulator() -> Option<TestDevice> {
 /// An emulator with faults planted in the kernels, if the tests may use one.
 pub(super) fn faulty(faults: &[Fault<'_>]) -> Option<TestDevice> {
     let Some(TestDevice::Emulator(emulator)) = emulator() else { return None };
-    Some(TestDevice::Emulator(emulator.with_faults(faults).expect("the place of a fault is there once")))
+    let emulator = emulator.with_faults(faults).expect("the place of a fault is there once");
+    Some(TestDevice::Emulator(Box::new(emulator)))
 }
 
 /// A GPU, if the tests may use one.
