@@ -70,6 +70,8 @@ fn first_error(rank: usize, fault: Fault) -> String {
         let error = match RankGroup::load(ranks, &weights, limits) {
             Err(error) => error.to_string(),
             Ok(mut group) => {
+                // The CPU has none, and every rank says so.
+                assert_eq!(group.record_graphs().unwrap(), 0);
                 let slice = SequenceSlice { token_ids: &[1, 2, 3], computed_len: 0, pages: &[0] };
                 let step = Step { batch: Batch::new(4, &[slice]).unwrap(), targets: Vec::new() };
                 group.step(Arc::new(step)).unwrap_err().to_string()

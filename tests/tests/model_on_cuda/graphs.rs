@@ -1,13 +1,16 @@
 //! Decode steps that are replayed from graphs: bit for bit what the same kernels compute when they are launched one by one.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use dsa80_cuda::{Cuda, CudaTensor};
 use dsa80_model::checkpoint::Checkpoint;
-use dsa80_model::engine::{SampleTarget, Sampled, Step, StepLimits};
-use dsa80_model::runner::{INDEX_LOGITS, Rank};
+use dsa80_model::engine::{Engine, EngineOptions, Request, SampleTarget, Sampled, Step, StepLimits};
+use dsa80_model::runner::{INDEX_LOGITS, Rank, RankGroup, RankParts, WeightSource};
+use dsa80_reference::communicator::SingleRank;
 use dsa80_reference::cpu::Cpu;
 use dsa80_reference::{Batch, Communicator, Error, Kernels, Result, SamplingParams, SequenceSlice};
+use dsa80_tests::engine::{Answer, collect};
 use dsa80_tests::fixture::{self, Fixture};
 use dsa80_tests::judge::{self, Bf16Distance};
 use dsa80_tests::parity::TestDevice;
@@ -185,6 +188,38 @@ fn a_prompt_by_replayed_steps_is_about_as_far_from_hf_as_hf_in_bf16() {
     let distances = distances.into_inner().unwrap();
     if !distances.is_empty() {
         judge::assert_as_bf16("replayed", &distances);
+    }
+}
+
+/// One request, alone: as many sequences as there are in its bucket.
+fn answer(cuda: Cuda<TestDevice>, fixture: &Fixture, graphs: bool) -> Answer {
+    let weights: Arc<dyn WeightSource> = Arc::new(Checkpoint::open(&fixture.dir).unwrap());
+    let parts = RankParts { kernels: cuda, communicator: Box::new(SingleRank::default()) };
+    let limits = StepLimits { max_batch_seqs: 2, ..judge::limits(fixture, PAGE_SIZE) };
+    let mut group = RankGroup::load(vec![parts], &weights, limits).unwrap();
+    assert!(!graphs || group.record_graphs().unwrap() > 0);
+    let engine = Engine::start(Box::new(group), EngineOptions::default());
+    let request = Request {
+        prompt: fixture.tokens[..28].to_vec(),
+        sampling: SamplingParams { top_p: 0.9, presence_penalty: 0.5, seed: 3, ..SamplingParams::default() },
+        max_tokens: 8,
+        ignore_eos: true,
+        logprobs: Some(2),
+        ..Request::default()
+    };
+    let answer = collect(engine.submit(request).unwrap()).unwrap();
+    engine.shutdown(Duration::ZERO);
+    answer
+}
+
+#[test]
+fn an_engine_answers_the_same_with_graphs_and_without() {
+    let fixture = fixture();
+    for device in [emulated, on_gpu] {
+        let (Some(with), Some(without)) = (device(), device()) else { continue };
+        let (with, without) = (answer(with, &fixture, true), answer(without, &fixture, false));
+        assert_eq!(with, without);
+        assert_eq!((with.tokens.len(), with.failure), (8, None));
     }
 }
 
