@@ -59,14 +59,17 @@ impl<D: Device> CudaBatch<D> {
                 return Err(Error::Capacity { shape: vec![elements], elements, capacity });
             }
         }
-        device.write(&self.token_ids, 0, bytemuck::cast_slice(&batch.token_ids))?;
-        device.write(&self.positions, 0, bytemuck::cast_slice(&batch.positions))?;
-        device.write(&self.seq_ids, 0, bytemuck::cast_slice(&batch.seq_ids))?;
-        device.write(&self.slot_mapping, 0, bytemuck::cast_slice(&batch.slot_mapping))?;
-        device.write(&self.cu_seqlens, 0, bytemuck::cast_slice(&batch.cu_seqlens))?;
-        device.write(&self.context_lens, 0, bytemuck::cast_slice(&batch.context_lens))?;
-        device.write(&self.block_table, 0, bytemuck::cast_slice(&batch.block_table))?;
-        self.host.clone_from(batch);
+        // What is there already is not written again: from one decode step to the next, that is most of it. Taken: after an error nobody
+        // knows what is there.
+        let there = std::mem::take(&mut self.host);
+        write(device, &self.token_ids, &there.token_ids, &batch.token_ids)?;
+        write(device, &self.positions, &there.positions, &batch.positions)?;
+        write(device, &self.seq_ids, &there.seq_ids, &batch.seq_ids)?;
+        write(device, &self.slot_mapping, &there.slot_mapping, &batch.slot_mapping)?;
+        write(device, &self.cu_seqlens, &there.cu_seqlens, &batch.cu_seqlens)?;
+        write(device, &self.context_lens, &there.context_lens, &batch.context_lens)?;
+        write(device, &self.block_table, &there.block_table, &batch.block_table)?;
+        self.host = batch.clone();
         Ok(())
     }
 
@@ -74,4 +77,14 @@ impl<D: Device> CudaBatch<D> {
     pub fn host(&self) -> &Batch {
         &self.host
     }
+}
+
+/// Replaces what is `there` at the start of a buffer.
+fn write<D: Device, E: bytemuck::NoUninit + PartialEq>(
+    device: &D,
+    buffer: &D::Buffer,
+    there: &[E],
+    values: &[E],
+) -> Result<()> {
+    if there.starts_with(values) { Ok(()) } else { device.write(buffer, 0, bytemuck::cast_slice(values)) }
 }

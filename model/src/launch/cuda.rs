@@ -13,7 +13,7 @@ use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::engine::{SampleTarget, Step, StepLimits, StepModel};
 use crate::error::LaunchError;
-use crate::runner::{RankGroup, RankParts};
+use crate::runner::{RankGroup, RankParts, decode_graphs};
 
 /// Scores in the indexer's workspace, 256 MiB: 2048 tokens of a context of 32K at once.
 const INDEX_LOGITS: usize = 64 << 20;
@@ -50,7 +50,8 @@ pub(super) fn load(
     let parts = RankParts { kernels: backend, communicator: Box::new(SingleRank::default()) };
     let widest = limits::widest(config, options);
     let mut model = RankGroup::load_alone(parts, checkpoint, &widest, INDEX_LOGITS, |backend| {
-        let limits = limits::within(config, options, cache_memory(backend.device(), options)?)?;
+        let memory = cache_memory(backend.device(), config, options)?;
+        let limits = limits::within(config, options, memory)?;
         tracing::info!(
             max_model_len = limits.max_model_len,
             num_pages = limits.num_pages,
@@ -74,11 +75,28 @@ fn record_graphs(model: &mut RankGroup<Cuda>) -> Result<(), LaunchError> {
     Ok(())
 }
 
-/// What is asked for, or nine tenths of what is free: the rest is for what kernels keep between launches, and for the kernels.
-fn cache_memory(gpu: &Gpu, options: &LaunchOptions) -> Result<CacheMemory, LaunchError> {
+/// Bytes of a graph for every layer of the model, the ends counting as one.
+const GRAPH_BYTES_PER_LAYER: usize = 64 << 10;
+
+/// What recorded decode steps will take.
+fn graph_bytes(config: &ModelConfig, options: &LaunchOptions) -> usize {
+    if !options.cuda_graphs {
+        return 0;
+    }
+    let graphs = decode_graphs(&limits::widest(config, options), config.index_topk);
+    graphs * (config.num_hidden_layers + 1) * GRAPH_BYTES_PER_LAYER
+}
+
+/// What is asked for, or nine tenths of what is free and no graph will take: the rest is for what kernels keep between launches, and for the
+/// kernels.
+fn cache_memory(
+    gpu: &Gpu,
+    config: &ModelConfig,
+    options: &LaunchOptions,
+) -> Result<CacheMemory, LaunchError> {
     let bytes = match options.kv_cache_bytes {
         Some(bytes) => bytes,
-        None => gpu.memory()?.0 / 10 * 9,
+        None => gpu.memory()?.0.saturating_sub(graph_bytes(config, options)) / 10 * 9,
     };
     // bf16.
     Ok(CacheMemory { bytes, element_bytes: 2 })

@@ -92,6 +92,11 @@ impl Bucket {
     }
 }
 
+/// How many graphs [`Rank::record_graphs`](super::Rank::record_graphs) records for steps within `limits`.
+pub fn decode_graphs(limits: &StepLimits, index_topk: usize) -> usize {
+    Bucket::all(limits, index_topk).len()
+}
+
 /// A slot of no cache: the row is not written.
 const NOWHERE: i64 = -1;
 
@@ -176,6 +181,7 @@ mod tests {
         assert_eq!(buckets(tokens, 1000), (vec![1], vec![1000]));
         let many = StepLimits { max_batch_seqs: 256, ..limits() };
         assert_eq!(buckets(many, 1000).0, [64, 56, 48, 40, 32, 24, 16, 8, 4, 2, 1]);
+        assert_eq!(decode_graphs(&many, 1000), 11);
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod source;
 mod weights;
 mod workspace;
 
+pub use graphs::decode_graphs;
 pub use group::{RankGroup, RankParts};
 pub use probe::Probe;
 pub use rank::{INDEX_LOGITS, Rank};

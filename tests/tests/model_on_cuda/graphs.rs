@@ -204,7 +204,7 @@ fn answer(cuda: Cuda<TestDevice>, fixture: &Fixture, graphs: bool) -> Answer {
         sampling: SamplingParams { top_p: 0.9, presence_penalty: 0.5, seed: 3, ..SamplingParams::default() },
         max_tokens: 8,
         ignore_eos: true,
-        logprobs: Some(2),
+        logprobs: Some(0),
         ..Request::default()
     };
     let answer = collect(engine.submit(request).unwrap()).unwrap();

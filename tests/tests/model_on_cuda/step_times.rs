@@ -97,7 +97,8 @@ fn steps_of_a_shard_of_glm() {
     if devices::gpu().is_none() {
         return;
     }
-    let mut limits = prompt::limits(CONTEXT, PAGE_SIZE, 19360);
+    // Longer than the contexts, as the buckets of a server are.
+    let mut limits = prompt::limits(2 * CONTEXT, PAGE_SIZE, 19360);
     limits.max_batch_seqs = 64;
     let started = Instant::now();
     let mut rank =
