@@ -246,8 +246,9 @@ impl Worker {
             if self.draining && (self.batching.is_idle() || out_of_time) {
                 return Ok(());
             }
-            let Some(step) = self.batching.next_step()? else { continue };
+            let step = self.batching.next_step()?;
             self.publish();
+            let Some(step) = step else { continue };
             // What the last step gave is sent while the device makes the next: waking those who wait for it takes about as long as
             // everything else that is done for a token.
             let (targets, batching) = (step.targets.len(), &mut self.batching);
