@@ -87,3 +87,25 @@ impl ModelArgs {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Cli {
+        #[command(flatten)]
+        model: ModelArgs,
+    }
+
+    #[test]
+    fn graphs_are_on_unless_they_are_switched_off() {
+        let parse = |args: &[&str]| Cli::try_parse_from([&["dsa80"], args].concat());
+        let graphs = |args: &[&str]| parse(args).unwrap().model.launch_options().cuda_graphs;
+        assert!(graphs(&[]) && graphs(&["--cuda-graphs", "on"]) && !graphs(&["--cuda-graphs", "off"]));
+        let error = parse(&["--cuda-graphs", "maybe"]).unwrap_err().to_string();
+        assert!(error.contains("[possible values: on, off]"), "{error}");
+    }
+}
