@@ -1,12 +1,6 @@
 // Inputs of the benchmark, made where they are needed: a value depends on its place and the seed alone.
 #include "fp8.cuh"
-
-DEVICE uint32_t scramble(uint64_t place, uint32_t seed) {
-    uint32_t x = static_cast<uint32_t>(place) * 0x9e3779b1u ^ static_cast<uint32_t>(place >> 32) * 0x85ebca77u ^ seed * 0xc2b2ae3du;
-    x = (x ^ x >> 16) * 0x7feb352du;
-    x = (x ^ x >> 15) * 0x846ca68bu;
-    return x ^ x >> 16;
-}
+#include "random.cuh"
 
 // About normal, deviation 1: the sum of four uniform bytes has deviation 147.8.
 DEVICE float about_normal(uint32_t bits) {

@@ -1,6 +1,6 @@
 //! INT4 weights in the layout of the kernels (`kernels/int4.cuh`): what they take, host arrays in both directions, device memory.
 
-use dsa80_reference::{DType, Error, HostData, HostInt4, HostTensor, Result};
+use dsa80_reference::{DType, Error, HostData, HostInt4, HostTensor, RandomFormat, RandomLinear, Result};
 
 use crate::device::Device;
 use crate::rows::WEIGHTS;
@@ -79,6 +79,41 @@ impl Int4Shape {
         Ok(shape)
     }
 
+    /// The shape of one random weight, or of a gate and its up projection together.
+    ///
+    /// # Errors
+    /// Weights that are not packed, or that differ; groups that the layout cannot hold.
+    pub fn of_random(weights: &[&RandomLinear]) -> Result<Self> {
+        let (first, rows) = match weights {
+            [one] => (one, Int4Rows::One),
+            [gate, up] if (gate.out_features, gate.in_features) == (up.out_features, up.in_features) => {
+                (gate, Int4Rows::GateUp)
+            }
+            _ => return Err(refuse("weights", "one weight, or a gate and an up projection", weights.len())),
+        };
+        let RandomFormat::Int4 { group_size, scales, zero_points } = first.format else {
+            return Err(refuse("weights", "INT4", "unquantised"));
+        };
+        if weights.iter().any(|weight| weight.format != first.format) {
+            return Err(refuse("weights", "one format", "two"));
+        }
+        let RandomLinear { out_features, in_features, .. } = **first;
+        let shape = Self { rows, out_features, in_features, group_size, scales, zero_points };
+        shape.require_groups().map(|()| shape)
+    }
+
+    fn require_groups(&self) -> Result<()> {
+        let Self { in_features, group_size, .. } = *self;
+        if group_size == 0 || (!group_size.is_multiple_of(GROUP_STEP) && group_size < in_features) {
+            return Err(refuse(
+                "group_size",
+                &format!("a multiple of {GROUP_STEP}, or all inputs"),
+                group_size,
+            ));
+        }
+        Ok(())
+    }
+
     /// Fails unless weights of this shape are what `weights` hold.
     ///
     /// # Errors
@@ -89,13 +124,7 @@ impl Int4Shape {
             return Err(refuse("weights", &count.to_string(), weights.len()));
         }
         let Self { out_features, in_features, group_size, .. } = *self;
-        if group_size == 0 || (!group_size.is_multiple_of(GROUP_STEP) && group_size < in_features) {
-            return Err(refuse(
-                "group_size",
-                &format!("a multiple of {GROUP_STEP}, or all inputs"),
-                group_size,
-            ));
-        }
+        self.require_groups()?;
         for weight in weights {
             for (name, found, expected) in [
                 ("out_features", weight.out_features, out_features),

@@ -28,6 +28,7 @@ mod moe_int4_grouped;
 pub mod moe_int4_pairs;
 mod moe_sort;
 mod probe;
+pub mod random_fill;
 pub mod registry;
 pub mod repack_int4;
 pub mod rms_norm;

@@ -68,6 +68,8 @@ impl<'a> Arrays<'a> {
                 let (group_size, groups) = (weight.group_size as i64, weight.groups() as i64);
                 [INT4, scale_type, group_size, groups, words, scales, zeros, 0]
             }
+            // Its numbers were made on the way here.
+            HostLinear::Random(_) => [0; 8],
         }
     }
 }
@@ -78,6 +80,7 @@ impl<D: Device> Experts<D> {
     /// # Errors
     /// Unequal dimensions, or arrays that contradict them; memory; the device.
     pub fn upload(device: &D, experts: Vec<HostExpert>) -> Result<Self> {
+        let experts: Vec<HostExpert> = experts.into_iter().map(HostExpert::made).collect();
         let first = experts.first().ok_or_else(|| refuse("experts", "at least one", "0".into()))?;
         let (moe_intermediate, hidden) = dims("gate_proj", &first.gate_proj)?;
         let (mut arrays, mut table) = (Arrays::default(), Vec::new());
@@ -147,6 +150,7 @@ fn dims(tensor: &'static str, weight: &HostLinear) -> Result<(usize, usize)> {
             }
             Ok((out, inner))
         }
+        HostLinear::Random(weight) => Ok((weight.out_features, weight.in_features)),
     }
 }
 

@@ -1,6 +1,6 @@
 //! A layer's INT4 experts in device memory.
 
-use dsa80_reference::{Error, HostExpert, HostInt4, HostLinear, Result};
+use dsa80_reference::{Error, HostExpert, HostInt4, HostLinear, RandomLinear, Result};
 
 use crate::device::Device;
 use crate::int4::{Int4Rows, Int4Shape, PackedInt4};
@@ -48,10 +48,14 @@ impl<D: Device> ExpertsInt4<D> {
     /// # Errors
     /// Experts that [`HostExpert::fit_moe_int4`] denies or of unequal dimensions, named; memory; the device.
     pub fn upload(device: &D, tile: &RepackInt4Tile, experts: Vec<HostExpert>) -> Result<Self> {
-        let first = experts.first().ok_or_else(|| refuse("experts", "at least one", "0".into()))?;
         if experts.len() > MAX_EXPERTS {
             return Err(refuse("experts", &format!("at most {MAX_EXPERTS}"), experts.len().to_string()));
         }
+        if let Some(random) = all_random(&experts) {
+            return Self::random(device, tile, &random);
+        }
+        let experts: Vec<HostExpert> = experts.into_iter().map(HostExpert::made).collect();
+        let first = experts.first().ok_or_else(|| refuse("experts", "at least one", "0".into()))?;
         let [gate, up, down] = int4(first, 0)?;
         let (intermediate, hidden) = (gate.out_features, gate.in_features);
         let (mut gate_up_shape, mut down_shape) = (Int4Shape::of(&[gate, up])?, Int4Shape::of(&[down])?);
@@ -95,6 +99,23 @@ impl<D: Device> ExpertsInt4<D> {
         Ok(all)
     }
 
+    /// Makes experts of random numbers, in order.
+    fn random(device: &D, tile: &RepackInt4Tile, experts: &[[RandomLinear; 3]]) -> Result<Self> {
+        let [gate, up, down] = experts.first().ok_or_else(|| refuse("experts", "at least one", "0".into()))?;
+        let (gate_up_shape, down_shape) =
+            (Int4Shape::of_random(&[gate, up])?, Int4Shape::of_random(&[down])?);
+        let mut gate_up = PackedInt4::alloc(device, "experts' gate and up", gate_up_shape, experts.len())?;
+        let mut downs = PackedInt4::alloc(device, "experts' down", down_shape, experts.len())?;
+        let canonical = |shape| CanonicalInt4::alloc(device, shape);
+        let mut gate_up_staging = [canonical(gate_up_shape)?, canonical(gate_up_shape)?];
+        let mut down_staging = [canonical(down_shape)?];
+        for (e, [gate, up, down]) in experts.iter().enumerate() {
+            gate_up.random_at(device, tile, &mut gate_up_staging, e, &[gate, up])?;
+            downs.random_at(device, tile, &mut down_staging, e, &[down])?;
+        }
+        Self::new(gate_up, downs)
+    }
+
     /// How many.
     pub fn count(&self) -> usize {
         self.down.count()
@@ -120,10 +141,22 @@ fn int4(expert: &HostExpert, e: usize) -> Result<[&HostInt4; 3]> {
     ])
 }
 
+/// Gate, up and down of every expert, if all are random.
+fn all_random(experts: &[HostExpert]) -> Option<Vec<[RandomLinear; 3]>> {
+    let of = |weight: &HostLinear| match weight {
+        HostLinear::Random(random) => Some(*random),
+        _ => None,
+    };
+    experts
+        .iter()
+        .map(|expert| Some([of(&expert.gate_proj)?, of(&expert.up_proj)?, of(&expert.down_proj)?]))
+        .collect()
+}
+
 fn take<'a>(tensor: &'static str, weight: &'a HostLinear, e: usize) -> Result<&'a HostInt4> {
     match weight {
         HostLinear::Int4(weight) => Ok(weight),
-        HostLinear::Dense(_) => {
+        HostLinear::Dense(_) | HostLinear::Random(_) => {
             let found = format!("unquantised in expert {e}");
             Err(refuse(tensor, "INT4 (use `upload_experts` and `moe`)", found))
         }

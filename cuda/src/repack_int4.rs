@@ -69,10 +69,10 @@ pub fn cost(shape: &Int4Shape) -> Cost {
 #[derive(Debug)]
 pub struct CanonicalInt4<D: Device> {
     shape: Int4Shape,
-    weight: D::Buffer,
-    scales: D::Buffer,
-    zeros: Option<D::Buffer>,
-    has_zeros: bool,
+    pub(crate) weight: D::Buffer,
+    pub(crate) scales: D::Buffer,
+    pub(crate) zeros: Option<D::Buffer>,
+    pub(crate) has_zeros: bool,
 }
 
 impl<D: Device> CanonicalInt4<D> {

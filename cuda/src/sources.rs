@@ -34,6 +34,8 @@ const EMBEDDED: &[(&str, &str)] = &[
     ("moe_sort.cu", include_str!("../kernels/moe_sort.cu")),
     ("moe_sum.cu", include_str!("../kernels/moe_sum.cu")),
     ("ptx.cuh", include_str!("../kernels/ptx.cuh")),
+    ("random.cuh", include_str!("../kernels/random.cuh")),
+    ("random_fill.cu", include_str!("../kernels/random_fill.cu")),
     ("repack_int4.cu", include_str!("../kernels/repack_int4.cu")),
     ("rms_norm.cu", include_str!("../kernels/rms_norm.cu")),
     ("rope.cu", include_str!("../kernels/rope.cu")),

@@ -3,13 +3,16 @@
 //!
 //! Rows of the weight are eight of the gate and the same eight of the up projection in turns, so that one thread gets both of a feature.
 
-use dsa80_reference::{DType, DeviceTensor, Error, HostData, HostLinear, HostTensor, Result};
+use dsa80_reference::{
+    DType, DeviceTensor, Error, HostData, HostLinear, HostTensor, RandomFormat, RandomLinear, Result,
+};
 
 use crate::device::Device;
 use crate::int4::PackedInt4;
 use crate::linear::{LinearTiles, LinearWorkspace, Product};
+use crate::random_fill::{Rows, random_fill};
 use crate::repack_int4::RepackInt4Tile;
-use crate::tensor::CudaTensor;
+use crate::tensor::{CudaTensor, element_bytes};
 
 const KERNEL: &str = "swiglu";
 const UPLOAD: &str = "upload_swiglu";
@@ -58,13 +61,20 @@ impl<D: Device> SwiGlu<D> {
                 found: vec![found.0, found.1],
             });
         }
+        if let (HostLinear::Random(gate), HostLinear::Random(up)) = (&gate_proj, &up_proj)
+            && gate.format == up.format
+        {
+            return Self::random(device, tile, gate, up);
+        }
+        let [gate_proj, up_proj] = [gate_proj, up_proj].map(HostLinear::made);
         if let (HostLinear::Int4(gate), HostLinear::Int4(up)) = (&gate_proj, &up_proj)
             && gate.group_size == up.group_size
             && gate.scales.dtype() == up.scales.dtype()
         {
             return PackedInt4::upload_gate_up(device, tile, gate, up).map(Self::Int4);
         }
-        let [gate, up] = [gate_proj, up_proj].map(dense);
+        // Exact, but for f32 scales.
+        let [gate, up] = [gate_proj, up_proj].map(HostLinear::dense);
         let data = match (&gate.data, &up.data) {
             (HostData::Bf16(gate), HostData::Bf16(up)) => HostData::Bf16(in_turns(gate, up, dims)),
             (HostData::F16(gate), HostData::F16(up)) => HostData::F16(in_turns(gate, up, dims)),
@@ -74,13 +84,23 @@ impl<D: Device> SwiGlu<D> {
         let weight = crate::cuda::upload(device, &HostTensor { shape, data })?;
         Ok(Self::Dense(SwiGluDense { weight, intermediate: dims.0 }))
     }
-}
 
-/// A projection as a dense weight; exact, but for f32 scales.
-fn dense(weight: HostLinear) -> HostTensor {
-    match weight {
-        HostLinear::Dense(weight) => weight,
-        HostLinear::Int4(weight) => weight.dequantise(),
+    /// Both of random numbers in one format.
+    fn random(device: &D, tile: &RepackInt4Tile, gate: &RandomLinear, up: &RandomLinear) -> Result<Self> {
+        let RandomFormat::Dense(dtype) = gate.format else {
+            return PackedInt4::random(device, tile, &[gate, up]).map(Self::Int4);
+        };
+        let (rows, columns) = (gate.out_features, gate.in_features);
+        let shape = [2 * rows.next_multiple_of(ROWS), columns];
+        let mut weight = CudaTensor::alloc(device, "gate and up", dtype, &shape)?;
+        if !rows.is_multiple_of(ROWS) {
+            device.write(weight.buffer(), 0, &vec![0; weight.len() * element_bytes(dtype)])?;
+        }
+        for (first, part) in [(0, gate), (ROWS, up)] {
+            let rows = Rows { together: ROWS, stride: 2 * ROWS, first };
+            random_fill(device, &part.tensor(dtype), rows, &mut weight)?;
+        }
+        Ok(Self::Dense(SwiGluDense { weight, intermediate: rows }))
     }
 }
 

@@ -3,11 +3,12 @@
 
 use dsa80_reference::DType;
 
+use crate::checkpoint::format;
 use crate::checkpoint::layout::{self, LinearSpec, Role, Spec, TensorSpec};
 use crate::checkpoint::shard::Split;
 use crate::checkpoint::slices::width;
-use crate::checkpoint::{Checkpoint, CheckpointError, Int4Format, LinearFormat};
-use crate::config::{ConfigError, Expectation, ModelConfig, QuantizationMethod};
+use crate::checkpoint::{Checkpoint, CheckpointError, LinearFormat};
+use crate::config::{ConfigError, ModelConfig};
 
 /// Bytes of an element of the paged caches on the GPU backends: bf16.
 const CACHE_ELEMENT: u64 = 2;
@@ -115,23 +116,7 @@ impl Plan {
     /// A degree that does not divide the model.
     pub fn from_config(config: &ModelConfig, world_size: usize) -> Result<Self, ConfigError> {
         config.check_tp(world_size)?;
-        let format = |spec: &LinearSpec| {
-            let quantization = config.quantization.as_ref()?;
-            let scheme = match quantization.expectation(&spec.module, spec.is_linear_class()) {
-                Expectation::Int4(scheme) => scheme,
-                Expectation::Dense | Expectation::Either(_) => return None,
-            };
-            Some(LinearFormat::Int4(Int4Format {
-                method: quantization.method,
-                group_size: scheme.group_size_of(spec.in_features).min(spec.in_features),
-                symmetric: scheme.symmetric,
-                scale: match quantization.method {
-                    QuantizationMethod::CompressedTensors => DType::Bf16,
-                    QuantizationMethod::AutoAwq => DType::F16,
-                },
-            }))
-        };
-        Ok(Self::new(config, world_size, format, |_| None))
+        Ok(Self::new(config, world_size, |spec| Some(format::described(config, spec)), |_| None))
     }
 
     fn new(

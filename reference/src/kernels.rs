@@ -26,6 +26,7 @@ use std::ops::Range;
 
 use crate::batch::Batch;
 use crate::error::Result;
+use crate::random::{self, RandomLinear, RandomTensor};
 use crate::sampling::SampleRow;
 use crate::tensor::{DType, DeviceTensor, HostExpert, HostInt4, HostLinear, HostTensor};
 
@@ -106,6 +107,26 @@ pub trait Kernels: Send + Sized {
     /// # Errors
     /// Array lengths that contradict the dimensions; memory.
     fn upload_int4(&self, weight: HostInt4) -> Result<Self::Int4>;
+
+    /// Weights of random numbers, one below the other where there are several: what [`upload`](Self::upload) makes of their numbers. A
+    /// backend that has a kernel for it makes them on the device.
+    ///
+    /// # Errors
+    /// Element types, or dimensions but the first, that differ; memory.
+    fn random(&self, tensors: &[RandomTensor]) -> Result<Self::Tensor> {
+        self.upload(random::stacked(tensors)?)
+    }
+
+    /// A packed weight of random numbers: what [`upload_int4`](Self::upload_int4) makes of them.
+    ///
+    /// # Errors
+    /// A weight that is not packed; memory.
+    fn random_int4(&self, weight: &RandomLinear) -> Result<Self::Int4> {
+        match weight.make() {
+            HostLinear::Int4(weight) => self.upload_int4(weight),
+            _ => Err(random::not_packed()),
+        }
+    }
 
     /// Uploads the projections of a SwiGLU for `swiglu`, both `[I, in]`.
     ///

@@ -9,6 +9,7 @@ pub mod cpu;
 mod error;
 pub mod fp8;
 pub mod kernels;
+pub mod random;
 pub mod sampling;
 pub mod tensor;
 
@@ -16,5 +17,6 @@ pub use batch::{Batch, SequenceSlice};
 pub use communicator::Communicator;
 pub use error::{Error, Result};
 pub use kernels::{Kernels, RopeLayout, RouterParams, SampleOutput};
+pub use random::{RandomFormat, RandomLinear, RandomTensor};
 pub use sampling::{SampleRow, SamplingParams};
 pub use tensor::{DType, DeviceTensor, HostData, HostExpert, HostInt4, HostLinear, HostTensor};

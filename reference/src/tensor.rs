@@ -2,6 +2,8 @@
 
 use half::{bf16, f16};
 
+use crate::random::RandomLinear;
+
 /// The element type of a tensor, as the kernel contract names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DType {
@@ -179,6 +181,8 @@ pub enum HostLinear {
     Dense(HostTensor),
     /// Packed INT4.
     Int4(HostInt4),
+    /// Random numbers of either kind, which the backend makes.
+    Random(RandomLinear),
 }
 
 impl HostLinear {
@@ -187,6 +191,34 @@ impl HostLinear {
         match self {
             HostLinear::Dense(t) => (t.shape[0], t.shape[1]),
             HostLinear::Int4(w) => (w.out_features, w.in_features),
+            HostLinear::Random(w) => (w.out_features, w.in_features),
+        }
+    }
+
+    /// The weight with its numbers: what is random is made.
+    #[must_use]
+    pub fn made(self) -> Self {
+        match self {
+            HostLinear::Random(random) => random.make(),
+            made => made,
+        }
+    }
+
+    /// The weight as a dense one, as exact as [`HostInt4::dequantise`].
+    pub fn dense(self) -> HostTensor {
+        match self {
+            HostLinear::Dense(tensor) => tensor,
+            HostLinear::Int4(packed) => packed.dequantise(),
+            HostLinear::Random(random) => random.make().dense(),
+        }
+    }
+
+    /// The group size of a packed one.
+    pub fn int4_group_size(&self) -> Option<usize> {
+        match self {
+            HostLinear::Dense(_) => None,
+            HostLinear::Int4(weight) => Some(weight.group_size),
+            HostLinear::Random(weight) => weight.int4().map(|weight| weight.group_size),
         }
     }
 
@@ -218,16 +250,21 @@ pub struct HostExpert {
 }
 
 impl HostExpert {
+    /// The expert with its numbers: what is random is made.
+    #[must_use]
+    pub fn made(self) -> Self {
+        let [gate_proj, up_proj, down_proj] =
+            [self.gate_proj, self.up_proj, self.down_proj].map(HostLinear::made);
+        Self { gate_proj, up_proj, down_proj }
+    }
+
     /// Whether `moe_int4` takes these experts: every projection is INT4, with one group size for all gates
     /// and ups and one for all downs (which differ where scales are per channel).
     pub fn fit_moe_int4(experts: &[HostExpert]) -> bool {
         let group_sizes = |expert: &HostExpert| {
-            let group_size = |weight: &HostLinear| match weight {
-                HostLinear::Dense(_) => None,
-                HostLinear::Int4(weight) => Some(weight.group_size),
-            };
-            let gate = group_size(&expert.gate_proj)?;
-            (group_size(&expert.up_proj)? == gate).then_some((gate, group_size(&expert.down_proj)?))
+            let gate = expert.gate_proj.int4_group_size()?;
+            (expert.up_proj.int4_group_size()? == gate)
+                .then_some((gate, expert.down_proj.int4_group_size()?))
         };
         let Some(first) = experts.first().and_then(group_sizes) else { return false };
         experts.iter().all(|expert| group_sizes(expert) == Some(first))

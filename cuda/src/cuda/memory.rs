@@ -8,7 +8,7 @@ use crate::tensor::{CudaTensor, element_bytes};
 
 const NUMBERS: &[DType] = &[DType::Act, DType::Float];
 
-pub(super) fn alloc<D: Device>(device: &D, dtype: DType, shape: &[usize]) -> Result<CudaTensor<D>> {
+pub(crate) fn alloc<D: Device>(device: &D, dtype: DType, shape: &[usize]) -> Result<CudaTensor<D>> {
     let bytes = shape.iter().try_fold(element_bytes(dtype), |bytes, &dim| bytes.checked_mul(dim));
     // Beyond this an address does not reach, whatever the device.
     if bytes.is_none_or(|bytes| bytes > isize::MAX as usize) {

@@ -10,12 +10,12 @@ mod scratch;
 use std::ops::Range;
 
 use dsa80_reference::{
-    Batch, DType, DeviceTensor, Error, HostExpert, HostInt4, HostLinear, HostTensor, Kernels, Result,
-    RopeLayout, RouterParams, SampleOutput, SampleRow,
+    Batch, DType, DeviceTensor, Error, HostExpert, HostInt4, HostLinear, HostTensor, Kernels, RandomLinear,
+    RandomTensor, Result, RopeLayout, RouterParams, SampleOutput, SampleRow,
 };
 
 use self::chosen::Chosen;
-pub(crate) use self::memory::upload;
+pub(crate) use self::memory::{alloc, upload};
 use self::scratch::Grown;
 use crate::absorb::{absorb_output, absorb_query};
 use crate::batch::CudaBatch;
@@ -34,6 +34,7 @@ use crate::moe::{Experts, MoeWorkspace, moe};
 use crate::moe_int4::{MoeInt4Dims, MoeInt4Workspace, MoeLoad, moe_int4};
 use crate::moe_int4_experts::ExpertsInt4;
 use crate::probe::CudaDevice;
+use crate::random_fill::random;
 use crate::rms_norm::{rms_norm, rms_norm_residual};
 use crate::rope::rope;
 use crate::rope_table::rope_table;
@@ -176,6 +177,14 @@ impl<D: Device> Kernels for Cuda<D> {
 
     fn upload_int4(&self, weight: HostInt4) -> Result<PackedInt4<D>> {
         PackedInt4::upload(&self.device, &self.chosen.repack_int4(), &weight)
+    }
+
+    fn random(&self, tensors: &[RandomTensor]) -> Result<CudaTensor<D>> {
+        random(&self.device, tensors)
+    }
+
+    fn random_int4(&self, weight: &RandomLinear) -> Result<PackedInt4<D>> {
+        PackedInt4::random(&self.device, &self.chosen.repack_int4(), &[weight])
     }
 
     fn upload_swiglu(&self, gate_proj: HostLinear, up_proj: HostLinear) -> Result<SwiGlu<D>> {

@@ -29,6 +29,24 @@ pub struct Int4Format {
     pub scale: DType,
 }
 
+/// The form in which a checkpoint that follows its config stores `spec`: dense weights and scales in 16 bits, packed layers as
+/// `quantization_config` says.
+pub(crate) fn described(config: &ModelConfig, spec: &LinearSpec) -> LinearFormat {
+    let Some(quantization) = &config.quantization else { return LinearFormat::Dense(DType::Bf16) };
+    match quantization.expectation(&spec.module, spec.is_linear_class()) {
+        Expectation::Int4(scheme) => LinearFormat::Int4(Int4Format {
+            method: quantization.method,
+            group_size: scheme.group_size_of(spec.in_features).min(spec.in_features),
+            symmetric: scheme.symmetric,
+            scale: match quantization.method {
+                QuantizationMethod::CompressedTensors => DType::Bf16,
+                QuantizationMethod::AutoAwq => DType::F16,
+            },
+        }),
+        Expectation::Dense | Expectation::Either(_) => LinearFormat::Dense(DType::Bf16),
+    }
+}
+
 /// The form in which `spec` is stored: every tensor of it has the right type and shape, and the config does
 /// not contradict. `claim` is told the name of each tensor.
 pub(super) fn detect(

@@ -132,10 +132,7 @@ impl<'a> Reader<'a> {
 
     /// A linear layer that is wanted dense.
     fn dense(&self, spec: &LinearSpec) -> Result<HostTensor, CheckpointError> {
-        Ok(match self.linear(spec)? {
-            HostLinear::Dense(tensor) => tensor,
-            HostLinear::Int4(packed) => packed.dequantise(),
-        })
+        self.linear(spec).map(HostLinear::dense)
     }
 
     fn int4(&self, spec: &LinearSpec, format: Int4Format) -> Result<HostInt4, CheckpointError> {

@@ -6,7 +6,7 @@
 
 mod error;
 mod files;
-mod format;
+pub(crate) mod format;
 mod header;
 mod index;
 mod int4;
@@ -203,17 +203,10 @@ impl Checkpoint {
         }
     }
 
-    fn check_shard(&self, Shard { rank, world_size }: Shard) -> Result<(), CheckpointError> {
+    fn check_shard(&self, shard: Shard) -> Result<(), CheckpointError> {
         // Asked for every layer, and costly to answer for a model of many experts.
         let valid = self.valid_tp.get_or_init(|| self.config.valid_tp());
-        if !valid.contains(&world_size) {
-            self.config.check_tp(world_size).map_err(CheckpointError::TensorParallel)?;
-        }
-        if rank < world_size {
-            Ok(())
-        } else {
-            Err(CheckpointError::OutOfRange { what: "rank", found: rank, limit: world_size })
-        }
+        if valid.contains(&shard.world_size) { shard.check_rank() } else { shard.check(&self.config) }
     }
 }
 

@@ -2,6 +2,9 @@
 
 use std::ops::Range;
 
+use super::CheckpointError;
+use crate::config::ModelConfig;
+
 /// One rank of a tensor-parallel group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shard {
@@ -14,6 +17,22 @@ pub struct Shard {
 impl Shard {
     /// The only rank: everything.
     pub const WHOLE: Shard = Shard { rank: 0, world_size: 1 };
+
+    /// Fails unless the rank exists and so many ranks can share the model.
+    pub(crate) fn check(self, config: &ModelConfig) -> Result<(), CheckpointError> {
+        config.check_tp(self.world_size).map_err(CheckpointError::TensorParallel)?;
+        self.check_rank()
+    }
+
+    /// Fails unless the rank exists.
+    pub(crate) fn check_rank(self) -> Result<(), CheckpointError> {
+        let Self { rank, world_size } = self;
+        if rank < world_size {
+            Ok(())
+        } else {
+            Err(CheckpointError::OutOfRange { what: "rank", found: rank, limit: world_size })
+        }
+    }
 
     /// This rank's equal part of `len` things, of which `world_size` is a divisor.
     pub(crate) fn range(self, len: usize) -> Range<usize> {

@@ -1,6 +1,6 @@
 //! A rank's weights on a backend.
 
-use dsa80_reference::{HostData, HostExpert, HostLinear, HostTensor, Kernels, Result};
+use dsa80_reference::{HostData, HostExpert, HostLinear, HostTensor, Kernels, RandomFormat, Result};
 
 use crate::weights::{HostAttention, HostEnds, HostIndexer, HostLayer, HostMlp, HostMoe, HostSwiGlu};
 
@@ -15,6 +15,10 @@ impl<K: Kernels> Linear<K> {
         Ok(match weight {
             HostLinear::Dense(weight) => Linear::Dense(kernels.upload(weight)?),
             HostLinear::Int4(weight) => Linear::Int4(kernels.upload_int4(weight)?),
+            HostLinear::Random(weight) => match weight.format {
+                RandomFormat::Dense(dtype) => Linear::Dense(kernels.random(&[weight.tensor(dtype)])?),
+                RandomFormat::Int4 { .. } => Linear::Int4(kernels.random_int4(&weight)?),
+            },
         })
     }
 
@@ -107,6 +111,11 @@ impl<K: Kernels> QkvA<K> {
             && let Some(both) = stack(q_a, kv_a)
         {
             return Ok(Self::Joined(kernels.upload(both)?));
+        }
+        if let (HostLinear::Random(q_a), HostLinear::Random(kv_a)) = (&q_a_proj, &kv_a_proj_with_mqa)
+            && let (RandomFormat::Dense(dtype), true) = (q_a.format, q_a.format == kv_a.format)
+        {
+            return Ok(Self::Joined(kernels.random(&[q_a.tensor(dtype), kv_a.tensor(dtype)])?));
         }
         Ok(Self::Apart {
             q_a_proj: Linear::upload(kernels, q_a_proj)?,

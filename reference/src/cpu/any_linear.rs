@@ -17,6 +17,7 @@ impl AnyLinear {
         match weight {
             HostLinear::Int4(weight) => Ok(AnyLinear::Int4(CpuInt4::from_host(&weight)?)),
             HostLinear::Dense(weight) => Ok(AnyLinear::Dense(weight)),
+            HostLinear::Random(weight) => Self::from_host(weight.make()),
         }
     }
 

@@ -47,18 +47,18 @@ impl CpuExperts {
                     expected,
                     found: format!("{found} in expert {e}"),
                 };
-                match weight {
-                    HostLinear::Dense(_) => {
+                match weight.int4_group_size() {
+                    None => {
                         return Err(refuse(
                             "INT4 (use `upload_experts` and `moe`)".into(),
                             "unquantised".into(),
                         ));
                     }
-                    HostLinear::Int4(weight) => {
+                    Some(group_size) => {
                         let of = &mut group_sizes[usize::from(name == "down_proj")];
-                        let first = *of.get_or_insert(weight.group_size);
-                        if weight.group_size != first {
-                            let found = format!("groups of {}", weight.group_size);
+                        let first = *of.get_or_insert(group_size);
+                        if group_size != first {
+                            let found = format!("groups of {group_size}");
                             return Err(refuse(format!("groups of {first} as in expert 0"), found));
                         }
                     }
@@ -265,10 +265,7 @@ mod tests {
     }
 
     fn dense(weight: &HostLinear) -> HostTensor {
-        match weight {
-            HostLinear::Dense(weight) => weight.clone(),
-            HostLinear::Int4(weight) => weight.dequantise(),
-        }
+        weight.clone().dense()
     }
 
     /// `weight x` in f64, term by term.

@@ -75,10 +75,7 @@ mod tests {
         let x = tensor(DType::Act, &[3, 20], &randoms(1, 60));
         for formats in [(true, true), (false, false), (true, false)] {
             let (gate_proj, up_proj) = (projection(1, formats.0), projection(2, formats.1));
-            let dense = |weight: &HostLinear| match weight {
-                HostLinear::Dense(weight) => exact.upload(weight.clone()).unwrap(),
-                HostLinear::Int4(weight) => exact.upload(weight.dequantise()).unwrap(),
-            };
+            let dense = |weight: &HostLinear| exact.upload(weight.clone().dense()).unwrap();
             let empty = || tensor(DType::Act, &[3, 12], &[f64::NAN; 36]);
             let (mut gate, mut up, mut expected) = (empty(), empty(), empty());
             exact.linear(&x, &dense(&gate_proj), &mut gate).unwrap();
