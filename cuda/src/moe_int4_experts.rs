@@ -101,7 +101,8 @@ impl<D: Device> ExpertsInt4<D> {
 
     /// Makes experts of random numbers, in order.
     fn random(device: &D, tile: &RepackInt4Tile, experts: &[[RandomLinear; 3]]) -> Result<Self> {
-        let [gate, up, down] = experts.first().ok_or_else(|| refuse("experts", "at least one", "0".into()))?;
+        let [gate, up, down] =
+            experts.first().ok_or_else(|| refuse("experts", "at least one", "0".into()))?;
         let (gate_up_shape, down_shape) =
             (Int4Shape::of_random(&[gate, up])?, Int4Shape::of_random(&[down])?);
         let mut gate_up = PackedInt4::alloc(device, "experts' gate and up", gate_up_shape, experts.len())?;

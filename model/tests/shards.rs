@@ -51,7 +51,7 @@ impl Judge<'_> {
 
     fn linear(&self, module: &str, found: &HostLinear, part: Part) {
         let dense = match found {
-            HostLinear::Dense(tensor) => tensor.clone(),
+            HostLinear::Dense(_) | HostLinear::Random(_) => found.clone().dense(),
             HostLinear::Int4(packed) => {
                 let (rows, groups) = (packed.out_features, packed.groups());
                 assert!(packed.group_size <= packed.in_features, "{module}");

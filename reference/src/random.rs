@@ -177,7 +177,10 @@ pub fn stacked_shape(tensors: &[RandomTensor]) -> Result<Vec<usize>> {
     let first = tensors.first().ok_or_else(|| refuse("at least one", "none".into()))?;
     let inner = |tensor: &RandomTensor| tensor.shape.get(1..).map(<[usize]>::to_vec);
     if !first.dtype.is_weight() || inner(first).is_none() {
-        return Err(refuse("a weight of at least one dimension", format!("{} {:?}", first.dtype, first.shape)));
+        return Err(refuse(
+            "a weight of at least one dimension",
+            format!("{} {:?}", first.dtype, first.shape),
+        ));
     }
     for tensor in tensors {
         if tensor.dtype != first.dtype || inner(tensor) != inner(first) {
@@ -210,7 +213,12 @@ pub(crate) fn stacked(tensors: &[RandomTensor]) -> Result<HostTensor> {
 
 /// What `random_int4` says of a dense weight.
 pub fn not_packed() -> Error {
-    Error::Value { kernel: "random_int4", name: "weight", expected: "INT4".into(), found: "unquantised".into() }
+    Error::Value {
+        kernel: "random_int4",
+        name: "weight",
+        expected: "INT4".into(),
+        found: "unquantised".into(),
+    }
 }
 
 #[cfg(test)]

@@ -263,8 +263,7 @@ impl HostExpert {
     pub fn fit_moe_int4(experts: &[HostExpert]) -> bool {
         let group_sizes = |expert: &HostExpert| {
             let gate = expert.gate_proj.int4_group_size()?;
-            (expert.up_proj.int4_group_size()? == gate)
-                .then_some((gate, expert.down_proj.int4_group_size()?))
+            (expert.up_proj.int4_group_size()? == gate).then_some((gate, expert.down_proj.int4_group_size()?))
         };
         let Some(first) = experts.first().and_then(group_sizes) else { return false };
         experts.iter().all(|expert| group_sizes(expert) == Some(first))

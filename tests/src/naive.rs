@@ -68,6 +68,7 @@ fn values(tensor: &HostTensor) -> Row {
 fn matrix(weight: &HostLinear) -> Vec<Row> {
     let (rows, columns) = weight.dims();
     match weight {
+        HostLinear::Random(random) => matrix(&random.make()),
         HostLinear::Dense(tensor) => values(tensor).chunks(columns).map(<[f64]>::to_vec).collect(),
         HostLinear::Int4(packed) => {
             let scales = values(&packed.scales);

@@ -18,7 +18,7 @@ pub use compare::{Measured, assert_close, assert_same, half_ulp_bf16};
 pub use devices::{TestDevice, twice};
 pub use interval::Interval;
 pub use runner::{catches, check, check_on_gpu, large_cases, small_cases};
-pub use tensors::{Pair, batch, integers, numbers, poisoned, read, read_bytes, read_index};
+pub use tensors::{Pair, batch, integers, numbers, poisoned, read, read_bytes, read_index, weight_bytes};
 pub use values::Values;
 
 /// Half the spacing of f32 at 1: the relative error of one rounding.

@@ -19,6 +19,15 @@ pub struct Pair {
     pub device: CudaTensor<TestDevice>,
 }
 
+/// A weight's elements as they lie in memory.
+pub fn weight_bytes(weight: &HostTensor) -> &[u8] {
+    match &weight.data {
+        HostData::Bf16(data) => bytemuck::cast_slice(data),
+        HostData::F16(data) => bytemuck::cast_slice(data),
+        HostData::F32(data) => bytemuck::cast_slice(data),
+    }
+}
+
 impl Pair {
     /// An `Act` or `Float` tensor of `values`, rounded to bf16 or f32 on both sides.
     pub fn new(device: &TestDevice, name: &str, dtype: DType, shape: &[usize], values: &[f64]) -> Self {
@@ -65,13 +74,9 @@ impl Pair {
             other => panic!("{name}: {other} is no weight type"),
         };
         let tensor = done(CudaTensor::alloc(device, name, dtype, shape));
-        let bytes: &[u8] = match &data {
-            HostData::Bf16(data) => bytemuck::cast_slice(data),
-            HostData::F16(data) => bytemuck::cast_slice(data),
-            HostData::F32(data) => bytemuck::cast_slice(data),
-        };
-        done(device.write(tensor.buffer(), 0, bytes));
-        let host = done(oracle().upload(HostTensor { shape: shape.to_vec(), data }));
+        let host = HostTensor { shape: shape.to_vec(), data };
+        done(device.write(tensor.buffer(), 0, weight_bytes(&host)));
+        let host = done(oracle().upload(host));
         Self { host, device: tensor }
     }
 

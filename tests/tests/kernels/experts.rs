@@ -166,10 +166,7 @@ struct Matrix {
 
 impl Matrix {
     fn of(weight: &HostLinear) -> Self {
-        let tensor = match weight {
-            HostLinear::Dense(tensor) => tensor.clone(),
-            HostLinear::Int4(weight) => weight.dequantise(),
-        };
+        let tensor = weight.clone().dense();
         Self { inner: tensor.shape[1], elements: tensor.to_f32().into_iter().map(f64::from).collect() }
     }
 

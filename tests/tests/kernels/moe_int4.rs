@@ -325,7 +325,7 @@ fn dims(layer: Layer) -> MoeInt4Dims {
     let shape = |weights: &[&HostLinear]| {
         let int4 = weights.iter().map(|weight| match weight {
             HostLinear::Int4(weight) => weight,
-            HostLinear::Dense(_) => panic!("all experts are INT4"),
+            HostLinear::Dense(_) | HostLinear::Random(_) => panic!("all experts are INT4"),
         });
         Int4Shape::of(&int4.collect::<Vec<_>>()).unwrap()
     };

@@ -9,7 +9,7 @@ use dsa80_cuda::{Cuda, Device, Launch, Limits, Program, Sources, Tiles};
 use dsa80_model::engine::{SampleTarget, Step};
 use dsa80_reference::{Batch, Error, Result, SamplingParams, SequenceSlice};
 use dsa80_tests::fixture::{self, Fixture};
-use dsa80_tests::glm::GlmShard;
+use dsa80_tests::glm;
 use dsa80_tests::{judge, prompt};
 
 /// The compiler of `cuda/requirements.txt`: which registers another one takes is not for this test.
@@ -105,7 +105,7 @@ fn a100(compiler: Arc<Compiler>, seen: Arc<Mutex<HashSet<Program>>>) -> Cuda<Dry
 fn run_glm(compiler: Arc<Compiler>, seen: Arc<Mutex<HashSet<Program>>>) {
     let mut limits = prompt::limits(4096, 64, 1000);
     limits.max_batch_seqs = 64;
-    let mut rank = judge::load_weights(a100(compiler, seen), &GlmShard::new(8, 2048, 1000), &limits).unwrap();
+    let mut rank = judge::load_weights(a100(compiler, seen), &glm::shard(8, 2048, 1000), &limits).unwrap();
     let pages: Vec<u32> = (0..64).collect();
     for (sequences, computed, tokens) in [
         (1, 0, 2560),

@@ -9,7 +9,7 @@ use dsa80_model::runner::WeightSource;
 use dsa80_reference::cpu::Cpu;
 use dsa80_reference::{Batch, SequenceSlice};
 use dsa80_tests::fixture::Fixture;
-use dsa80_tests::glm::GlmShard;
+use dsa80_tests::glm;
 use dsa80_tests::judge::{self, limits};
 use dsa80_tests::layers::{Forced, Trace, relative_l2};
 use dsa80_tests::parity::oracle;
@@ -76,10 +76,10 @@ fn compare_steps<D: Device>(
 #[test]
 fn a_shard_of_glm_is_the_oracles_within_rounding() {
     let Some(cuda) = super::on_gpu() else { return };
-    let (glm, limits) = (GlmShard::new(8, 64, 1000), prompt::limits(176, PAGE_SIZE, 1000));
+    let (weights, limits) = (glm::shard(8, 64, 1000), prompt::limits(176, PAGE_SIZE, 1000));
     let tokens: Vec<u32> = (0..161).map(|i| i * 7919 % 1000).collect();
     let pieces = [0..130, 130..154, 154..160, 160..161];
-    compare_steps(cuda, "GLM-5.2, a shard", &glm, &limits, &tokens, &pieces);
+    compare_steps(cuda, "GLM-5.2, a shard", &weights, &limits, &tokens, &pieces);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use dsa80_cuda::Cuda;
 use dsa80_model::engine::{SampleTarget, Step};
 use dsa80_model::runner::Rank;
 use dsa80_reference::{Batch, DType, HostTensor, Kernels, SamplingParams, SequenceSlice};
-use dsa80_tests::glm::GlmShard;
+use dsa80_tests::glm;
 use dsa80_tests::parity::devices;
 use dsa80_tests::{judge, prompt};
 
@@ -105,7 +105,7 @@ fn steps_of_a_shard_of_glm() {
     limits.max_batch_seqs = 64;
     let started = Instant::now();
     let mut rank =
-        judge::load_weights(Cuda::open().unwrap(), &GlmShard::new(256, 2048, 19360), &limits).unwrap();
+        judge::load_weights(Cuda::open().unwrap(), &glm::shard(256, 2048, 19360), &limits).unwrap();
     println!("loaded in {:.1} s", started.elapsed().as_secs_f64());
     for start in (0..CONTEXT).step_by(2048) {
         let pages: Vec<u32> = (0..CONTEXT.div_ceil(PAGE_SIZE) as u32).collect();

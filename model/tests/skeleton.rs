@@ -1,0 +1,322 @@
+//! The published checkpoints of GLM-5.2 in full: real names and shapes in sparse files, headers alone written.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::path::Path;
+
+use dsa80_model::checkpoint::{Checkpoint, LinearFormat, Shard};
+use dsa80_model::plan::Plan;
+use serde_json::json;
+
+const SHARDS: usize = 83;
+const RANKS: usize = 8;
+const LAYERS: usize = 78;
+/// Of the layer that drafts tokens, which is not loaded.
+const MTP: usize = LAYERS;
+const HIDDEN: usize = 6144;
+
+/// How a checkpoint is quantised.
+#[derive(Clone, Copy)]
+struct Scheme {
+    group_size: usize,
+    symmetric: bool,
+    /// Whether a linear layer is packed.
+    packs: fn(&str) -> bool,
+}
+
+/// Who reads a tensor.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Use {
+    /// Every rank its part.
+    Shared,
+    /// Every rank all of it.
+    Replicated,
+    /// `weight_shape`: whoever opens the checkpoint.
+    Opening,
+    /// Nobody.
+    Draft,
+}
+
+struct Tensor {
+    name: String,
+    dtype: &'static str,
+    shape: Vec<usize>,
+    bytes: u64,
+    contents: Vec<u8>,
+    by: Use,
+}
+
+/// All tensors of a checkpoint.
+struct Skeleton {
+    scheme: Scheme,
+    tensors: Vec<Tensor>,
+    /// Linear layers that are not packed.
+    ignored: Vec<String>,
+}
+
+impl Skeleton {
+    fn new(scheme: Scheme) -> Self {
+        let mut all = Self { scheme, tensors: Vec::new(), ignored: Vec::new() };
+        all.plain("model.embed_tokens.weight", &[154_880, HIDDEN], Use::Shared);
+        for layer in 0..=LAYERS {
+            all.layer(layer);
+        }
+        all.plain("model.norm.weight", &[HIDDEN], Use::Replicated);
+        all.ignored.push("lm_head".to_owned());
+        all.plain("lm_head.weight", &[154_880, HIDDEN], Use::Shared);
+        all
+    }
+
+    fn layer(&mut self, layer: usize) {
+        let prefix = format!("model.layers.{layer}");
+        let norm = |name: &str| format!("{prefix}.{name}.weight");
+        let (shared, replicated) =
+            if layer == MTP { (Use::Draft, Use::Draft) } else { (Use::Shared, Use::Replicated) };
+        self.plain(&norm("input_layernorm"), &[HIDDEN], replicated);
+        self.plain(&norm("post_attention_layernorm"), &[HIDDEN], replicated);
+        let module = |name: &str| format!("{prefix}.self_attn.{name}");
+        self.linear(&module("q_a_proj"), [2048, HIDDEN], replicated);
+        self.plain(&norm("self_attn.q_a_layernorm"), &[2048], replicated);
+        self.linear(&module("q_b_proj"), [64 * 256, 2048], shared);
+        self.linear(&module("kv_a_proj_with_mqa"), [512 + 64, HIDDEN], replicated);
+        self.plain(&norm("self_attn.kv_a_layernorm"), &[512], replicated);
+        self.linear(&module("kv_b_proj"), [64 * (192 + 256), 512], shared);
+        self.linear(&module("o_proj"), [HIDDEN, 64 * 256], shared);
+        if layer < 3 || layer % 4 == 2 || layer == MTP {
+            self.linear(&module("indexer.wq_b"), [32 * 128, 2048], replicated);
+            self.linear(&module("indexer.wk"), [128, HIDDEN], replicated);
+            self.plain(&norm("self_attn.indexer.k_norm"), &[128], replicated);
+            self.plain(&module("indexer.k_norm.bias"), &[128], replicated);
+            self.linear(&module("indexer.weights_proj"), [32, HIDDEN], replicated);
+        }
+        let mlp = format!("{prefix}.mlp");
+        if layer < 3 {
+            self.swiglu(&mlp, 12288, shared);
+        } else {
+            self.plain(&format!("{mlp}.gate.weight"), &[256, HIDDEN], replicated);
+            self.typed(&format!("{mlp}.gate.e_score_correction_bias"), "F32", &[256], Vec::new(), replicated);
+            for expert in 0..256 {
+                self.swiglu(&format!("{mlp}.experts.{expert}"), 2048, shared);
+            }
+            self.swiglu(&format!("{mlp}.shared_experts"), 2048, shared);
+        }
+        if layer == MTP {
+            for name in ["enorm", "hnorm", "shared_head.norm"] {
+                self.plain(&norm(name), &[HIDDEN], Use::Draft);
+            }
+            self.linear(&format!("{prefix}.eh_proj"), [HIDDEN, 2 * HIDDEN], Use::Draft);
+        }
+    }
+
+    fn swiglu(&mut self, prefix: &str, intermediate: usize, by: Use) {
+        self.linear(&format!("{prefix}.gate_proj"), [intermediate, HIDDEN], by);
+        self.linear(&format!("{prefix}.up_proj"), [intermediate, HIDDEN], by);
+        self.linear(&format!("{prefix}.down_proj"), [HIDDEN, intermediate], by);
+    }
+
+    fn linear(&mut self, module: &str, [out, columns]: [usize; 2], by: Use) {
+        let Scheme { group_size, symmetric, packs } = self.scheme;
+        if !packs(module) {
+            self.ignored.push(module.to_owned());
+            return self.plain(&format!("{module}.weight"), &[out, columns], by);
+        }
+        let groups = columns / group_size;
+        self.typed(&format!("{module}.weight_packed"), "I32", &[out, columns / 8], Vec::new(), by);
+        self.typed(&format!("{module}.weight_scale"), "BF16", &[out, groups], Vec::new(), by);
+        if !symmetric {
+            self.typed(&format!("{module}.weight_zero_point"), "I32", &[out / 8, groups], Vec::new(), by);
+        }
+        let contents = [out, columns].iter().flat_map(|&size| (size as i64).to_le_bytes()).collect();
+        let by = if by == Use::Draft { by } else { Use::Opening };
+        self.typed(&format!("{module}.weight_shape"), "I64", &[2], contents, by);
+    }
+
+    fn plain(&mut self, name: &str, shape: &[usize], by: Use) {
+        self.typed(name, "BF16", shape, Vec::new(), by);
+    }
+
+    fn typed(&mut self, name: &str, dtype: &'static str, shape: &[usize], contents: Vec<u8>, by: Use) {
+        let width = match dtype {
+            "BF16" => 2,
+            "I64" => 8,
+            _ => 4,
+        };
+        let bytes = shape.iter().product::<usize>() as u64 * width;
+        self.tensors.push(Tensor {
+            name: name.to_owned(),
+            dtype,
+            shape: shape.to_vec(),
+            bytes,
+            contents,
+            by,
+        });
+    }
+
+    /// Bytes by who reads them.
+    fn bytes(&self) -> BTreeMap<Use, u64> {
+        let mut sums = BTreeMap::new();
+        for tensor in &self.tensors {
+            *sums.entry(tensor.by).or_default() += tensor.bytes;
+        }
+        sums
+    }
+
+    /// Writes the files, and returns the bytes of their headers.
+    fn save(&self, dir: &Path) -> u64 {
+        fs::write(dir.join("config.json"), self.config().to_string()).unwrap();
+        let total: u64 = self.tensors.iter().map(|tensor| tensor.bytes).sum();
+        let (mut shards, mut bytes) = (vec![Vec::new()], 0);
+        for tensor in &self.tensors {
+            if bytes > total / SHARDS as u64 * shards.len() as u64 {
+                shards.push(Vec::new());
+            }
+            shards.last_mut().unwrap().push(tensor);
+            bytes += tensor.bytes;
+        }
+        let mut map = BTreeMap::new();
+        let mut headers = 0;
+        for (number, mut tensors) in shards.into_iter().enumerate() {
+            let file = format!("model-{:05}-of-{SHARDS:05}.safetensors", number + 1);
+            // As the library writes them: the widest types first, which brings the contents together.
+            tensors.sort_by_key(|tensor| (tensor.dtype != "I64", tensor.dtype != "F32", &tensor.name));
+            headers += write_shard(&dir.join(&file), &tensors);
+            map.extend(tensors.iter().map(|tensor| (&tensor.name, file.clone())));
+        }
+        let index = json!({"metadata": {"total_size": total}, "weight_map": map});
+        fs::write(dir.join("model.safetensors.index.json"), index.to_string()).unwrap();
+        headers
+    }
+
+    fn config(&self) -> serde_json::Value {
+        let Scheme { group_size, symmetric, .. } = self.scheme;
+        let quantization = json!({
+            "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": self.ignored,
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
+                "num_bits": 4, "type": "int", "symmetric": symmetric, "group_size": group_size,
+                "strategy": "group",
+            }}},
+        });
+        let mut config = json!({
+            "model_type": "glm_moe_dsa", "hidden_size": HIDDEN, "num_hidden_layers": LAYERS,
+            "vocab_size": 154_880, "num_attention_heads": 64, "q_lora_rank": 2048, "kv_lora_rank": 512,
+            "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256, "index_n_heads": 32,
+            "index_head_dim": 128, "index_topk": 2048, "index_topk_freq": 4, "index_skip_topk_offset": 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 8e6}, "n_routed_experts": 256,
+            "num_experts_per_tok": 8, "n_shared_experts": 1, "moe_intermediate_size": 2048,
+            "intermediate_size": 12288, "n_group": 1, "topk_group": 1, "norm_topk_prob": true,
+            "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+            "first_k_dense_replace": 3, "rms_norm_eps": 1e-5, "max_position_embeddings": 1_048_576,
+            "num_nextn_predict_layers": 1, "eos_token_id": [151_329, 151_336, 151_338],
+        });
+        config["quantization_config"] = quantization;
+        config
+    }
+}
+
+/// A file that holds the header and the contents there are; all else is a hole.
+fn write_shard(path: &Path, tensors: &[&Tensor]) -> u64 {
+    let mut header = String::from("{\"__metadata__\":{\"format\":\"pt\"}");
+    let mut end = 0;
+    let mut contents = Vec::new();
+    for Tensor { name, dtype, shape, bytes, contents: some, .. } in tensors {
+        let start = end;
+        end += bytes;
+        write!(
+            header,
+            ",\"{name}\":{{\"dtype\":\"{dtype}\",\"shape\":{shape:?},\"data_offsets\":[{start},{end}]}}"
+        )
+        .unwrap();
+        contents.extend_from_slice(some);
+    }
+    header.push('}');
+    let padded = header.len().next_multiple_of(8);
+    header.extend(std::iter::repeat_n(' ', padded - header.len()));
+    let mut file = File::create(path).unwrap();
+    file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
+    file.write_all(header.as_bytes()).unwrap();
+    file.write_all(&contents).unwrap();
+    let headers = 8 + header.len() as u64;
+    file.set_len(headers + end).unwrap();
+    headers
+}
+
+/// Opens the skeleton, and accounts for every byte of it. Returns the plan at TP = 8.
+fn check(scheme: Scheme) -> (Checkpoint, Plan, BTreeMap<Use, u64>) {
+    let skeleton = Skeleton::new(scheme);
+    let dir = tempfile::tempdir().unwrap();
+    let headers = skeleton.save(dir.path());
+    let bytes = skeleton.bytes();
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    assert_eq!(checkpoint.file_bytes(), headers + bytes.values().sum::<u64>());
+    let rank = bytes[&Use::Shared] / RANKS as u64 + bytes[&Use::Replicated];
+    for rank_number in 0..RANKS {
+        let shard = Shard { rank: rank_number, world_size: RANKS };
+        assert_eq!(checkpoint.shard_bytes(shard).unwrap(), rank, "rank {rank_number}");
+    }
+    let plan = Plan::from_checkpoint(&checkpoint, RANKS).unwrap();
+    // The config alone says the same, but for the one tensor that is wider than it has to be.
+    let described = Plan::from_config(checkpoint.config(), RANKS).unwrap().weights;
+    assert_eq!(plan.weights.total() - described.total(), 75 * 256 * 2);
+    (checkpoint, plan, bytes)
+}
+
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / (1_u64 << 30) as f64
+}
+
+/// cyankiwi/GLM-5.2-AWQ-INT4: the routed experts alone are packed, in asymmetric groups of 32; the drafting layer is bf16.
+#[test]
+fn experts_in_asymmetric_groups_of_32() {
+    let packs = |module: &str| module.contains(".experts.") && !module.starts_with("model.layers.78.");
+    let (checkpoint, plan, bytes) = check(Scheme { group_size: 32, symmetric: false, packs });
+    // Everything is held as it is stored.
+    let rank = bytes[&Use::Shared] / RANKS as u64 + bytes[&Use::Replicated];
+    assert_eq!(plan.weights.total(), rank);
+    assert!((gib(rank) - 57.0).abs() < 2.0, "{}", gib(rank));
+    // The published sizes: 474 GB, 20 of them the drafting layer's; 423 GiB on one rank.
+    let published = |bytes: u64, gb: f64| (bytes as f64 / 1e9 / gb - 1.0).abs() < 0.02;
+    assert!(published(bytes.values().sum(), 474.0) && published(bytes[&Use::Draft], 20.0));
+    let whole = Plan::from_checkpoint(&checkpoint, 1).unwrap().weights.total();
+    assert!((gib(whole) / 423.0 - 1.0).abs() < 0.01, "{}", gib(whole));
+    let format = |module: &str| checkpoint.linear_format(module).unwrap();
+    assert!(
+        matches!(format("model.layers.40.mlp.experts.255.down_proj"), LinearFormat::Int4(f) if f.group_size == 32)
+    );
+    assert!(matches!(format("model.layers.40.mlp.shared_experts.down_proj"), LinearFormat::Dense(_)));
+}
+
+/// All linear layers packed, in symmetric groups of 128, the drafting layer's too.
+#[test]
+fn everything_in_symmetric_groups_of_128() {
+    let packs = |module: &str| !module.ends_with("weights_proj");
+    let (checkpoint, plan, bytes) = check(Scheme { group_size: 128, symmetric: true, packs });
+    // kv_b is held as f32, because `absorb` works on single heads.
+    let kv_b = (LAYERS * 64 * (192 + 256) * 512) as u64;
+    let (packed, held) = (kv_b / 2 + kv_b / 128 * 2, 4 * kv_b);
+    let rank = (bytes[&Use::Shared] - packed + held) / RANKS as u64 + bytes[&Use::Replicated];
+    assert_eq!(plan.weights.total(), rank);
+    let whole = Plan::from_checkpoint(&checkpoint, 1).unwrap().weights.total();
+    assert!(gib(whole) < 375.0, "{}", gib(whole));
+}
+
+/// Attention and the drafting layer in bf16, shared experts and dense layers packed.
+#[test]
+fn attention_and_the_drafting_layer_in_bf16() {
+    let packs = |module: &str| module.contains(".mlp.") && !module.starts_with("model.layers.78.");
+    let (checkpoint, plan, bytes) = check(Scheme { group_size: 128, symmetric: true, packs });
+    assert_eq!(plan.weights.total(), bytes[&Use::Shared] / RANKS as u64 + bytes[&Use::Replicated]);
+    let format = |module: &str| checkpoint.linear_format(module).unwrap();
+    for (module, packed) in [
+        ("model.layers.0.mlp.down_proj", true),
+        ("model.layers.3.mlp.shared_experts.up_proj", true),
+        ("model.layers.77.mlp.experts.0.gate_proj", true),
+        ("model.layers.77.self_attn.o_proj", false),
+        ("model.layers.2.self_attn.indexer.wq_b", false),
+    ] {
+        assert_eq!(matches!(format(module), LinearFormat::Int4(_)), packed, "{module}");
+    }
+}
