@@ -6,6 +6,7 @@
 
 pub mod absorb;
 pub mod batch;
+pub mod counting;
 mod cuda;
 pub mod device;
 pub mod embed;
@@ -53,6 +54,7 @@ pub mod tiles;
 pub mod top_k;
 
 pub use batch::CudaBatch;
+pub use counting::Counting;
 pub use cuda::Cuda;
 pub use device::{Arg, Device, Launch, Limits, Program, ProgramEntry};
 pub use gpu::{Gpu, GpuBuffer};

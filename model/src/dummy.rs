@@ -1,6 +1,8 @@
 //! Weights that nobody trained: a model's real shapes and formats, filled with random numbers where they are needed. From a config alone,
 //! for measurements and for tests.
 
+use std::sync::{Arc, OnceLock};
+
 use dsa80_reference::{
     DType, HostExpert, HostLinear, HostTensor, RandomFormat, RandomLinear, RandomTensor, random,
 };
@@ -10,7 +12,7 @@ use crate::checkpoint::layout::{
     self, AttentionSpecs, IndexerSpecs, LinearSpec, MlpSpecs, MoeSpecs, SwiGluSpecs, TensorSpec,
 };
 use crate::checkpoint::shard::Split;
-use crate::checkpoint::{CheckpointError, LinearFormat, Shard};
+use crate::checkpoint::{Checkpoint, CheckpointError, LinearFormat, Shard};
 use crate::config::ModelConfig;
 use crate::runner::WeightSource;
 use crate::weights::{HostAttention, HostEnds, HostIndexer, HostLayer, HostMlp, HostMoe, HostSwiGlu};
@@ -24,16 +26,37 @@ const ADDED: f32 = 0.25;
 /// A linear layer's outputs are about as large as its inputs (a deviation of `fan_in^-0.5`), those that are added to the residual stream a
 /// quarter of that. Numbers are a function of the seed, the module's name and, where ranks share a weight, the shard: what every rank has
 /// whole is the same on all of them.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct DummyWeights {
     config: ModelConfig,
     seed: u32,
+    /// Whose formats they have, where that is not what the config describes.
+    like: Option<Arc<Checkpoint>>,
+    valid_tp: OnceLock<Vec<usize>>,
 }
 
 impl DummyWeights {
     /// For the model that `config` describes; another seed makes other numbers.
     pub fn new(config: ModelConfig, seed: u32) -> Self {
-        Self { config, seed }
+        Self { config, seed, like: None, valid_tp: OnceLock::new() }
+    }
+
+    /// In the formats that the tensors of `checkpoint` have.
+    pub fn like(checkpoint: &Arc<Checkpoint>) -> Self {
+        Self { like: Some(Arc::clone(checkpoint)), ..Self::new(checkpoint.config().clone(), 0) }
+    }
+
+    fn maker(&self, shard: Shard) -> Result<Maker<'_>, CheckpointError> {
+        // Asked for every layer, and costly to answer for a model of many experts.
+        let valid = self.valid_tp.get_or_init(|| self.config.valid_tp());
+        if valid.contains(&shard.world_size) { shard.check_rank() } else { shard.check(&self.config) }?;
+        Ok(Maker { config: &self.config, seed: self.seed, like: self.like.as_deref(), shard })
+    }
+}
+
+impl std::fmt::Debug for DummyWeights {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DummyWeights").field("seed", &self.seed).finish_non_exhaustive()
     }
 }
 
@@ -41,6 +64,7 @@ impl DummyWeights {
 struct Maker<'a> {
     config: &'a ModelConfig,
     seed: u32,
+    like: Option<&'a Checkpoint>,
     shard: Shard,
 }
 
@@ -57,7 +81,8 @@ impl Maker<'_> {
 
     fn linear(&self, spec: &LinearSpec, gain: f32) -> HostLinear {
         let (rows, columns) = spec.split.ranges(self.shard, spec.out_features, spec.in_features);
-        let format = match described(self.config, spec) {
+        let stored = self.like.and_then(|like| like.linear_format(&spec.module));
+        let format = match stored.unwrap_or_else(|| described(self.config, spec)) {
             LinearFormat::Dense(dtype) => RandomFormat::Dense(dtype),
             LinearFormat::Int4(format) => RandomFormat::Int4 {
                 // One group a row is one group of a shard's row.
@@ -79,7 +104,8 @@ impl Maker<'_> {
     fn tensor(&self, spec: &TensorSpec, centre: f32, spread: f32) -> HostTensor {
         let mut shape = spec.shape.clone();
         shape[0] = spec.split.ranges(self.shard, shape[0], 1).0.len();
-        RandomTensor::new(shape, DType::Bf16, centre, spread, self.seed(&spec.name, spec.split)).make()
+        let dtype = self.like.and_then(|like| like.tensor_dtype(&spec.name)).unwrap_or(DType::Bf16);
+        RandomTensor::new(shape, dtype, centre, spread, self.seed(&spec.name, spec.split)).make()
     }
 
     fn norm(&self, spec: &TensorSpec) -> HostTensor {
@@ -141,12 +167,11 @@ impl WeightSource for DummyWeights {
     }
 
     fn load_layer(&self, layer: usize, shard: Shard) -> Result<HostLayer, CheckpointError> {
-        shard.check(&self.config)?;
+        let maker = self.maker(shard)?;
         let limit = self.config.num_hidden_layers;
         if layer >= limit {
             return Err(CheckpointError::OutOfRange { what: "layer", found: layer, limit });
         }
-        let maker = Maker { config: &self.config, seed: self.seed, shard };
         let specs = layout::layer(&self.config, layer);
         Ok(HostLayer {
             input_layernorm: maker.norm(&specs.input_layernorm),
@@ -160,8 +185,7 @@ impl WeightSource for DummyWeights {
     }
 
     fn load_ends(&self, shard: Shard) -> Result<HostEnds, CheckpointError> {
-        shard.check(&self.config)?;
-        let maker = Maker { config: &self.config, seed: self.seed, shard };
+        let maker = self.maker(shard)?;
         let specs = layout::ends(&self.config);
         let embed_tokens = maker.tensor(&specs.embed_tokens, 0.0, 1.0);
         Ok(HostEnds {

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use dsa80_model::engine::StepLimits;
 use dsa80_model::runner::{Probe, Rank};
-use dsa80_reference::{Batch, Kernels, Result, SequenceSlice};
+use dsa80_reference::{Batch, DType, Kernels, Result, SequenceSlice};
 
 /// What came out of a prompt.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -21,6 +21,7 @@ pub fn limits(max_model_len: usize, page_size: usize, vocab_size: usize) -> Step
     StepLimits {
         page_size,
         num_pages: 3 * max_model_len.div_ceil(page_size),
+        cache_dtype: DType::Act,
         max_batch_tokens: 2 * max_model_len,
         max_batch_seqs: 4,
         max_model_len,

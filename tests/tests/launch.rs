@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use dsa80_model::checkpoint::Checkpoint;
 use dsa80_model::engine::{Event, FinishReason, Request};
-use dsa80_model::launch::{Device, LaunchOptions, launch};
+use dsa80_model::launch::{Device, KvCacheDtype, LaunchOptions, launch};
 use dsa80_reference::SamplingParams;
-use dsa80_tests::engine::options;
+use dsa80_tests::engine::{collect, options};
 use dsa80_tests::fixture::{self, Fixture};
 
 fn default_checkpoint() -> Arc<Checkpoint> {
@@ -40,6 +40,19 @@ fn refusals_name_the_option_and_what_would_fit() {
         (LaunchOptions { max_num_seqs: 0, ..options() }, "--max-num-seqs is 0"),
         (LaunchOptions { num_pages: Some(0), ..options() }, "--num-pages is 0"),
         (LaunchOptions { max_model_len: Some(0), ..options() }, "--max-model-len is 0"),
+        (
+            LaunchOptions { gpu_memory_utilization: 0.0, ..options() },
+            "--gpu-memory-utilization is 0; expected a share",
+        ),
+        (LaunchOptions { gpu_memory_utilization: f64::NAN, ..options() }, "--gpu-memory-utilization is NaN"),
+        (
+            LaunchOptions { kv_cache_dtype: KvCacheDtype::Bf16, ..options() },
+            "--kv-cache-dtype bf16 is for a GPU",
+        ),
+        (
+            LaunchOptions { kv_cache_dtype: KvCacheDtype::Fp8, page_size: 6, ..options() },
+            "--page-size 6 is not a multiple of 4",
+        ),
         (LaunchOptions { max_model_len: Some(8193), ..options() }, "max_position_embeddings, 8192"),
         (
             LaunchOptions { max_model_len: Some(512), num_pages: Some(4), page_size: 64, ..options() },
@@ -79,6 +92,61 @@ fn contexts_are_cut_to_what_the_caches_hold() {
     assert_eq!(engine.max_model_len(), 96);
     engine.shutdown(Duration::ZERO);
     assert!(!engine.is_alive());
+}
+
+/// A page of 8 bits takes less than half of one of f32, and a model answers about the same from it.
+#[test]
+fn caches_in_8_bits_hold_more_and_say_about_the_same() {
+    let fixture = Fixture::open(fixture::root().join("default")).unwrap();
+    let engine = |kv_cache_dtype| {
+        let options =
+            LaunchOptions { device: Device::Cpu, kv_cache_dtype, kv_cache_bytes: Some(1 << 20), ..options() };
+        launch(&default_checkpoint(), &options).unwrap()
+    };
+    let (exact, eight) = (engine(KvCacheDtype::Auto), engine(KvCacheDtype::Fp8));
+    assert!(eight.max_model_len() > 2 * exact.max_model_len());
+    let answers = [&exact, &eight].map(|engine| {
+        let request = Request {
+            prompt: fixture.tokens[..40].to_vec(),
+            sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+            max_tokens: 1,
+            logprobs: Some(1),
+            ..Request::default()
+        };
+        let answer = collect(engine.submit(request).unwrap()).unwrap();
+        engine.shutdown(Duration::ZERO);
+        answer.logprobs[0].top[0].1
+    });
+    let difference = (answers[0] - answers[1]).abs();
+    assert!(difference > 0.0 && difference < 0.3, "{answers:?}");
+}
+
+/// Random weights need no more than the config, and the same seed makes the same.
+#[test]
+fn a_dummy_is_made_from_the_config_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(fixture::root().join("default/config.json"), dir.path().join("config.json")).unwrap();
+    let answer = |seed, tp| {
+        let checkpoint = Arc::new(Checkpoint::open_dummy(dir.path(), seed).unwrap());
+        let engine = launch(&checkpoint, &LaunchOptions { device: Device::Cpu, tp, ..options() }).unwrap();
+        let sampling = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+        let request = Request {
+            prompt: vec![1, 2, 3],
+            sampling,
+            max_tokens: 8,
+            logprobs: Some(1),
+            ..Request::default()
+        };
+        let answer = collect(engine.submit(request).unwrap()).unwrap();
+        engine.shutdown(Duration::ZERO);
+        assert!(answer.logprobs.iter().all(|logprobs| logprobs.logprob.is_finite()));
+        answer.logprobs
+    };
+    assert_eq!(answer(1, 1), answer(1, 1));
+    assert_ne!(answer(1, 1), answer(2, 1));
+    assert_eq!(answer(1, 2).len(), 8);
+    let missing = Checkpoint::open_dummy(&dir.path().join("nothing"), 1).err().unwrap().to_string();
+    assert!(missing.contains("config.json: no such file"), "{missing}");
 }
 
 #[test]

@@ -32,6 +32,8 @@ pub use progress::{LoadingBar, Progress};
 pub use shard::Shard;
 
 use crate::config::{ConfigError, ModelConfig};
+use crate::dummy::DummyWeights;
+use crate::runner::WeightSource as _;
 use crate::weights::{HostEnds, HostLayer};
 use files::Files;
 use layout::Spec;
@@ -53,6 +55,8 @@ pub struct Checkpoint {
     progress: Arc<dyn Progress>,
     sharded_bytes: AtomicU64,
     replicated_bytes: AtomicU64,
+    /// Instead of the tensors.
+    dummy: Option<DummyWeights>,
 }
 
 /// Bytes copied out of a checkpoint's files, by all ranks that read from it.
@@ -88,11 +92,52 @@ impl Checkpoint {
         Self::new("the embedded checkpoint".to_owned(), Files::Static(files.to_vec()))
     }
 
+    /// A checkpoint in the folder `dir`, of which the config alone is read: weights are random numbers in the formats that it describes.
+    ///
+    /// # Errors
+    /// `config.json` is missing or refused.
+    pub fn open_dummy(dir: &Path, seed: u32) -> Result<Self, CheckpointError> {
+        Self::new_dummy(dir.display().to_string(), Files::Directory(dir.to_owned()), seed)
+    }
+
+    /// [`open_dummy`](Self::open_dummy) for files that are in the binary.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn from_static_dummy(
+        files: &[(&'static str, &'static [u8])],
+        seed: u32,
+    ) -> Result<Self, CheckpointError> {
+        Self::new_dummy("the embedded checkpoint".to_owned(), Files::Static(files.to_vec()), seed)
+    }
+
+    fn new_dummy(name: String, files: Files, seed: u32) -> Result<Self, CheckpointError> {
+        let config = read_config(&files)?;
+        let linears = layout::all(&config).filter_map(|spec| match spec {
+            Spec::Linear(spec) => Some((format::described(&config, &spec), spec.module)),
+            Spec::Tensor(_) => None,
+        });
+        let formats = linears.map(|(format, module)| (module, format)).collect();
+        let dummy = Some(DummyWeights::new(config.clone(), seed));
+        let tensors = Tensors::none(files.display(CONFIG));
+        Ok(Self { dummy, ..Self::with(name, files, config, tensors, formats) })
+    }
+
     fn new(name: String, files: Files) -> Result<Self, CheckpointError> {
         let config = read_config(&files)?;
         let tensors = Tensors::open(&files)?;
         let formats = verify::verify(&tensors, &config)?;
-        Ok(Self {
+        Ok(Self::with(name, files, config, tensors, formats))
+    }
+
+    fn with(
+        name: String,
+        files: Files,
+        config: ModelConfig,
+        tensors: Tensors,
+        formats: HashMap<String, LinearFormat>,
+    ) -> Self {
+        Self {
             name,
             files,
             config,
@@ -102,7 +147,8 @@ impl Checkpoint {
             progress: Arc::new(()),
             sharded_bytes: AtomicU64::new(0),
             replicated_bytes: AtomicU64::new(0),
-        })
+            dummy: None,
+        }
     }
 
     /// Reports what is read from now on to `progress`.
@@ -136,7 +182,15 @@ impl Checkpoint {
     /// # Errors
     /// [`CheckpointError`] names file, tensor, what was expected and what was found.
     pub fn verify(&self) -> Result<(), CheckpointError> {
+        if self.dummy.is_some() {
+            return Ok(());
+        }
         verify::verify(&self.tensors, &self.config).map(drop)
+    }
+
+    /// Whether the weights are random numbers.
+    pub fn is_dummy(&self) -> bool {
+        self.dummy.is_some()
     }
 
     /// How linear layer `module` (a full name without `.weight`) is stored; `None` if the model has no such
@@ -160,6 +214,9 @@ impl Checkpoint {
     /// # Errors
     /// A degree that does not divide the model, a rank or a layer that does not exist.
     pub fn load_layer(&self, layer: usize, shard: Shard) -> Result<HostLayer, CheckpointError> {
+        if let Some(dummy) = &self.dummy {
+            return dummy.load_layer(layer, shard);
+        }
         let limit = self.config.num_hidden_layers;
         if layer >= limit {
             return Err(CheckpointError::OutOfRange { what: "layer", found: layer, limit });
@@ -173,6 +230,9 @@ impl Checkpoint {
     /// # Errors
     /// As for [`load_layer`](Self::load_layer).
     pub fn load_ends(&self, shard: Shard) -> Result<HostEnds, CheckpointError> {
+        if let Some(dummy) = &self.dummy {
+            return dummy.load_ends(shard);
+        }
         self.check_shard(shard)?;
         load::Reader::new(self, shard).ends(&self.config)
     }
@@ -183,6 +243,9 @@ impl Checkpoint {
     /// As for [`load_layer`](Self::load_layer).
     pub fn shard_bytes(&self, shard: Shard) -> Result<u64, CheckpointError> {
         self.check_shard(shard)?;
+        if self.dummy.is_some() {
+            return Ok(0);
+        }
         let bytes = layout::all(&self.config).map(|spec| match spec {
             Spec::Tensor(spec) => {
                 let whole = self.tensors.get(&spec.name).map_or(0, |view| view.bytes.len() as u64);

@@ -44,13 +44,17 @@ pub(super) struct TensorView<'a> {
 }
 
 impl Tensors {
+    /// No tensors; what is missing is missing in `listing`.
+    pub(super) fn none(listing: String) -> Self {
+        Self { files: Vec::new(), by_name: HashMap::new(), listing }
+    }
+
     /// Opens `model.safetensors`, or the shards that the index names, and checks the headers.
     pub(super) fn open(files: &Files) -> Result<Self, CheckpointError> {
         match files.read(INDEX)? {
             Some(text) => Self::open_shards(files, &text),
             None => {
-                let mut all =
-                    Self { files: Vec::new(), by_name: HashMap::new(), listing: files.display(SINGLE) };
+                let mut all = Self::none(files.display(SINGLE));
                 all.add(files, SINGLE, || format!("expected it, or {INDEX} with the shards that it names"))?;
                 Ok(all)
             }
@@ -70,7 +74,7 @@ impl Tensors {
                 ),
             });
         }
-        let mut all = Self { files: Vec::new(), by_name: HashMap::new(), listing: listing.clone() };
+        let mut all = Self::none(listing.clone());
         for shard in &shards {
             all.add(files, shard, || format!("{INDEX} names it"))?;
         }

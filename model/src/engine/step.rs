@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use dsa80_reference::{Batch, SamplingParams};
+use dsa80_reference::{Batch, DType, SamplingParams};
 
 use super::request::TokenLogprobs;
 
@@ -78,6 +78,8 @@ pub struct StepLimits {
     pub page_size: usize,
     /// Pages of the caches.
     pub num_pages: usize,
+    /// What the caches hold: `Act`, or `Fp8` in pages of a multiple of 4 tokens.
+    pub cache_dtype: DType,
     /// Token rows of a step.
     pub max_batch_tokens: usize,
     /// Sequences of a step.

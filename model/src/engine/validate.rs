@@ -148,6 +148,7 @@ mod tests {
     const LIMITS: StepLimits = StepLimits {
         page_size: 4,
         num_pages: 5,
+        cache_dtype: dsa80_reference::DType::Act,
         max_batch_tokens: 8,
         max_batch_seqs: 8,
         max_model_len: 32,

@@ -8,15 +8,16 @@ use dsa80_reference::communicator::SingleRank;
 use dsa80_reference::{Batch, Error, SamplingParams, SequenceSlice};
 
 use super::limits::{self, CacheMemory};
+use super::memory::{self, GpuMemory, Needs};
 use super::options::LaunchOptions;
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::engine::{SampleTarget, Step, StepLimits, StepModel};
 use crate::error::LaunchError;
-use crate::runner::{RankGroup, RankParts, decode_graphs};
+use crate::runner::{RankGroup, RankParts};
 
 /// Scores in the indexer's workspace, 256 MiB: 2048 tokens of a context of 32K at once.
-const INDEX_LOGITS: usize = 64 << 20;
+pub(super) const INDEX_LOGITS: usize = 64 << 20;
 
 /// The GPU that the model can run on, or why there is none and what to do about it.
 pub(super) fn open(options: &LaunchOptions) -> Result<Cuda, String> {
@@ -35,7 +36,7 @@ pub(super) fn open(options: &LaunchOptions) -> Result<Cuda, String> {
 /// Loads the model, and makes a few steps so that the first request finds every kernel compiled.
 pub(super) fn load(
     backend: Cuda,
-    checkpoint: &Checkpoint,
+    checkpoint: &Arc<Checkpoint>,
     options: &LaunchOptions,
 ) -> Result<Box<dyn StepModel>, LaunchError> {
     let config = checkpoint.config();
@@ -47,20 +48,15 @@ pub(super) fn load(
         gpu.limits().name,
         config.num_hidden_layers,
     );
+    let limits = settle(gpu, checkpoint, options)?;
     let parts = RankParts { kernels: backend, communicator: Box::new(SingleRank::default()) };
     let widest = limits::widest(config, options);
-    let mut model = RankGroup::load_alone(parts, checkpoint, &widest, INDEX_LOGITS, |backend| {
-        let memory = cache_memory(backend.device(), config, options)?;
-        let limits = limits::within(config, options, memory)?;
-        tracing::info!(
-            max_model_len = limits.max_model_len,
-            num_pages = limits.num_pages,
-            page_size = limits.page_size,
-            "the weights are on the GPU"
-        );
-        Ok(limits)
-    })?;
+    let mut model = RankGroup::load_alone(parts, &**checkpoint, &widest, INDEX_LOGITS, |_| Ok(limits))?;
+    tracing::info!("the weights are on the GPU");
+    tracing::info!("compiling the kernels: a minute the first time, then they are found on disk");
+    let started = Instant::now();
     warm_up(&mut model, config)?;
+    tracing::info!(elapsed_ms = started.elapsed().as_millis() as u64, "the kernels are compiled");
     if options.cuda_graphs {
         record_graphs(&mut model)?;
     }
@@ -75,41 +71,63 @@ fn record_graphs(model: &mut RankGroup<Cuda>) -> Result<(), LaunchError> {
     Ok(())
 }
 
-/// Bytes of a graph for every layer of the model, the ends counting as one.
-const GRAPH_BYTES_PER_LAYER: usize = 64 << 10;
-
-/// What recorded decode steps will take.
-fn graph_bytes(config: &ModelConfig, options: &LaunchOptions) -> usize {
-    if !options.cuda_graphs {
-        return 0;
-    }
-    let graphs = decode_graphs(&limits::widest(config, options), config.index_topk);
-    graphs * (config.num_hidden_layers + 1) * GRAPH_BYTES_PER_LAYER
-}
-
-/// What is asked for, or nine tenths of what is free and no graph will take: the rest is for what kernels keep between launches, and for the
-/// kernels.
-fn cache_memory(
+/// The limits, from what the GPU's memory holds beside weights and workspace. Nothing has been allocated yet.
+fn settle(
     gpu: &Gpu,
-    config: &ModelConfig,
+    checkpoint: &Arc<Checkpoint>,
     options: &LaunchOptions,
-) -> Result<CacheMemory, LaunchError> {
+) -> Result<StepLimits, LaunchError> {
+    let (free, total) = gpu.memory()?;
+    let memory = GpuMemory { total: total as u64, free: free as u64 };
+    let needs = Needs::rehearse(gpu.limits().clone(), checkpoint, options)?;
+    let left = needs.left(memory, checkpoint, options)?;
     let bytes = match options.kv_cache_bytes {
+        Some(bytes) if bytes as u64 > left => {
+            return Err(LaunchError::Options(format!(
+                "--kv-cache-memory is {bytes} bytes, but {left} are left: {}; lower it, or raise --gpu-memory-utilization",
+                needs.arithmetic(memory, options)
+            )));
+        }
         Some(bytes) => bytes,
-        None => gpu.memory()?.0.saturating_sub(graph_bytes(config, options)) / 10 * 9,
+        None => usize::try_from(left).unwrap_or(usize::MAX),
     };
-    // bf16.
-    Ok(CacheMemory { bytes, element_bytes: 2 })
+    let limits =
+        limits::within(checkpoint.config(), options, CacheMemory { bytes, act_bytes: memory::ACT_BYTES })
+            .map_err(|error| match error {
+                LaunchError::Options(reason) => LaunchError::Options(format!(
+                    "{reason} ({}){}",
+                    needs.arithmetic(memory, options),
+                    memory::advice(checkpoint, options, bytes as u64)
+                )),
+                other => other,
+            })?;
+    let caches = (limits.num_pages as u64).saturating_mul(limits::page_bytes(
+        checkpoint.config(),
+        options,
+        memory::ACT_BYTES,
+    ) as u64);
+    if caches > left {
+        return Err(LaunchError::Options(format!(
+            "--num-pages {} takes {caches} bytes, but {left} are left: {}; lower it, or raise --gpu-memory-utilization",
+            limits.num_pages,
+            needs.arithmetic(memory, options)
+        )));
+    }
+    tracing::info!(
+        max_model_len = limits.max_model_len,
+        num_pages = limits.num_pages,
+        page_size = limits.page_size,
+        "memory: {}; {caches} bytes are the caches'",
+        needs.arithmetic(memory, options)
+    );
+    Ok(limits)
 }
 
 /// A prompt in chunks, past the length from which the indexer has to choose, then chunks and batches of every power of two: what they
 /// launch is compiled (or found in the cache on disk), and what the kernels keep between launches has grown.
-fn warm_up(model: &mut dyn StepModel, config: &ModelConfig) -> Result<(), LaunchError> {
-    tracing::info!("compiling the kernels: a minute the first time, then they are found on disk");
-    let started = Instant::now();
+pub(super) fn warm_up(model: &mut dyn StepModel, config: &ModelConfig) -> Result<(), LaunchError> {
     let limits = model.limits();
-    let held = limits.max_model_len.min(limits.num_pages.saturating_mul(limits.page_size));
-    let context = held.min(config.index_topk.saturating_add(limits.max_batch_tokens));
+    let context = warm_up_context(&limits, config);
     for start in (0..context).step_by(limits.max_batch_tokens) {
         let chunk = limits.max_batch_tokens.min(context - start);
         warm_up_step(model, &limits, 1, start, chunk)?;
@@ -122,8 +140,13 @@ fn warm_up(model: &mut dyn StepModel, config: &ModelConfig) -> Result<(), Launch
     for sequences in up_to(limits.max_batch_seqs) {
         warm_up_step(model, &limits, sequences, context - 1, 1)?;
     }
-    tracing::info!(elapsed_ms = started.elapsed().as_millis() as u64, "the kernels are compiled");
     Ok(())
+}
+
+/// The longest context of the warm-up: from it on, the indexer has to choose.
+pub(super) fn warm_up_context(limits: &StepLimits, config: &ModelConfig) -> usize {
+    let held = limits.max_model_len.min(limits.num_pages.saturating_mul(limits.page_size));
+    held.min(config.index_topk.saturating_add(limits.max_batch_tokens))
 }
 
 /// `sequences` with `tokens` new ones each after `computed`, all on the same pages: what they write is never read again. Every second one

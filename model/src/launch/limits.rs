@@ -1,18 +1,20 @@
 //! What a step and the caches may hold, or why that is impossible.
 
-use super::options::LaunchOptions;
-use crate::config::{IndexerType, ModelConfig};
+use dsa80_reference::DType;
+
+use super::options::{KvCacheDtype, LaunchOptions};
+use crate::config::ModelConfig;
 use crate::engine::StepLimits;
 use crate::error::LaunchError;
-use crate::runner::MAX_LOGPROBS;
+use crate::runner::{CacheWidths, MAX_LOGPROBS};
 
 /// Memory for the caches.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct CacheMemory {
     /// Bytes over all ranks, where the options give no number of pages.
     pub(super) bytes: usize,
-    /// Bytes of an element.
-    pub(super) element_bytes: usize,
+    /// Bytes of an element of an activation.
+    pub(super) act_bytes: usize,
 }
 
 /// Refuses options that no model and no memory can make sense of.
@@ -30,6 +32,18 @@ pub(super) fn check(config: &ModelConfig, options: &LaunchOptions) -> Result<(),
             return Err(LaunchError::Options(format!("{name} is 0; expected at least 1")));
         }
     }
+    if !(options.gpu_memory_utilization > 0.0 && options.gpu_memory_utilization <= 1.0) {
+        let found = options.gpu_memory_utilization;
+        return Err(LaunchError::Options(format!(
+            "--gpu-memory-utilization is {found}; expected a share above 0 and at most 1"
+        )));
+    }
+    if options.kv_cache_dtype == KvCacheDtype::Fp8 && !options.page_size.is_multiple_of(4) {
+        return Err(LaunchError::Options(format!(
+            "--page-size {} is not a multiple of 4, which --kv-cache-dtype fp8 needs",
+            options.page_size
+        )));
+    }
     if let Some(wanted) = options.max_model_len
         && wanted > config.max_position_embeddings
     {
@@ -46,6 +60,7 @@ pub(super) fn widest(config: &ModelConfig, options: &LaunchOptions) -> StepLimit
     StepLimits {
         page_size: options.page_size,
         num_pages: options.num_pages.unwrap_or(usize::MAX),
+        cache_dtype: options.kv_cache_dtype.dtype(),
         max_batch_tokens: options.max_num_batched_tokens.max(options.max_num_seqs),
         max_batch_seqs: options.max_num_seqs,
         max_model_len: options.max_model_len.unwrap_or(config.max_position_embeddings),
@@ -63,9 +78,7 @@ pub(super) fn within(
     let widest = widest(config, options);
     let page_size = options.page_size;
     // Saturating: whatever the options say, the comparison below answers, not an overflow.
-    let page_bytes = page_size
-        .saturating_mul(elements_per_token(config) * memory.element_bytes)
-        .saturating_mul(options.tp);
+    let page_bytes = page_bytes(config, options, memory.act_bytes).saturating_mul(options.tp);
     let affordable = options.num_pages.unwrap_or(memory.bytes / page_bytes);
     let wanted = widest.max_model_len;
     let held = affordable.saturating_mul(page_size);
@@ -91,9 +104,10 @@ pub(super) fn within(
     Ok(StepLimits { num_pages, max_model_len, ..widest })
 }
 
-/// Elements of cache that a token takes on one rank.
-fn elements_per_token(config: &ModelConfig) -> usize {
-    let full = config.indexer_types.iter().filter(|kind| **kind == IndexerType::Full).count();
-    let mla = config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim);
-    mla + full * config.index_head_dim
+/// Bytes of a page on one rank.
+pub(super) fn page_bytes(config: &ModelConfig, options: &LaunchOptions, act_bytes: usize) -> usize {
+    let dtype = options.kv_cache_dtype.dtype();
+    let width = if dtype == DType::Fp8 { 1 } else { act_bytes };
+    let token = CacheWidths::new(config, dtype, options.page_size).per_token(config).saturating_mul(width);
+    options.page_size.saturating_mul(token)
 }

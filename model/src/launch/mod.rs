@@ -3,13 +3,15 @@
 #[cfg(feature = "cuda")]
 mod cuda;
 mod limits;
+#[cfg(feature = "cuda")]
+mod memory;
 mod options;
 
 use std::sync::Arc;
 
 use dsa80_reference::cpu::{Cpu, ThreadCommunicator};
 
-pub use self::options::{Device, LaunchOptions};
+pub use self::options::{Device, KvCacheDtype, LaunchOptions, LoadFormat};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::engine::{Engine, EngineHandle, EngineOptions, StepLimits, StepModel};
@@ -93,9 +95,14 @@ fn on_the_best(
 
 /// The oracle in f32, a thread for every rank.
 fn on_cpu(checkpoint: &Arc<Checkpoint>, options: &LaunchOptions) -> Result<Box<dyn StepModel>, LaunchError> {
+    if options.kv_cache_dtype == KvCacheDtype::Bf16 {
+        return Err(LaunchError::Options(
+            "--kv-cache-dtype bf16 is for a GPU; on the CPU use auto (f32) or fp8".into(),
+        ));
+    }
     let memory = limits::CacheMemory {
         bytes: options.kv_cache_bytes.unwrap_or(CPU_CACHE_BYTES),
-        element_bytes: size_of::<f32>(),
+        act_bytes: size_of::<f32>(),
     };
     let limits = limits::within(checkpoint.config(), options, memory)?;
     say_what_is_loaded(checkpoint.config(), options, &limits);

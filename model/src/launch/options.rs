@@ -2,6 +2,8 @@
 
 use std::str::FromStr;
 
+use dsa80_reference::DType;
+
 /// Where the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Device {
@@ -41,6 +43,83 @@ impl std::fmt::Display for Device {
     }
 }
 
+/// Where the weights come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LoadFormat {
+    /// As the checkpoint's folder has them: safetensors.
+    #[default]
+    Auto,
+    /// Safetensors, one file or shards with an index.
+    Safetensors,
+    /// Random numbers in the shapes and formats that config.json describes: no weights file is opened.
+    Dummy,
+}
+
+impl FromStr for LoadFormat {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        match name {
+            "auto" => Ok(LoadFormat::Auto),
+            "safetensors" => Ok(LoadFormat::Safetensors),
+            "dummy" => Ok(LoadFormat::Dummy),
+            _ => Err(format!("unknown load format `{name}`; expected auto, safetensors or dummy")),
+        }
+    }
+}
+
+impl std::fmt::Display for LoadFormat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            LoadFormat::Auto => "auto",
+            LoadFormat::Safetensors => "safetensors",
+            LoadFormat::Dummy => "dummy",
+        })
+    }
+}
+
+/// What the caches are stored in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvCacheDtype {
+    /// What the backend computes in: bf16 on a GPU, f32 on the CPU.
+    #[default]
+    Auto,
+    /// bf16, on a GPU.
+    Bf16,
+    /// 8 bits with scales: a little over half of bf16's memory.
+    Fp8,
+}
+
+impl KvCacheDtype {
+    /// The element type of the caches.
+    pub(super) fn dtype(self) -> DType {
+        if self == KvCacheDtype::Fp8 { DType::Fp8 } else { DType::Act }
+    }
+}
+
+impl FromStr for KvCacheDtype {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        match name {
+            "auto" => Ok(KvCacheDtype::Auto),
+            "bf16" | "bfloat16" => Ok(KvCacheDtype::Bf16),
+            "fp8" | "fp8_e4m3" => Ok(KvCacheDtype::Fp8),
+            _ => Err(format!("unknown cache type `{name}`; expected auto, bf16 or fp8")),
+        }
+    }
+}
+
+impl std::fmt::Display for KvCacheDtype {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            KvCacheDtype::Auto => "auto",
+            KvCacheDtype::Bf16 => "bf16",
+            KvCacheDtype::Fp8 => "fp8",
+        })
+    }
+}
+
 /// How a model is launched.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LaunchOptions {
@@ -60,8 +139,12 @@ pub struct LaunchOptions {
     /// Pages of the caches; by default what `max_num_seqs` full contexts need, within `kv_cache_bytes`.
     pub num_pages: Option<usize>,
     /// Memory for the caches of all ranks, in bytes, where `num_pages` is not given; by default 256 MiB in host memory, and on a GPU
-    /// nine tenths of what the weights leave free.
+    /// what weights and workspace leave of `gpu_memory_utilization`.
     pub kv_cache_bytes: Option<usize>,
+    /// What the caches are stored in.
+    pub kv_cache_dtype: KvCacheDtype,
+    /// The share of a GPU's memory that is used, with everything that is on it already; above 0, at most 1.
+    pub gpu_memory_utilization: f64,
     /// Requests that may wait.
     pub max_waiting: usize,
     /// Reuse the cache rows of equal prompt beginnings.
@@ -81,6 +164,8 @@ impl Default for LaunchOptions {
             page_size: 64,
             num_pages: None,
             kv_cache_bytes: None,
+            kv_cache_dtype: KvCacheDtype::Auto,
+            gpu_memory_utilization: 0.9,
             max_waiting: 256,
             enable_prefix_caching: true,
             cuda_graphs: true,

@@ -151,6 +151,7 @@ mod tests {
         StepLimits {
             page_size: 16,
             num_pages: 8,
+            cache_dtype: dsa80_reference::DType::Act,
             max_batch_tokens: 512,
             max_batch_seqs: 20,
             max_model_len: 1000,

@@ -13,6 +13,7 @@ mod source;
 mod weights;
 mod workspace;
 
+pub(crate) use cache::CacheWidths;
 pub use graphs::decode_graphs;
 pub use group::{RankGroup, RankParts};
 pub use probe::Probe;

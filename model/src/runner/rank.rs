@@ -79,7 +79,7 @@ impl<K: Kernels> Rank<K> {
         let device_batch = kernels.alloc_batch(widest.max_batch_tokens, widest.max_batch_seqs, max_blocks)?;
         let sample_plan = kernels.alloc_sample_plan(LOGIT_ROWS, shape.vocab_size)?;
         let limits = settle(&kernels)?;
-        let caches = Caches::alloc(&kernels, &config, limits.num_pages, limits.page_size)?;
+        let caches = Caches::alloc(&kernels, &config, &limits)?;
         let rank = Self {
             kernels,
             communicator,
@@ -138,6 +138,11 @@ impl<K: Kernels> Rank<K> {
                 _ => Ok(()),
             }
         })
+    }
+
+    /// The backend.
+    pub fn kernels(&self) -> &K {
+        &self.kernels
     }
 
     /// Runs `batch` through all layers and writes its cache rows.

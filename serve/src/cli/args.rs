@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use dsa80_model::launch::{Device, LaunchOptions};
+use dsa80_model::launch::{Device, KvCacheDtype, LaunchOptions, LoadFormat};
 
 use super::size;
 
@@ -21,6 +21,11 @@ pub(super) struct ModelArgs {
     /// Tensor-parallel ranks.
     #[arg(long, value_name = "N", default_value_t = 1, visible_alias = "tensor-parallel-size")]
     pub(super) tp: usize,
+
+    /// Where the weights come from: auto or safetensors (the checkpoint's files), or dummy (random numbers, from config.json and the
+    /// tokenizer's files alone).
+    #[arg(long, default_value = "auto")]
+    pub(super) load_format: LoadFormat,
 
     /// The longest context, prompt and output together; by default what the model was made for, or what the
     /// caches hold.
@@ -43,8 +48,16 @@ pub(super) struct ModelArgs {
     #[arg(long, value_name = "N", conflicts_with = "kv_cache_memory")]
     num_pages: Option<usize>,
 
-    /// Memory for the caches of all ranks, such as 512M or 4G; by default 256M, and on a GPU nine tenths of what the
-    /// weights leave free.
+    /// What the caches are stored in: auto (bf16 on a GPU, f32 on the CPU), bf16 or fp8.
+    #[arg(long, default_value = "auto")]
+    kv_cache_dtype: KvCacheDtype,
+
+    /// The share of a GPU's memory to use, for weights, workspace and caches together.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.9)]
+    gpu_memory_utilization: f64,
+
+    /// Memory for the caches of all ranks, such as 512M or 4G; by default 256M, and on a GPU what weights and
+    /// workspace leave of --gpu-memory-utilization.
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     kv_cache_memory: Option<usize>,
 
@@ -81,6 +94,8 @@ impl ModelArgs {
             page_size: self.page_size.unwrap_or(default.page_size),
             num_pages: self.num_pages,
             kv_cache_bytes: self.kv_cache_memory,
+            kv_cache_dtype: self.kv_cache_dtype,
+            gpu_memory_utilization: self.gpu_memory_utilization,
             max_waiting: self.max_queued_requests.unwrap_or(default.max_waiting),
             enable_prefix_caching: !self.no_prefix_caching,
             cuda_graphs: self.cuda_graphs == Switch::On,

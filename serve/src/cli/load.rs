@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use dsa80_model::checkpoint::{Checkpoint, LoadingBar, Shard};
-use dsa80_model::launch::launch;
+use dsa80_model::launch::{LoadFormat, launch};
 
 use super::args::ModelArgs;
 use crate::embedded;
@@ -21,10 +21,25 @@ pub(super) fn open(dir: Option<&Path>) -> anyhow::Result<Checkpoint> {
     })
 }
 
+/// The same, of which the config alone is read.
+fn open_dummy(dir: Option<&Path>) -> anyhow::Result<Checkpoint> {
+    const SEED: u32 = 0;
+    Ok(match dir {
+        Some(dir) => Checkpoint::open_dummy(dir, SEED)?,
+        None => Checkpoint::from_static_dummy(embedded::FILES, SEED)?,
+    })
+}
+
 /// Loads the model and starts its engine. It takes as long as reading the weights takes.
 pub(super) fn load(args: &ModelArgs) -> anyhow::Result<ServedModel> {
     let started = Instant::now();
-    let checkpoint = open(args.model.as_deref())?;
+    let checkpoint = match args.load_format {
+        LoadFormat::Auto | LoadFormat::Safetensors => open(args.model.as_deref())?,
+        LoadFormat::Dummy => open_dummy(args.model.as_deref())?,
+    };
+    if checkpoint.is_dummy() {
+        tracing::warn!("--load-format dummy: the weights are random numbers, and so are the answers");
+    }
     let name = checkpoint.name().to_owned();
     let files = TextFiles::from_checkpoint(&checkpoint)?;
     let text = TextModel::load(&files).with_context(|| format!("in {name}"))?;

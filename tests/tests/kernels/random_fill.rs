@@ -5,7 +5,7 @@ use dsa80_cuda::repack_int4::RepackInt4Tile;
 use dsa80_cuda::{Cuda, CudaTensor, Int4Shape, PackedInt4, Tile, Tiles};
 use dsa80_reference::{DType, HostLinear, Kernels, RandomFormat, RandomLinear, RandomTensor};
 use dsa80_tests::emulator::Fault;
-use dsa80_tests::parity::{self, TestDevice};
+use dsa80_tests::parity::{self, TestDevice, devices};
 use proptest::prelude::*;
 use proptest::sample::select;
 
@@ -122,7 +122,7 @@ fn packed_weights_are_those_of_an_upload() {
 /// What the backend makes of random weights is what it makes of their numbers: of every kind of weight, by a product with it.
 #[test]
 fn the_backend_computes_with_random_weights_as_with_their_numbers() {
-    for device in parity::devices::all() {
+    for device in devices::emulator().into_iter().chain(devices::gpu()) {
         let cuda = Cuda::new(device, Tiles::default());
         let dense = RandomFormat::Dense(DType::Bf16);
         let int4 = RandomFormat::Int4 { group_size: 32, scales: DType::Bf16, zero_points: true };

@@ -11,6 +11,7 @@
 
 mod capture;
 mod dry;
+mod dummy;
 mod emulated;
 mod engine;
 mod fixtures;

@@ -1,0 +1,191 @@
+//! A GPU's memory, worked out before any of it is taken: weights, workspace and a reserve; what is left is for the caches.
+
+use std::sync::Arc;
+
+use dsa80_cuda::{Counting, Cuda, Limits, Tiles};
+use dsa80_reference::LoneRank;
+
+use super::cuda::{INDEX_LOGITS, warm_up, warm_up_context};
+use super::limits::{page_bytes, widest};
+use super::options::{KvCacheDtype, LaunchOptions};
+use crate::checkpoint::Checkpoint;
+use crate::dummy::DummyWeights;
+use crate::engine::StepLimits;
+use crate::error::LaunchError;
+use crate::plan::Plan;
+use crate::runner::{RankGroup, RankParts, decode_graphs};
+
+/// For what is not counted: compiled kernels, the driver's own.
+const RESERVE: u64 = 1 << 30;
+
+/// Bytes of a recorded decode step for every layer of the model, the ends counting as one.
+const GRAPH_BYTES_PER_LAYER: u64 = 64 << 10;
+
+/// bf16.
+pub(super) const ACT_BYTES: usize = 2;
+
+/// A GPU's memory, in bytes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct GpuMemory {
+    pub(super) total: u64,
+    /// Before anything of ours is on it.
+    pub(super) free: u64,
+}
+
+/// What a rank takes beside its caches, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Needs {
+    pub(super) weights: u64,
+    /// Tensors of a step, and what kernels keep between launches.
+    pub(super) workspace: u64,
+    /// Recorded decode steps.
+    pub(super) graphs: u64,
+}
+
+impl Needs {
+    /// Launches the model on a device that only counts, and warms it up: what that takes is what it will take.
+    pub(super) fn rehearse(
+        limits: Limits,
+        checkpoint: &Arc<Checkpoint>,
+        options: &LaunchOptions,
+    ) -> Result<Self, LaunchError> {
+        let config = checkpoint.config();
+        let tiles = Tiles::for_gpu(&limits.name, None)?;
+        let device = Counting::new(limits);
+        let allocated = device.allocated();
+        let communicator = Box::new(LoneRank::new(0, options.tp)?);
+        let parts = RankParts { kernels: Cuda::new(device, tiles), communicator };
+        let weights = DummyWeights::like(checkpoint);
+        let widest = widest(config, options);
+        // Pages for the steps of the warm-up and no more.
+        let context = warm_up_context(&StepLimits { num_pages: usize::MAX, ..widest }, config);
+        let num_pages = context.div_ceil(widest.page_size);
+        let mut model = RankGroup::load_alone(parts, &weights, &widest, INDEX_LOGITS, |_| {
+            let max_model_len = widest.max_model_len.min(num_pages.saturating_mul(widest.page_size));
+            Ok(StepLimits { num_pages, max_model_len, ..widest })
+        })?;
+        warm_up(&mut model, config)?;
+        let caches = (num_pages * page_bytes(config, options, ACT_BYTES)) as u64;
+        let weights = Plan::from_checkpoint(checkpoint, options.tp)?.weights.total();
+        let workspace = allocated.bytes().saturating_sub(caches).saturating_sub(weights);
+        let graphs = if options.cuda_graphs { decode_graphs(&widest, config.index_topk) as u64 } else { 0 };
+        let graphs = graphs * (config.num_hidden_layers as u64 + 1) * GRAPH_BYTES_PER_LAYER;
+        Ok(Self { weights, workspace, graphs })
+    }
+
+    /// Bytes for the caches of this rank.
+    pub(super) fn left(
+        self,
+        memory: GpuMemory,
+        checkpoint: &Checkpoint,
+        options: &LaunchOptions,
+    ) -> Result<u64, LaunchError> {
+        let Self { weights, workspace, graphs } = self;
+        let used = memory.total.saturating_sub(memory.free);
+        let budget = (memory.total as f64 * options.gpu_memory_utilization) as u64;
+        let left = |weights: u64| budget.checked_sub(used + weights + workspace + graphs + RESERVE);
+        if let Some(left) = left(weights).filter(|&left| left > 0) {
+            return Ok(left);
+        }
+        let fewer = checkpoint.config().valid_tp().into_iter().find(|&tp| {
+            let plan = Plan::from_checkpoint(checkpoint, tp);
+            tp > options.tp && plan.is_ok_and(|plan| left(plan.weights.total()).is_some_and(|left| left > 0))
+        });
+        let ranks = fewer.map_or(String::new(), |tp| format!("--tp {tp}, "));
+        Err(LaunchError::Options(format!(
+            "{} are not enough for a rank of {}: {}; use {ranks}a higher --gpu-memory-utilization, or a lower \
+             --max-num-batched-tokens (now {})",
+            size(memory.total),
+            options.tp,
+            self.arithmetic(memory, options),
+            options.max_num_batched_tokens,
+        )))
+    }
+
+    /// How the caches' memory comes about, in words.
+    pub(super) fn arithmetic(self, memory: GpuMemory, options: &LaunchOptions) -> String {
+        let used = memory.total.saturating_sub(memory.free);
+        format!(
+            "--gpu-memory-utilization {} is {}, less {} in use before, {} of weights, {} of workspace, {} of graphs, {} for kernels",
+            options.gpu_memory_utilization,
+            size((memory.total as f64 * options.gpu_memory_utilization) as u64),
+            size(used),
+            size(self.weights),
+            size(self.workspace),
+            size(self.graphs),
+            size(RESERVE),
+        )
+    }
+}
+
+/// What to do where the caches of a GPU are too small, and what it would come to.
+pub(super) fn advice(checkpoint: &Checkpoint, options: &LaunchOptions, bytes: u64) -> String {
+    let eight = LaunchOptions { kv_cache_dtype: KvCacheDtype::Fp8, ..options.clone() };
+    let page = page_bytes(checkpoint.config(), &eight, ACT_BYTES) as u64;
+    if options.kv_cache_dtype == KvCacheDtype::Fp8 || !options.page_size.is_multiple_of(4) || page == 0 {
+        return String::new();
+    }
+    let tokens = bytes / page * options.page_size as u64;
+    format!("; --kv-cache-dtype fp8 would hold {tokens} tokens")
+}
+
+fn size(bytes: u64) -> String {
+    format!("{:.2} GiB", bytes as f64 / (1_u64 << 30) as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn checkpoint() -> Arc<Checkpoint> {
+        let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/default");
+        Arc::new(Checkpoint::open(std::path::Path::new(dir)).unwrap())
+    }
+
+    fn a100() -> Limits {
+        Limits::a100()
+    }
+
+    #[test]
+    fn a_rehearsal_counts_weights_and_workspace() {
+        let checkpoint = checkpoint();
+        let needs = |options: &LaunchOptions| Needs::rehearse(a100(), &checkpoint, options).unwrap();
+        let options = LaunchOptions::default();
+        let one = needs(&options);
+        assert_eq!(one.weights, Plan::from_checkpoint(&checkpoint, 1).unwrap().weights.total());
+        // The indexer's scores alone are 16 MiB: 512 tokens of 8192 positions.
+        assert!((16 << 20..GIB).contains(&one.workspace), "{}", one.workspace);
+        let more = needs(&LaunchOptions { max_num_batched_tokens: 2048, ..options.clone() });
+        assert!(more.workspace > one.workspace + (10 << 20), "{} {}", more.workspace, one.workspace);
+        // What is for the caches is not counted.
+        let eight = needs(&LaunchOptions { kv_cache_dtype: KvCacheDtype::Fp8, ..options.clone() });
+        assert!(eight.workspace.abs_diff(one.workspace) < 1 << 20, "{} {}", eight.workspace, one.workspace);
+        let shared = needs(&LaunchOptions { tp: 2, ..options });
+        assert!(shared.weights < one.weights);
+    }
+
+    #[test]
+    fn what_is_left_is_for_the_caches_and_too_little_says_why() {
+        let checkpoint = checkpoint();
+        let needs = Needs { weights: 50 * GIB, workspace: 2 * GIB, graphs: GIB / 2 };
+        let memory = GpuMemory { total: 80 * GIB, free: 79 * GIB };
+        let options = LaunchOptions::default();
+        // 72 less 1, 50, 2, half of one and 1.
+        assert_eq!(needs.left(memory, &checkpoint, &options).unwrap(), 17 * GIB + GIB / 2);
+        let more = LaunchOptions { gpu_memory_utilization: 1.0, ..options.clone() };
+        assert_eq!(needs.left(memory, &checkpoint, &more).unwrap(), 25 * GIB + GIB / 2);
+        let small = GpuMemory { total: 40 * GIB, free: 39 * GIB };
+        let error = needs.left(small, &checkpoint, &options).unwrap_err().to_string();
+        for words in [
+            "40.00 GiB are not enough for a rank of 1",
+            "0.9 is 36.00 GiB, less 1.00 GiB in use before, 50.00 GiB of weights, 2.00 GiB of workspace, 0.50 GiB of graphs, 1.00 GiB",
+            // The fixture's own weights would fit.
+            "use --tp 2, ",
+            "--max-num-batched-tokens (now 512)",
+        ] {
+            assert!(error.contains(words), "{error}");
+        }
+    }
+}
