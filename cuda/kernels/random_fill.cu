@@ -1,7 +1,7 @@
 // Weights of random numbers, as reference/src/random.rs defines them: element i is `centre` + `spread` * (2 b - 255) / 256, b byte i % 4
 // of word i / 4; and packed words, which are all bits.
 //
-// Constant: TYPE of the elements.
+// Constant: ELEMENT, the type of the elements, as rows.cuh counts them.
 #include "random.cuh"
 #include "rows.cuh"
 
@@ -31,9 +31,9 @@ random_fill(void* __restrict__ out, int64_t count, int32_t columns, int32_t toge
         const float step = static_cast<float>(2 * static_cast<int32_t>(bits >> 8 * i & 255u) - 255) * 0x1p-8f;
         const float value = spread * step + centre;
         const int64_t place = (row / together * stride + first + row % together) * columns + column;
-        if constexpr (TYPE == BF16) static_cast<uint16_t*>(out)[place] = float_to_bf16(value);
-        if constexpr (TYPE == F16) static_cast<uint16_t*>(out)[place] = float_to_f16(value);
-        if constexpr (TYPE == F32) static_cast<float*>(out)[place] = value;
+        if constexpr (ELEMENT == BF16) static_cast<uint16_t*>(out)[place] = float_to_bf16(value);
+        if constexpr (ELEMENT == F16) static_cast<uint16_t*>(out)[place] = float_to_f16(value);
+        if constexpr (ELEMENT == F32) static_cast<float*>(out)[place] = value;
         if (++column == columns) column = 0, ++row;
     }
 }

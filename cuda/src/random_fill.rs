@@ -27,7 +27,7 @@ pub struct Rows {
 }
 
 fn program(dtype: DType) -> Program {
-    Program { source: "random_fill.cu", defines: vec![("TYPE", weight_type(dtype))] }
+    Program { source: "random_fill.cu", defines: vec![("ELEMENT", weight_type(dtype))] }
 }
 
 /// Writes the rows of `from`, a matrix or more of one width, to their places in `out`.
