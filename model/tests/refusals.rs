@@ -357,3 +357,18 @@ fn embedded_in_the_binary() {
     let message = Checkpoint::from_static(&files[..1]).err().unwrap().to_string();
     assert!(message.contains("model.safetensors (embedded)"), "{message}");
 }
+
+/// A shard that is cut off while it is being loaded is named, and the tensor that it lacks.
+#[test]
+fn a_shard_that_is_cut_off_after_it_was_opened() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    Tiny::new(ASYMMETRIC).write().save_sharded(dir.path(), 2);
+    let checkpoint = Checkpoint::open(dir.path()).expect("a sound checkpoint");
+    let shard = dir.path().join("model-00002-of-00002.safetensors");
+    let file = fs::OpenOptions::new().write(true).open(&shard).expect("the shard");
+    file.set_len(file.metadata().expect("its length").len() / 2).expect("a shorter file");
+    let message = (0..2).find_map(|layer| checkpoint.load_layer(layer, Shard::WHOLE).err());
+    let message = message.expect("a refusal").to_string();
+    assert!(message.contains("model-00002-of-00002.safetensors: not a sound safetensors file"), "{message}");
+    assert!(message.contains("tensor `model.layers.") && message.contains("cut off"), "{message}");
+}

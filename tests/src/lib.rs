@@ -12,3 +12,4 @@ pub mod parity;
 pub mod prompt;
 pub mod random_model;
 pub mod server;
+pub mod skeleton;

@@ -86,6 +86,7 @@ async fn the_engine_is_soon_ready_for_the_next_step() {
     let limits = StepLimits {
         page_size: 64,
         num_pages: 8192,
+        cache_dtype: dsa80_reference::DType::Act,
         max_batch_tokens: 8192,
         max_batch_seqs: STREAMS,
         max_model_len: 16_384,

@@ -20,7 +20,7 @@ pub(super) enum Files {
 /// The contents of a weights file.
 #[derive(Debug)]
 pub(super) enum Bytes {
-    Mapped(Mmap),
+    Mapped { map: Mmap, file: File },
     Static(&'static [u8]),
 }
 
@@ -29,8 +29,25 @@ impl Deref for Bytes {
 
     fn deref(&self) -> &[u8] {
         match self {
-            Bytes::Mapped(map) => map,
+            Bytes::Mapped { map, .. } => map,
             Bytes::Static(bytes) => bytes,
+        }
+    }
+}
+
+impl Bytes {
+    /// Copies the bytes from `offset` on. Of a file, they are read and not taken from the mapping: that is what a disk does fastest, and
+    /// where one fails or the file has been cut off, it is an error and not a signal.
+    pub(super) fn read_at(&self, offset: usize, out: &mut [u8]) -> io::Result<()> {
+        match self {
+            #[cfg(unix)]
+            Bytes::Mapped { file, .. } => std::os::unix::fs::FileExt::read_exact_at(file, out, offset as u64),
+            _ => {
+                let end = offset.checked_add(out.len());
+                let bytes = end.and_then(|end| self.get(offset..end)).ok_or(io::ErrorKind::UnexpectedEof)?;
+                out.copy_from_slice(bytes);
+                Ok(())
+            }
         }
     }
 }
@@ -58,8 +75,9 @@ impl Files {
     /// A weights file, mapped into memory; `None` as for [`read`](Self::read).
     pub(super) fn map(&self, name: &str) -> Result<Option<Bytes>, CheckpointError> {
         let Some(path) = self.path(name) else { return Ok(self.embedded(name).map(Bytes::Static)) };
-        match regular_file(&path).and_then(|_| File::open(&path)).and_then(|file| map(&file)) {
-            Ok(map) => Ok(Some(Bytes::Mapped(map))),
+        let opened = regular_file(&path).and_then(|_| File::open(&path));
+        match opened.and_then(|file| Ok(Bytes::Mapped { map: map(&file)?, file })) {
+            Ok(bytes) => Ok(Some(bytes)),
             Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(source) => Err(CheckpointError::Io { file: self.display(name), source }),
         }

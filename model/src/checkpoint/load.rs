@@ -12,7 +12,7 @@ use super::layout::{
 use super::shard::{Shard, Split};
 use super::slices::{self, Slice};
 use super::tensors::TensorView;
-use super::{Checkpoint, CheckpointError, int4};
+use super::{Checkpoint, CheckpointError, int4, parallel};
 use crate::config::{ModelConfig, QuantizationMethod};
 use crate::weights::{HostAttention, HostEnds, HostIndexer, HostLayer, HostMlp, HostMoe, HostSwiGlu};
 
@@ -21,11 +21,12 @@ use crate::weights::{HostAttention, HostEnds, HostIndexer, HostLayer, HostMlp, H
 pub(super) struct Reader<'a> {
     checkpoint: &'a Checkpoint,
     shard: Shard,
+    readers: usize,
 }
 
 impl<'a> Reader<'a> {
     pub(super) fn new(checkpoint: &'a Checkpoint, shard: Shard) -> Self {
-        Self { checkpoint, shard }
+        Self { checkpoint, shard, readers: checkpoint.readers }
     }
 
     pub(super) fn layer(&self, config: &ModelConfig, index: usize) -> Result<HostLayer, CheckpointError> {
@@ -94,14 +95,21 @@ impl<'a> Reader<'a> {
     }
 
     fn moe(&self, specs: &MoeSpecs) -> Result<HostMoe, CheckpointError> {
-        let expert = |index| {
-            let HostSwiGlu { gate_proj, up_proj, down_proj } = self.swiglu(&specs.expert(index))?;
-            Ok(HostExpert { gate_proj, up_proj, down_proj })
-        };
+        let mut experts: Vec<Option<HostExpert>> = Vec::new();
+        experts.resize_with(specs.n_routed_experts, || None);
+        let parts = experts.iter_mut().enumerate().collect();
+        parallel::for_each(self.checkpoint.readers, parts, |(index, expert): (_, &mut Option<_>)| {
+            // The threads are busy with experts already.
+            let alone = Self { readers: 1, ..*self };
+            let HostSwiGlu { gate_proj, up_proj, down_proj } = alone.swiglu(&specs.expert(index))?;
+            *expert = Some(HostExpert { gate_proj, up_proj, down_proj });
+            Ok(())
+        })?;
         Ok(HostMoe {
             gate: self.linear(&specs.gate)?,
             e_score_correction_bias: self.tensor(&specs.e_score_correction_bias)?,
-            experts: (0..specs.n_routed_experts).map(expert).collect::<Result<_, CheckpointError>>()?,
+            // Without an error, all are there.
+            experts: experts.into_iter().flatten().collect(),
             shared_experts: specs.shared_experts.as_ref().map(|shared| self.swiglu(shared)).transpose()?,
         })
     }
@@ -138,7 +146,7 @@ impl<'a> Reader<'a> {
     fn int4(&self, spec: &LinearSpec, format: Int4Format) -> Result<HostInt4, CheckpointError> {
         let part = |suffix: &str| self.view(&format!("{}.{suffix}", spec.module));
         let slices = slices::int4(spec, format, self.shard);
-        let words = |suffix: &str, slice: &Slice| Ok(self.copy::<u32>(part(suffix)?, slice, spec.split));
+        let words = |suffix: &str, slice: &Slice| self.copy::<u32>(part(suffix)?, slice, spec.split);
         let zero_points =
             |suffix: &str| slices.zero_points.as_ref().map(|slice| words(suffix, slice)).transpose();
         Ok(match format.method {
@@ -169,16 +177,21 @@ impl<'a> Reader<'a> {
         split: Split,
     ) -> Result<HostTensor, CheckpointError> {
         let data = match view.float()? {
-            DType::Bf16 => HostData::Bf16(self.copy(view, slice, split)),
-            DType::F16 => HostData::F16(self.copy(view, slice, split)),
-            _ => HostData::F32(self.copy(view, slice, split)),
+            DType::Bf16 => HostData::Bf16(self.copy(view, slice, split)?),
+            DType::F16 => HostData::F16(self.copy(view, slice, split)?),
+            _ => HostData::F32(self.copy(view, slice, split)?),
         };
         Ok(HostTensor { shape: vec![slice.rows.len(), slice.columns.len()], data })
     }
 
-    /// Copies `slice` and counts its bytes.
-    fn copy<T: Pod>(&self, view: TensorView<'_>, slice: &Slice, split: Split) -> Vec<T> {
-        let elements = slice.copy(view, view.shape[1..].iter().product());
+    /// Reads `slice` and counts its bytes.
+    fn copy<T: Pod>(
+        &self,
+        view: TensorView<'_>,
+        slice: &Slice,
+        split: Split,
+    ) -> Result<Vec<T>, CheckpointError> {
+        let elements = slice.read(view, view.shape[1..].iter().product(), self.readers)?;
         let bytes = size_of_val(elements.as_slice()) as u64;
         let counter = match split {
             Split::Replicated => &self.checkpoint.replicated_bytes,
@@ -186,6 +199,6 @@ impl<'a> Reader<'a> {
         };
         counter.fetch_add(bytes, Ordering::Relaxed);
         self.checkpoint.progress.advance(bytes);
-        elements
+        Ok(elements)
     }
 }

@@ -1,9 +1,11 @@
 //! Checkpoints: opened, verified against their config, and read one rank and one layer at a time.
 //!
 //! A checkpoint is a folder as published on model hubs (`config.json`, and `model.safetensors` or the shards
-//! that `model.safetensors.index.json` names), or the same files embedded in the binary. Weights are
-//! memory-mapped: opening reads the headers alone, and a rank touches only the bytes of its shard.
+//! that `model.safetensors.index.json` names), or the same files embedded in the binary. Opening
+//! reads the headers alone, through a mapping; weights are read by several threads at once, and of a tensor that ranks share a rank
+//! reads its own part.
 
+mod budget;
 mod error;
 mod files;
 pub(crate) mod format;
@@ -12,6 +14,7 @@ mod index;
 mod int4;
 pub(crate) mod layout;
 mod load;
+mod parallel;
 mod progress;
 pub(crate) mod shard;
 pub(crate) mod slices;
@@ -26,6 +29,7 @@ use std::sync::{Arc, OnceLock};
 
 use dsa80_reference::DType;
 
+pub use budget::Reservation;
 pub use error::CheckpointError;
 pub use format::{Int4Format, LinearFormat};
 pub use progress::{LoadingBar, Progress};
@@ -35,6 +39,7 @@ use crate::config::{ConfigError, ModelConfig};
 use crate::dummy::DummyWeights;
 use crate::runner::WeightSource as _;
 use crate::weights::{HostEnds, HostLayer};
+use budget::HostBudget;
 use files::Files;
 use layout::Spec;
 use tensors::Tensors;
@@ -57,7 +62,16 @@ pub struct Checkpoint {
     replicated_bytes: AtomicU64,
     /// Instead of the tensors.
     dummy: Option<DummyWeights>,
+    /// Threads that read a layer.
+    readers: usize,
+    budget: Arc<HostBudget>,
 }
+
+/// Of layers that are read and not yet on their device; with a reader's own buffers and the ends of the model it stays below 8 GiB.
+const HOST_BYTES: u64 = 6 << 30;
+
+/// Threads that read for one rank at most: beyond that, no disk gets faster.
+const MOST_READERS: usize = 16;
 
 /// Bytes copied out of a checkpoint's files, by all ranks that read from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -148,6 +162,8 @@ impl Checkpoint {
             sharded_bytes: AtomicU64::new(0),
             replicated_bytes: AtomicU64::new(0),
             dummy: None,
+            readers: std::thread::available_parallelism().map_or(1, |cores| cores.get().min(MOST_READERS)),
+            budget: HostBudget::new(HOST_BYTES),
         }
     }
 
@@ -225,6 +241,16 @@ impl Checkpoint {
         load::Reader::new(self, shard).layer(&self.config, layer)
     }
 
+    /// Waits until `shard`'s part of layer `layer` has room in host memory, beside what other ranks have under way.
+    pub fn reserve(&self, layer: usize, shard: Shard) -> Reservation {
+        if self.dummy.is_some() || layer >= self.config.num_hidden_layers || self.check_shard(shard).is_err()
+        {
+            return Reservation::default();
+        }
+        let specs = layout::layer(&self.config, layer).into_specs();
+        self.budget.reserve(specs.map(|spec| self.spec_bytes(&spec, shard)).sum())
+    }
+
     /// Reads `shard`'s part of what is not in a layer: embedding, final norm, `lm_head`.
     ///
     /// # Errors
@@ -246,16 +272,19 @@ impl Checkpoint {
         if self.dummy.is_some() {
             return Ok(0);
         }
-        let bytes = layout::all(&self.config).map(|spec| match spec {
+        Ok(layout::all(&self.config).map(|spec| self.spec_bytes(&spec, shard)).sum())
+    }
+
+    fn spec_bytes(&self, spec: &Spec, shard: Shard) -> u64 {
+        match spec {
             Spec::Tensor(spec) => {
                 let whole = self.tensors.get(&spec.name).map_or(0, |view| view.bytes.len() as u64);
                 if spec.split == shard::Split::Replicated { whole } else { whole / shard.world_size as u64 }
             }
-            Spec::Linear(spec) => self
-                .linear_format(&spec.module)
-                .map_or(0, |format| slices::linear_bytes(&spec, format, shard)),
-        });
-        Ok(bytes.sum())
+            Spec::Linear(spec) => {
+                self.linear_format(&spec.module).map_or(0, |format| slices::linear_bytes(spec, format, shard))
+            }
+        }
     }
 
     /// Bytes copied out of the weights files so far.

@@ -8,6 +8,7 @@ use super::format::{Int4Format, LinearFormat};
 use super::layout::LinearSpec;
 use super::shard::Shard;
 use super::tensors::TensorView;
+use super::{CheckpointError, parallel};
 use crate::config::QuantizationMethod;
 
 /// A rectangle of a tensor seen as a matrix.
@@ -22,25 +23,65 @@ impl Slice {
         self.rows.len() * self.columns.len()
     }
 
-    /// Copies the rectangle out of a tensor with rows of `row_len` elements, contiguously or row by row.
+    /// Reads the rectangle out of a tensor with rows of `row_len` elements, in parts that `readers` threads share.
     ///
     /// The tensor's shape has been checked against the spec that the slice was made from, so it lies inside.
-    pub(super) fn copy<T: Pod>(&self, tensor: TensorView<'_>, row_len: usize) -> Vec<T> {
+    pub(super) fn read<T: Pod>(
+        &self,
+        tensor: TensorView<'_>,
+        row_len: usize,
+        readers: usize,
+    ) -> Result<Vec<T>, CheckpointError> {
         let width = size_of::<T>();
         let mut out = vec![T::zeroed(); self.elements()];
-        let bytes = bytemuck::cast_slice_mut::<T, u8>(&mut out);
-        if self.columns.len() == row_len {
-            bytes.copy_from_slice(
-                &tensor.bytes[self.rows.start * row_len * width..self.rows.end * row_len * width],
-            );
-        } else if !bytes.is_empty() {
-            for (row, target) in self.rows.clone().zip(bytes.chunks_exact_mut(self.columns.len() * width)) {
-                let start = (row * row_len + self.columns.start) * width;
-                target.copy_from_slice(&tensor.bytes[start..start + target.len()]);
-            }
+        let run = self.columns.len() * width;
+        if run == 0 {
+            return Ok(out);
         }
-        out
+        let (pitch, first) = (row_len * width, self.columns.start * width);
+        let rows = (PART_BYTES / run).max(1);
+        let parts = bytemuck::cast_slice_mut::<T, u8>(&mut out).chunks_mut(rows * run).enumerate();
+        let parts: Vec<_> =
+            parts.map(|(i, part)| ((self.rows.start + i * rows) * pitch + first, part)).collect();
+        parallel::for_each(readers, parts, |(start, part)| read_rows(tensor, start, pitch, run, part))?;
+        Ok(out)
     }
+}
+
+/// What one thread reads at once, so that several share a large tensor.
+const PART_BYTES: usize = 16 << 20;
+
+/// Bytes between two runs that are cheaper read along than by a call for each run.
+const GAP: usize = 8 << 10;
+
+/// What is read at once where gaps are read along.
+const SPAN: usize = 1 << 20;
+
+/// Reads runs of `run` bytes, `pitch` apart from `start` on, into `out`.
+fn read_rows(
+    tensor: TensorView<'_>,
+    start: usize,
+    pitch: usize,
+    run: usize,
+    out: &mut [u8],
+) -> Result<(), CheckpointError> {
+    if run == pitch {
+        return tensor.read(start, out);
+    }
+    if pitch - run > GAP {
+        let rows = out.chunks_exact_mut(run).enumerate();
+        return rows.map(|(row, out)| tensor.read(start + row * pitch, out)).collect();
+    }
+    let rows = (SPAN / pitch).max(1);
+    let mut span = vec![0; rows * pitch];
+    for (block, out) in out.chunks_mut(rows * run).enumerate() {
+        let used = (out.len() / run - 1) * pitch + run;
+        tensor.read(start + block * rows * pitch, &mut span[..used])?;
+        for (row, out) in out.chunks_exact_mut(run).enumerate() {
+            out.copy_from_slice(&span[row * pitch..row * pitch + run]);
+        }
+    }
+    Ok(())
 }
 
 /// A rank's slices of a packed layer, in the orientation of the file.
@@ -119,5 +160,43 @@ pub(crate) fn width(dtype: dsa80_reference::DType) -> usize {
         DType::Fp8 => 1,
         DType::Bf16 | DType::F16 => 2,
         DType::F32 | DType::Act | DType::Float | DType::Index => 4,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::files::Files;
+
+    /// Every way of reading, with more than a part of each: whole rows, runs with small gaps, runs with large ones.
+    #[test]
+    fn a_rectangle_is_what_lies_there() {
+        const START: usize = 24;
+        let dir = tempfile::tempdir().unwrap();
+        let words: Vec<u32> = (0..10_u32 << 20).map(|i| i.wrapping_mul(0x9e37_79b1)).collect();
+        let mut bytes = vec![0xff; START];
+        bytes.extend_from_slice(bytemuck::cast_slice(&words));
+        std::fs::write(dir.path().join("file"), bytes).unwrap();
+        let contents = Files::Directory(dir.path().to_owned()).map("file").unwrap().unwrap();
+        let tensor = TensorView::of_file(&contents, START);
+        for (row_len, rows, columns) in [
+            (1024, 1..10_000, 0..1024),
+            (256, 5..40_960, 64..96),
+            (256, 0..40_960, 1..256),
+            (8192, 3..1280, 2048..4096),
+            (5 << 20, 1..2, 7..5 << 20),
+            (16, 2..2, 0..16),
+            (16, 2..9, 3..3),
+        ] {
+            let slice = Slice { rows: rows.clone(), columns: columns.clone() };
+            let expected: Vec<u32> =
+                rows.flat_map(|row| words[row * row_len..][columns.clone()].iter().copied()).collect();
+            for readers in [1, 5] {
+                let found: Vec<u32> = slice.read(tensor, row_len, readers).unwrap();
+                assert!(found == expected, "{slice:?} of rows of {row_len} by {readers}");
+            }
+        }
+        let beyond = Slice { rows: 0..(10 << 20) + 1, columns: 0..1 };
+        assert!(beyond.read::<u32>(tensor, 1, 2).unwrap_err().to_string().contains("cut off"));
     }
 }

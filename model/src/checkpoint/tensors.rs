@@ -1,6 +1,7 @@
 //! All tensors of a checkpoint, whichever file they are in.
 
 use std::collections::HashMap;
+use std::io;
 use std::ops::Range;
 
 use dsa80_reference::DType;
@@ -41,6 +42,8 @@ pub(super) struct TensorView<'a> {
     pub(super) dtype: Dtype,
     pub(super) shape: &'a [usize],
     pub(super) bytes: &'a [u8],
+    contents: &'a Bytes,
+    start: usize,
 }
 
 impl Tensors {
@@ -164,11 +167,34 @@ impl Tensors {
             dtype: location.dtype,
             shape: &location.shape,
             bytes: &file.bytes[location.bytes.clone()],
+            contents: &file.bytes,
+            start: location.bytes.start,
         }
     }
 }
 
 impl<'a> TensorView<'a> {
+    /// Bytes of a file from `start` on, as a tensor of no shape.
+    #[cfg(test)]
+    pub(super) fn of_file(contents: &'a Bytes, start: usize) -> Self {
+        let bytes = &contents[start..];
+        Self { name: "test", file: "test", dtype: Dtype::U8, shape: &[], bytes, contents, start }
+    }
+
+    /// Reads the tensor's bytes from `offset` on.
+    pub(super) fn read(&self, offset: usize, out: &mut [u8]) -> Result<(), CheckpointError> {
+        self.contents.read_at(self.start + offset, out).map_err(|source| {
+            let file = self.file.to_owned();
+            if source.kind() == io::ErrorKind::UnexpectedEof {
+                let reason =
+                    format!("it ends before tensor `{}` does: it was cut off after it was opened", self.name);
+                CheckpointError::Header { file, reason }
+            } else {
+                CheckpointError::Io { file, source }
+            }
+        })
+    }
+
     /// The element type of a weight or scale.
     pub(super) fn float(&self) -> Result<DType, CheckpointError> {
         match self.dtype {

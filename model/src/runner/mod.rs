@@ -5,6 +5,7 @@ mod cache;
 mod forward;
 mod graphs;
 mod group;
+mod loading;
 mod mlp;
 mod probe;
 mod rank;

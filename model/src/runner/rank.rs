@@ -7,6 +7,7 @@ use dsa80_reference::{Batch, Communicator, Kernels, Result, SampleRow, SamplingP
 use super::cache::Caches;
 use super::forward::{Forward, LogitRows, lm_head};
 use super::graphs::{Bucket, DecodeGraphs, cannot_record};
+use super::loading::load_layers;
 use super::probe::Probe;
 use super::shape::RankShape;
 use super::source::WeightSource;
@@ -69,9 +70,7 @@ impl<K: Kernels> Rank<K> {
         let shard = Shard { rank: communicator.rank(), world_size: communicator.world_size() };
         let shape = RankShape::new(&config, shard.world_size);
         let ends = Ends::upload(&kernels, weights.load_ends(shard)?)?;
-        let layers = (0..config.num_hidden_layers)
-            .map(|index| Ok(Layer::upload(&kernels, weights.load_layer(index, shard)?)?))
-            .collect::<Result<_, LaunchError>>()?;
+        let layers = load_layers(&kernels, weights, shard)?;
         let max_blocks = widest.max_model_len.div_ceil(widest.page_size);
         let index_logits = index_logits
             .clamp(widest.max_model_len, widest.max_model_len.saturating_mul(widest.max_batch_tokens));

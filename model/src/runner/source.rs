@@ -1,6 +1,6 @@
 //! Where a rank's weights come from.
 
-use crate::checkpoint::{Checkpoint, CheckpointError, Shard};
+use crate::checkpoint::{Checkpoint, CheckpointError, Reservation, Shard};
 use crate::config::ModelConfig;
 use crate::weights::{HostEnds, HostLayer};
 
@@ -14,6 +14,11 @@ pub trait WeightSource: Send + Sync {
     /// # Errors
     /// [`CheckpointError`] names the file and the tensor.
     fn load_layer(&self, layer: usize, shard: Shard) -> Result<HostLayer, CheckpointError>;
+
+    /// Waits until there is room in host memory for [`load_layer`](Self::load_layer), and holds it for as long as the layer is there.
+    fn reserve(&self, _layer: usize, _shard: Shard) -> Reservation {
+        Reservation::default()
+    }
 
     /// The shard of embedding, final norm and output projection.
     ///
@@ -29,6 +34,10 @@ impl WeightSource for Checkpoint {
 
     fn load_layer(&self, layer: usize, shard: Shard) -> Result<HostLayer, CheckpointError> {
         self.load_layer(layer, shard)
+    }
+
+    fn reserve(&self, layer: usize, shard: Shard) -> Reservation {
+        self.reserve(layer, shard)
     }
 
     fn load_ends(&self, shard: Shard) -> Result<HostEnds, CheckpointError> {

@@ -17,6 +17,7 @@ mod engine;
 mod fixtures;
 mod graphs;
 mod layers;
+mod loading;
 mod memory;
 mod serve;
 mod step_times;
