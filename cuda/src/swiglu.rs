@@ -3,6 +3,7 @@
 //!
 //! Rows of the weight are eight of the gate and the same eight of the up projection in turns, so that one thread gets both of a feature.
 
+use dsa80_reference::buffers::{self, Element};
 use dsa80_reference::{
     DType, DeviceTensor, Error, HostData, HostLinear, HostTensor, RandomFormat, RandomLinear, Result,
 };
@@ -71,7 +72,9 @@ impl<D: Device> SwiGlu<D> {
             && gate.group_size == up.group_size
             && gate.scales.dtype() == up.scales.dtype()
         {
-            return PackedInt4::upload_gate_up(device, tile, gate, up).map(Self::Int4);
+            let packed = PackedInt4::upload_gate_up(device, tile, gate, up)?;
+            [gate_proj, up_proj].into_iter().for_each(HostLinear::give_back);
+            return Ok(Self::Int4(packed));
         }
         // Exact, but for f32 scales.
         let [gate, up] = [gate_proj, up_proj].map(HostLinear::dense);
@@ -80,8 +83,11 @@ impl<D: Device> SwiGlu<D> {
             (HostData::F16(gate), HostData::F16(up)) => HostData::F16(in_turns(gate, up, dims)),
             _ => HostData::F32(in_turns(&gate.to_f32(), &up.to_f32(), dims)),
         };
+        [gate, up].into_iter().for_each(HostTensor::give_back);
         let shape = vec![2 * dims.0.next_multiple_of(ROWS), dims.1];
-        let weight = crate::cuda::upload(device, &HostTensor { shape, data })?;
+        let both = HostTensor { shape, data };
+        let weight = crate::cuda::upload(device, &both)?;
+        both.give_back();
         Ok(Self::Dense(SwiGluDense { weight, intermediate: dims.0 }))
     }
 
@@ -105,14 +111,14 @@ impl<D: Device> SwiGlu<D> {
 }
 
 /// Eight rows of `gate`, eight of `up`, and so on; rows of zeros fill up the last eight.
-fn in_turns<T: Copy + Default>(gate: &[T], up: &[T], (rows, columns): (usize, usize)) -> Vec<T> {
-    let mut all = Vec::with_capacity(2 * rows.next_multiple_of(ROWS) * columns);
-    for first in (0..rows).step_by(ROWS) {
-        for weight in [gate, up] {
-            let end = (first + ROWS).min(rows);
-            all.extend_from_slice(&weight[first * columns..end * columns]);
-            all.resize(all.len() + (first + ROWS - end) * columns, T::default());
-        }
+fn in_turns<T: Element + Copy + Default>(gate: &[T], up: &[T], (rows, columns): (usize, usize)) -> Vec<T> {
+    let mut all = buffers::take(2 * rows.next_multiple_of(ROWS) * columns);
+    let pieces = [gate, up].map(|weight| weight.chunks((ROWS * columns).max(1)));
+    let [mut gates, mut ups] = pieces;
+    for (turn, out) in all.chunks_mut((ROWS * columns).max(1)).enumerate() {
+        let piece = if turn % 2 == 0 { gates.next() } else { ups.next() }.unwrap_or_default();
+        out[..piece.len()].copy_from_slice(piece);
+        out[piece.len()..].fill(T::default());
     }
     all
 }
@@ -143,8 +149,8 @@ mod tests {
 
     #[test]
     fn rows_take_turns_and_zeros_fill_up() {
-        let gate: Vec<i32> = (0..18).collect();
-        let up: Vec<i32> = (100..118).collect();
+        let gate: Vec<u32> = (0..18).collect();
+        let up: Vec<u32> = (100..118).collect();
         let all = in_turns(&gate, &up, (9, 2));
         assert_eq!(all.len(), 2 * 16 * 2);
         assert_eq!((all[0], all[15], all[16], all[31]), (0, 15, 100, 115));

@@ -4,6 +4,7 @@
 //! judges every other implementation, generic over f32 and f64.
 
 pub mod batch;
+pub mod buffers;
 pub mod communicator;
 pub mod cpu;
 mod error;

@@ -9,6 +9,7 @@ pub mod judge;
 pub mod layers;
 pub mod naive;
 pub mod parity;
+pub mod plain_read;
 pub mod prompt;
 pub mod random_model;
 pub mod server;

@@ -12,6 +12,8 @@ use serde_json::json;
 
 /// Layers of GLM-5.2, beside the one that drafts tokens.
 pub const LAYERS: usize = 78;
+/// Its vocabulary.
+pub const VOCAB: usize = 154_880;
 const SHARDS: usize = 83;
 const HIDDEN: usize = 6144;
 
@@ -63,22 +65,23 @@ struct Tensor {
 pub struct Skeleton {
     scheme: Scheme,
     layers: usize,
+    vocab: usize,
     tensors: Vec<Tensor>,
     /// Linear layers that are not packed.
     ignored: Vec<String>,
 }
 
 impl Skeleton {
-    /// The first `layers` of the model, with the drafting layer where that is all of them.
-    pub fn new(scheme: Scheme, layers: usize) -> Self {
-        let mut all = Self { scheme, layers, tensors: Vec::new(), ignored: Vec::new() };
-        all.plain("model.embed_tokens.weight", &[154_880, HIDDEN], Use::Shared);
+    /// The first `layers` of the model with the first `vocab` tokens; with the drafting layer where that is all layers.
+    pub fn new(scheme: Scheme, layers: usize, vocab: usize) -> Self {
+        let mut all = Self { scheme, layers, vocab, tensors: Vec::new(), ignored: Vec::new() };
+        all.plain("model.embed_tokens.weight", &[vocab, HIDDEN], Use::Shared);
         for layer in 0..layers + usize::from(layers == LAYERS) {
             all.layer(layer);
         }
         all.plain("model.norm.weight", &[HIDDEN], Use::Replicated);
         all.ignored.push("lm_head".to_owned());
-        all.plain("lm_head.weight", &[154_880, HIDDEN], Use::Shared);
+        all.plain("lm_head.weight", &[vocab, HIDDEN], Use::Shared);
         all
     }
 
@@ -218,7 +221,7 @@ impl Skeleton {
         });
         let mut config = json!({
             "model_type": "glm_moe_dsa", "hidden_size": HIDDEN, "num_hidden_layers": self.layers,
-            "vocab_size": 154_880, "num_attention_heads": 64, "q_lora_rank": 2048, "kv_lora_rank": 512,
+            "vocab_size": self.vocab, "num_attention_heads": 64, "q_lora_rank": 2048, "kv_lora_rank": 512,
             "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256, "index_n_heads": 32,
             "index_head_dim": 128, "index_topk": 2048, "index_topk_freq": 4, "index_skip_topk_offset": 3,
             "rope_parameters": {"rope_type": "default", "rope_theta": 8e6}, "n_routed_experts": 256,
@@ -226,7 +229,7 @@ impl Skeleton {
             "intermediate_size": 12288, "n_group": 1, "topk_group": 1, "norm_topk_prob": true,
             "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
             "first_k_dense_replace": 3, "rms_norm_eps": 1e-5, "max_position_embeddings": 1_048_576,
-            "num_nextn_predict_layers": 1, "eos_token_id": [151_329, 151_336, 151_338],
+            "num_nextn_predict_layers": 1, "eos_token_id": [0, 1, 2],
         });
         config["quantization_config"] = quantization;
         config

@@ -172,11 +172,15 @@ impl<D: Device> Kernels for Cuda<D> {
     }
 
     fn upload(&self, tensor: HostTensor) -> Result<CudaTensor<D>> {
-        memory::upload(&self.device, &tensor)
+        let uploaded = memory::upload(&self.device, &tensor)?;
+        tensor.give_back();
+        Ok(uploaded)
     }
 
     fn upload_int4(&self, weight: HostInt4) -> Result<PackedInt4<D>> {
-        PackedInt4::upload(&self.device, &self.chosen.repack_int4(), &weight)
+        let uploaded = PackedInt4::upload(&self.device, &self.chosen.repack_int4(), &weight)?;
+        weight.give_back();
+        Ok(uploaded)
     }
 
     fn random(&self, tensors: &[RandomTensor]) -> Result<CudaTensor<D>> {

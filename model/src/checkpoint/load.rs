@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use bytemuck::Pod;
+use dsa80_reference::buffers::Element;
 use dsa80_reference::{DType, HostData, HostExpert, HostInt4, HostLinear, HostTensor};
 
 use super::format::{Int4Format, LinearFormat};
@@ -185,7 +186,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Reads `slice` and counts its bytes.
-    fn copy<T: Pod>(
+    fn copy<T: Pod + Element>(
         &self,
         view: TensorView<'_>,
         slice: &Slice,

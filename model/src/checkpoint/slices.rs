@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use bytemuck::Pod;
+use dsa80_reference::buffers::{self, Element};
 
 use super::format::{Int4Format, LinearFormat};
 use super::layout::LinearSpec;
@@ -26,14 +27,14 @@ impl Slice {
     /// Reads the rectangle out of a tensor with rows of `row_len` elements, in parts that `readers` threads share.
     ///
     /// The tensor's shape has been checked against the spec that the slice was made from, so it lies inside.
-    pub(super) fn read<T: Pod>(
+    pub(super) fn read<T: Pod + Element>(
         &self,
         tensor: TensorView<'_>,
         row_len: usize,
         readers: usize,
     ) -> Result<Vec<T>, CheckpointError> {
         let width = size_of::<T>();
-        let mut out = vec![T::zeroed(); self.elements()];
+        let mut out = buffers::take::<T>(self.elements());
         let run = self.columns.len() * width;
         if run == 0 {
             return Ok(out);
@@ -69,8 +70,8 @@ fn read_rows(
         return tensor.read(start, out);
     }
     if pitch - run > GAP {
-        let rows = out.chunks_exact_mut(run).enumerate();
-        return rows.map(|(row, out)| tensor.read(start + row * pitch, out)).collect();
+        let mut rows = out.chunks_exact_mut(run).enumerate();
+        return rows.try_for_each(|(row, out)| tensor.read(start + row * pitch, out));
     }
     let rows = (SPAN / pitch).max(1);
     let mut span = vec![0; rows * pitch];

@@ -2,7 +2,7 @@
 
 use std::sync::mpsc::sync_channel;
 
-use dsa80_reference::Kernels;
+use dsa80_reference::{Kernels, buffers};
 
 use super::source::WeightSource;
 use super::weights::Layer;
@@ -16,7 +16,7 @@ pub(super) fn load_layers<K: Kernels>(
     shard: Shard,
 ) -> Result<Vec<Layer<K>>, LaunchError> {
     let count = weights.config().num_hidden_layers;
-    std::thread::scope(|scope| {
+    let layers = std::thread::scope(|scope| {
         // Without room: a layer waits until the one before it is on the device.
         let (sender, receiver) = sync_channel(0);
         scope.spawn(move || {
@@ -37,5 +37,7 @@ pub(super) fn load_layers<K: Kernels>(
             Ok(uploaded)
         };
         receiver.into_iter().map(upload).collect()
-    })
+    });
+    buffers::clear();
+    layers
 }

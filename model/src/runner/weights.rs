@@ -1,5 +1,6 @@
 //! A rank's weights on a backend.
 
+use dsa80_reference::buffers::{self, Element};
 use dsa80_reference::{HostData, HostExpert, HostLinear, HostTensor, Kernels, RandomFormat, Result};
 
 use crate::weights::{HostAttention, HostEnds, HostIndexer, HostLayer, HostMlp, HostMoe, HostSwiGlu};
@@ -110,6 +111,7 @@ impl<K: Kernels> QkvA<K> {
         if let (HostLinear::Dense(q_a), HostLinear::Dense(kv_a)) = (&q_a_proj, &kv_a_proj_with_mqa)
             && let Some(both) = stack(q_a, kv_a)
         {
+            [q_a_proj, kv_a_proj_with_mqa].into_iter().for_each(HostLinear::give_back);
             return Ok(Self::Joined(kernels.upload(both)?));
         }
         if let (HostLinear::Random(q_a), HostLinear::Random(kv_a)) = (&q_a_proj, &kv_a_proj_with_mqa)
@@ -148,12 +150,19 @@ fn stack(first: &HostTensor, second: &HostTensor) -> Option<HostTensor> {
         return None;
     }
     let data = match (&first.data, &second.data) {
-        (HostData::Bf16(first), HostData::Bf16(second)) => HostData::Bf16([&first[..], second].concat()),
-        (HostData::F16(first), HostData::F16(second)) => HostData::F16([&first[..], second].concat()),
-        (HostData::F32(first), HostData::F32(second)) => HostData::F32([&first[..], second].concat()),
+        (HostData::Bf16(first), HostData::Bf16(second)) => HostData::Bf16(joined(first, second)),
+        (HostData::F16(first), HostData::F16(second)) => HostData::F16(joined(first, second)),
+        (HostData::F32(first), HostData::F32(second)) => HostData::F32(joined(first, second)),
         _ => return None,
     };
     Some(HostTensor { shape: vec![a + b, columns], data })
+}
+
+fn joined<T: Element + Copy>(first: &[T], second: &[T]) -> Vec<T> {
+    let mut both = buffers::take(first.len() + second.len());
+    both[..first.len()].copy_from_slice(first);
+    both[first.len()..].copy_from_slice(second);
+    both
 }
 
 /// The lightning indexer of a full layer; replicated on every rank.

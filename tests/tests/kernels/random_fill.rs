@@ -82,7 +82,7 @@ fn planted_faults_are_seen() {
         ("random.cuh", "x ^ x >> 15", "x ^ x >> 16"),
         ("random_fill.cu", "if (4 * word + i >= count) return;", "if (4 * word + i > count) return;"),
         ("random_fill.cu", "bits >> 8 * i & 255u", "bits >> 8 * (3 - i) & 255u"),
-        ("random_fill.cu", "- 255)", "- 256)"),
+        ("random_fill.cu", "255u) - 255)", "255u) - 256)"),
         ("random_fill.cu", "column = 0, ++row;", "column = 0;"),
         ("random_fill.cu", "row / together * stride", "row / together * together"),
         // Ties of a half go up; its subnormals are cut off.
