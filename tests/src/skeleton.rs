@@ -65,6 +65,7 @@ struct Tensor {
 pub struct Skeleton {
     scheme: Scheme,
     layers: usize,
+    experts: usize,
     vocab: usize,
     tensors: Vec<Tensor>,
     /// Linear layers that are not packed.
@@ -72,9 +73,15 @@ pub struct Skeleton {
 }
 
 impl Skeleton {
-    /// The first `layers` of the model with the first `vocab` tokens; with the drafting layer where that is all layers.
-    pub fn new(scheme: Scheme, layers: usize, vocab: usize) -> Self {
-        let mut all = Self { scheme, layers, vocab, tensors: Vec::new(), ignored: Vec::new() };
+    /// All of the model.
+    pub fn whole(scheme: Scheme) -> Self {
+        Self::new(scheme, LAYERS, 256, VOCAB)
+    }
+
+    /// The first `layers` of the model with the first `experts` and the first `vocab` tokens; with the drafting layer where that is all
+    /// layers.
+    pub fn new(scheme: Scheme, layers: usize, experts: usize, vocab: usize) -> Self {
+        let mut all = Self { scheme, layers, experts, vocab, tensors: Vec::new(), ignored: Vec::new() };
         all.plain("model.embed_tokens.weight", &[vocab, HIDDEN], Use::Shared);
         for layer in 0..layers + usize::from(layers == LAYERS) {
             all.layer(layer);
@@ -111,9 +118,15 @@ impl Skeleton {
         if layer < 3 {
             self.swiglu(&mlp, 12288, shared);
         } else {
-            self.plain(&format!("{mlp}.gate.weight"), &[256, HIDDEN], replicated);
-            self.typed(&format!("{mlp}.gate.e_score_correction_bias"), "F32", &[256], Vec::new(), replicated);
-            for expert in 0..256 {
+            self.plain(&format!("{mlp}.gate.weight"), &[self.experts, HIDDEN], replicated);
+            self.typed(
+                &format!("{mlp}.gate.e_score_correction_bias"),
+                "F32",
+                &[self.experts],
+                Vec::new(),
+                replicated,
+            );
+            for expert in 0..self.experts {
                 self.swiglu(&format!("{mlp}.experts.{expert}"), 2048, shared);
             }
             self.swiglu(&format!("{mlp}.shared_experts"), 2048, shared);
@@ -224,7 +237,7 @@ impl Skeleton {
             "vocab_size": self.vocab, "num_attention_heads": 64, "q_lora_rank": 2048, "kv_lora_rank": 512,
             "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256, "index_n_heads": 32,
             "index_head_dim": 128, "index_topk": 2048, "index_topk_freq": 4, "index_skip_topk_offset": 3,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 8e6}, "n_routed_experts": 256,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 8e6}, "n_routed_experts": self.experts,
             "num_experts_per_tok": 8, "n_shared_experts": 1, "moe_intermediate_size": 2048,
             "intermediate_size": 12288, "n_group": 1, "topk_group": 1, "norm_topk_prob": true,
             "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "topk_method": "noaux_tc",

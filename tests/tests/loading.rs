@@ -59,7 +59,7 @@ fn give_back(layer: HostLayer) {
 #[test]
 fn ranks_read_their_bytes_and_as_fast_as_files_are_read() {
     let dir = tempfile::tempdir().unwrap();
-    let skeleton = Skeleton::new(Scheme::EXPERTS, 1, VOCAB);
+    let skeleton = Skeleton::new(Scheme::EXPERTS, 1, 8, VOCAB);
     skeleton.save(dir.path(), true).unwrap();
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
 

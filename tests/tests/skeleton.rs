@@ -6,13 +6,13 @@ use std::collections::BTreeMap;
 
 use dsa80_model::checkpoint::{Checkpoint, LinearFormat, Shard};
 use dsa80_model::plan::Plan;
-use dsa80_tests::skeleton::{LAYERS, Scheme, Skeleton, Use, VOCAB};
+use dsa80_tests::skeleton::{LAYERS, Scheme, Skeleton, Use};
 
 const RANKS: usize = 8;
 
 /// Opens the skeleton, and accounts for every byte of it. Returns the plan at TP = 8.
 fn check(scheme: Scheme) -> (Checkpoint, Plan, BTreeMap<Use, u64>) {
-    let skeleton = Skeleton::new(scheme, LAYERS, VOCAB);
+    let skeleton = Skeleton::whole(scheme);
     let dir = tempfile::tempdir().unwrap();
     let headers = skeleton.save(dir.path(), false).unwrap();
     let bytes = skeleton.bytes();

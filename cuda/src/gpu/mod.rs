@@ -6,6 +6,7 @@ mod graph;
 mod memory;
 mod nvrtc;
 mod resources;
+mod staging;
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
@@ -22,6 +23,7 @@ pub use self::compiler::Compiler;
 pub use self::graph::Graph;
 pub use self::memory::GpuBuffer;
 pub use self::resources::Resources;
+use self::staging::Staging;
 use crate::device::{Arg, Device, Launch, Limits, Program};
 use crate::probe::{self, ProbeError};
 use crate::sources::Sources;
@@ -36,6 +38,8 @@ pub struct Gpu {
     modules: Arc<Modules>,
     history: Mutex<History>,
     capturing: AtomicBool,
+    /// Made by the first large copy.
+    staging: Mutex<Option<Staging>>,
     stream: Arc<CudaStream>,
     context: Arc<CudaContext>,
 }
@@ -138,6 +142,7 @@ impl Gpu {
             modules: Arc::new(Modules { loaded: Mutex::default(), stream: stream.clone() }),
             history: Mutex::default(),
             capturing: AtomicBool::new(false),
+            staging: Mutex::default(),
             stream,
             context,
         })
@@ -283,6 +288,17 @@ impl Device for Gpu {
             return Ok(());
         }
         self.bind()?;
+        if bytes.len() >= staging::SMALLEST {
+            let mut staging = lock(&self.staging);
+            let copied = match &mut *staging {
+                Some(staging) => Ok(staging),
+                none => Staging::new(&self.context).map(|staging| none.insert(staging)),
+            };
+            // SAFETY: the destination holds as many bytes, and freeing it waits for the stream; the context is current.
+            return copied
+                .and_then(|staging| unsafe { staging.copy(destination, bytes, self.stream.cu_stream()) })
+                .map_err(|error| self.failed_later(error));
+        }
         // SAFETY: the destination holds as many bytes; the source is pageable memory, which the driver has copied when it returns.
         unsafe { result::memcpy_htod_async(destination, bytes, self.stream.cu_stream()) }
             .map_err(|error| self.failed_later(error))

@@ -1,43 +1,58 @@
-//! A rank's layers from their source to its device: one is uploaded while the next is read.
+//! A rank's weights from their source to its device: one part is uploaded while the next is read.
 
 use std::sync::mpsc::sync_channel;
 
 use dsa80_reference::{Kernels, buffers};
 
 use super::source::WeightSource;
-use super::weights::Layer;
-use crate::checkpoint::Shard;
+use super::weights::{Ends, Layer};
+use crate::checkpoint::{CheckpointError, Reservation, Shard};
 use crate::error::LaunchError;
+use crate::weights::{HostEnds, HostLayer};
 
-/// Every layer, in order.
-pub(super) fn load_layers<K: Kernels>(
+/// What a reader hands on.
+#[expect(clippy::large_enum_variant, reason = "one a layer, taken apart at once")]
+enum Part {
+    Ends(Result<HostEnds, CheckpointError>),
+    Layer(Result<HostLayer, CheckpointError>, Reservation),
+}
+
+/// What is not in a layer, and every layer in order.
+pub(super) fn load<K: Kernels>(
     kernels: &K,
     weights: &dyn WeightSource,
     shard: Shard,
-) -> Result<Vec<Layer<K>>, LaunchError> {
+) -> Result<(Ends<K>, Vec<Layer<K>>), LaunchError> {
     let count = weights.config().num_hidden_layers;
-    let layers = std::thread::scope(|scope| {
-        // Without room: a layer waits until the one before it is on the device.
+    let loaded: Result<_, LaunchError> = std::thread::scope(|scope| {
+        // Without room: a part waits until the one before it is on the device.
         let (sender, receiver) = sync_channel(0);
         scope.spawn(move || {
+            // Nobody listens any more when an upload has failed.
+            let mut listening = sender.send(Part::Ends(weights.load_ends(shard))).is_ok();
             for index in 0..count {
+                if !listening {
+                    return;
+                }
                 let reserved = weights.reserve(index, shard);
                 let layer = weights.load_layer(index, shard);
                 let failed = layer.is_err();
-                // Nobody listens any more when an upload has failed.
-                if sender.send((layer, reserved)).is_err() || failed {
-                    return;
-                }
+                listening = sender.send(Part::Layer(layer, reserved)).is_ok() && !failed;
             }
         });
-        let upload = |(layer, reserved)| {
-            let layer: Result<_, crate::checkpoint::CheckpointError> = layer;
-            let uploaded = Layer::upload(kernels, layer?)?;
-            drop::<crate::checkpoint::Reservation>(reserved);
-            Ok(uploaded)
-        };
-        receiver.into_iter().map(upload).collect()
+        let (mut ends, mut layers) = (None, Vec::with_capacity(count));
+        for part in receiver {
+            match part {
+                Part::Ends(host) => ends = Some(Ends::upload(kernels, host?)?),
+                Part::Layer(host, reserved) => {
+                    layers.push(Layer::upload(kernels, host?)?);
+                    drop(reserved);
+                }
+            }
+        }
+        // Only a panic of the reader leaves something out, and the scope passes it on.
+        Ok(ends.map(|ends| (ends, layers)))
     });
     buffers::clear();
-    layers
+    loaded?.ok_or_else(|| LaunchError::Options("the weights have no embedding".into()))
 }

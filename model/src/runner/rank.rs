@@ -7,7 +7,7 @@ use dsa80_reference::{Batch, Communicator, Kernels, Result, SampleRow, SamplingP
 use super::cache::Caches;
 use super::forward::{Forward, LogitRows, lm_head};
 use super::graphs::{Bucket, DecodeGraphs, cannot_record};
-use super::loading::load_layers;
+use super::loading::load;
 use super::probe::Probe;
 use super::shape::RankShape;
 use super::source::WeightSource;
@@ -69,8 +69,7 @@ impl<K: Kernels> Rank<K> {
         let config = Arc::new(weights.config().clone());
         let shard = Shard { rank: communicator.rank(), world_size: communicator.world_size() };
         let shape = RankShape::new(&config, shard.world_size);
-        let ends = Ends::upload(&kernels, weights.load_ends(shard)?)?;
-        let layers = load_layers(&kernels, weights, shard)?;
+        let (ends, layers) = load(&kernels, weights, shard)?;
         let max_blocks = widest.max_model_len.div_ceil(widest.page_size);
         let index_logits = index_logits
             .clamp(widest.max_model_len, widest.max_model_len.saturating_mul(widest.max_batch_tokens));

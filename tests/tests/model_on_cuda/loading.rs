@@ -6,9 +6,14 @@ use dsa80_cuda::Cuda;
 use dsa80_model::checkpoint::Checkpoint;
 use dsa80_tests::parity::devices;
 use dsa80_tests::plain_read::plain_read;
-use dsa80_tests::skeleton::{Scheme, Skeleton, VOCAB};
+use dsa80_tests::skeleton::{Scheme, Skeleton};
 use dsa80_tests::{judge, prompt};
 
+/// A rank's share at TP=8.
+const VOCAB: usize = 19_360;
+
+/// Layers as large as those of a rank of eight: 32 whole experts are an eighth of 256.
+///
 /// `DSA80_LOAD_DIR` is where the files are written (10 GB), a temporary folder by default; `DSA80_LOAD_COLD`, a command that empties the
 /// system's cache of files, runs before each reading.
 #[test]
@@ -21,7 +26,7 @@ fn a_checkpoint_reaches_the_gpu() {
         Some(parent) => tempfile::tempdir_in(parent).unwrap(),
         None => tempfile::tempdir().unwrap(),
     };
-    Skeleton::new(Scheme::EXPERTS, 4, VOCAB).save(dir.path(), true).unwrap();
+    Skeleton::new(Scheme::EXPERTS, 9, 32, VOCAB).save(dir.path(), true).unwrap();
     let cold = || {
         if let Some(command) = std::env::var_os("DSA80_LOAD_COLD") {
             let status = std::process::Command::new("sh")
