@@ -207,6 +207,24 @@ DEVICE float4 load_published_16(const float4* global) {
     return out;
 }
 
+// A load that sees all that was written, on any GPU, before the store that it reads was released; and that store.
+DEVICE uint32_t load_acquire_system(const uint32_t* global) {
+    uint32_t out;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(out) : "l"(global) : "memory");
+    return out;
+}
+
+DEVICE void store_release_system(uint32_t* global, uint32_t value) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(global), "r"(value) : "memory");
+}
+
+// The time of a clock that all blocks share.
+DEVICE uint64_t nanoseconds() {
+    uint64_t out;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(out));
+    return out;
+}
+
 // A barrier of `threads` threads of the block (a multiple of 32) that name the same `id`, 1 to 15.
 DEVICE void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 

@@ -21,9 +21,12 @@ pub struct Counting {
 #[derive(Debug, Clone, Default)]
 pub struct Allocated(Arc<AtomicU64>);
 
-/// An allocation that holds nothing.
+/// An allocation that holds nothing, counted until its last clone is dropped.
+#[derive(Debug, Clone)]
+pub struct CountedBuffer(Arc<Counted>);
+
 #[derive(Debug)]
-pub struct CountedBuffer {
+struct Counted {
     name: Box<str>,
     bytes: usize,
     counted: u64,
@@ -51,16 +54,16 @@ impl Allocated {
 
 impl CountedBuffer {
     fn require(&self, offset: usize, length: usize) -> Result<()> {
-        if offset.checked_add(length).is_some_and(|end| end <= self.bytes) {
+        if offset.checked_add(length).is_some_and(|end| end <= self.0.bytes) {
             return Ok(());
         }
-        let Self { name, bytes, .. } = self;
+        let Counted { name, bytes, .. } = &*self.0;
         let message = format!("`{name}` has {bytes} bytes; {length} from {offset} on were asked for");
         Err(Error::Backend { backend: "counting", message })
     }
 }
 
-impl Drop for CountedBuffer {
+impl Drop for Counted {
     fn drop(&mut self) {
         self.allocated.0.fetch_sub(self.counted, Ordering::Relaxed);
     }
@@ -77,7 +80,8 @@ impl Device for Counting {
     fn alloc(&self, name: &str, bytes: usize) -> Result<CountedBuffer> {
         let counted = (bytes.max(1) as u64).next_multiple_of(GRANULARITY);
         self.allocated.0.fetch_add(counted, Ordering::Relaxed);
-        Ok(CountedBuffer { name: name.into(), bytes, counted, allocated: self.allocated.clone() })
+        let allocated = self.allocated.clone();
+        Ok(CountedBuffer(Arc::new(Counted { name: name.into(), bytes, counted, allocated })))
     }
 
     fn write(&self, buffer: &CountedBuffer, offset: usize, bytes: &[u8]) -> Result<()> {

@@ -1,5 +1,7 @@
 //! What a launcher needs of a device: memory, and a way to run one kernel. A GPU is one; the emulator of the tests is another.
 
+use std::sync::Arc;
+
 use dsa80_reference::Result;
 
 /// What a device offers a block, as far as tiles are validated against it.
@@ -135,8 +137,8 @@ pub struct Launch<'a, B> {
 
 /// Memory and launches, in the order of one stream.
 pub trait Device: Send {
-    /// Device memory. Kernels write through it: it is shared like a pointer, and only its owner frees it.
-    type Buffer: Send + std::fmt::Debug;
+    /// Device memory. Kernels write through it: it is shared like a pointer, and freed with its last clone.
+    type Buffer: Clone + Send + Sync + std::fmt::Debug;
     /// Launches that were captured.
     type Graph: Send;
 
@@ -179,4 +181,38 @@ pub trait Device: Send {
     /// # Errors
     /// The device failed.
     fn replay(&self, graph: &Self::Graph) -> Result<()>;
+}
+
+/// A device that several share: a backend, and the communicator that launches between its launches.
+impl<D: Device + Sync> Device for Arc<D> {
+    type Buffer = D::Buffer;
+    type Graph = D::Graph;
+
+    fn limits(&self) -> &Limits {
+        (**self).limits()
+    }
+
+    fn alloc(&self, name: &str, bytes: usize) -> Result<D::Buffer> {
+        (**self).alloc(name, bytes)
+    }
+
+    fn write(&self, buffer: &D::Buffer, offset: usize, bytes: &[u8]) -> Result<()> {
+        (**self).write(buffer, offset, bytes)
+    }
+
+    fn read(&self, buffer: &D::Buffer, offset: usize, bytes: &mut [u8]) -> Result<()> {
+        (**self).read(buffer, offset, bytes)
+    }
+
+    fn launch(&self, launch: &Launch<'_, D::Buffer>) -> Result<()> {
+        (**self).launch(launch)
+    }
+
+    fn capture(&self, launches: impl FnOnce() -> Result<()>) -> Result<D::Graph> {
+        (**self).capture(launches)
+    }
+
+    fn replay(&self, graph: &D::Graph) -> Result<()> {
+        (**self).replay(graph)
+    }
 }

@@ -5,11 +5,15 @@
 //! which runs the same sources on the CPU. [`Tiles`] are the tiles chosen for a GPU. [`Cuda`] is all of it as the contract's backend.
 
 pub mod absorb;
+pub mod all_gather;
+pub mod all_reduce;
 pub mod batch;
+pub mod communicator;
 pub mod counting;
 mod cuda;
 pub mod device;
 pub mod embed;
+pub mod exchange;
 pub mod gpu;
 pub mod indexer_logits;
 pub mod int4;
@@ -54,6 +58,7 @@ pub mod tiles;
 pub mod top_k;
 
 pub use batch::CudaBatch;
+pub use communicator::{PeerCommunicator, Placement};
 pub use counting::Counting;
 pub use cuda::Cuda;
 pub use device::{Arg, Device, Launch, Limits, Program, ProgramEntry};

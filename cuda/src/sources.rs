@@ -8,9 +8,12 @@ use dsa80_reference::{Error, Result};
 /// Every file of `kernels/`, by name.
 const EMBEDDED: &[(&str, &str)] = &[
     ("absorb.cu", include_str!("../kernels/absorb.cu")),
+    ("all_gather.cu", include_str!("../kernels/all_gather.cu")),
+    ("all_reduce.cu", include_str!("../kernels/all_reduce.cu")),
     ("bench_fill.cu", include_str!("../kernels/bench_fill.cu")),
     ("ceilings.cu", include_str!("../kernels/ceilings.cu")),
     ("embed.cu", include_str!("../kernels/embed.cu")),
+    ("exchange.cuh", include_str!("../kernels/exchange.cuh")),
     ("fp8.cuh", include_str!("../kernels/fp8.cuh")),
     ("indexer_logits.cu", include_str!("../kernels/indexer_logits.cu")),
     ("indexer_logits.cuh", include_str!("../kernels/indexer_logits.cuh")),

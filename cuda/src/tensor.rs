@@ -24,6 +24,12 @@ impl<D: Device> CudaTensor<D> {
         Ok(Self { shape: shape.to_vec(), dtype, capacity, buffer })
     }
 
+    /// The same memory, with a shape of its own.
+    pub(crate) fn alias(&self) -> Self {
+        let Self { shape, dtype, capacity, buffer } = self;
+        Self { shape: shape.clone(), dtype: *dtype, capacity: *capacity, buffer: buffer.clone() }
+    }
+
     /// The memory.
     pub fn buffer(&self) -> &D::Buffer {
         &self.buffer

@@ -33,6 +33,11 @@ pub trait Communicator<T>: Send {
     /// Returns when every rank has called it.
     fn barrier(&self) -> Result<()>;
 
+    /// Fails when a collective failed that an earlier call had merely launched. Waits for the device.
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Breaks the group: collectives that wait, and all later ones, fail on every rank with `reason`.
     /// Dropping a communicator does the same.
     fn abort(&self, reason: &str);

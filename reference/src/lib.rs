@@ -12,6 +12,7 @@ pub mod fp8;
 pub mod kernels;
 mod lone_rank;
 pub mod random;
+mod rendezvous;
 pub mod sampling;
 pub mod tensor;
 
@@ -21,5 +22,6 @@ pub use error::{Error, Result};
 pub use kernels::{Kernels, RopeLayout, RouterParams, SampleOutput};
 pub use lone_rank::LoneRank;
 pub use random::{RandomFormat, RandomLinear, RandomTensor};
+pub use rendezvous::Rendezvous;
 pub use sampling::{SampleRow, SamplingParams};
 pub use tensor::{DType, DeviceTensor, HostData, HostExpert, HostInt4, HostLinear, HostTensor};

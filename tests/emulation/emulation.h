@@ -75,6 +75,9 @@ uint32_t emulation_pack_bf16(float low, float high) noexcept __attribute__((cons
 uint32_t emulation_fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) noexcept __attribute__((const));
 float emulation_exp2(float x) noexcept __attribute__((const));
 void emulation_fence();
+uint32_t emulation_load_acquire(const uint32_t* global);
+void emulation_store_release(uint32_t* global, uint32_t value);
+uint64_t emulation_nanoseconds();
 }
 
 #define threadIdx (dim3{emulation_thread(), 0, 0})
@@ -344,6 +347,10 @@ DEVICE float4 load_published_16(const float4* global) {
     const EmulationWords words = emulation_load_published(global, 16);
     return {__uint_as_float(words.r[0]), __uint_as_float(words.r[1]), __uint_as_float(words.r[2]), __uint_as_float(words.r[3])};
 }
+
+DEVICE uint32_t load_acquire_system(const uint32_t* global) { return emulation_load_acquire(global); }
+DEVICE void store_release_system(uint32_t* global, uint32_t value) { emulation_store_release(global, value); }
+DEVICE uint64_t nanoseconds() { return emulation_nanoseconds(); }
 
 // How the device calls a kernel: parameters as the launcher gave them, and a letter for the type of each to compare with.
 constexpr char emulation_letter(const volatile void*) { return '?'; }

@@ -8,13 +8,12 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <mutex>
-
 #include "runtime/barriers.h"
 #include "runtime/collectives.h"
 #include "runtime/copies.h"
 #include "runtime/hooks.h"
 #include "runtime/instructions.h"
+#include "runtime/waiting.h"
 
 namespace {
 
@@ -179,6 +178,9 @@ EXPORT void emulation_run(Launch* launch) {
     const std::lock_guard<std::mutex> guard(idle_lock);
     idle.push_back(w);
 }
+
+// Waits until all blocks that were started are through. Every thread has left `emulation_run`.
+EXPORT void emulation_join(Launch* launch) { join_more(*launch); }
 
 // The message of a launch that failed, or null. Valid until the launch is freed.
 EXPORT const char* emulation_message(const Launch* launch) { return launch->failed.load() != 0 ? launch->message : nullptr; }

@@ -8,9 +8,12 @@ use dsa80_reference::{Error, Result};
 
 use super::{driver_message, refuse};
 
-/// An allocation on a GPU, freed when dropped.
+/// An allocation on a GPU, freed with its last clone.
+#[derive(Debug, Clone)]
+pub struct GpuBuffer(Arc<Allocation>);
+
 #[derive(Debug)]
-pub struct GpuBuffer {
+struct Allocation {
     pointer: CUdeviceptr,
     bytes: usize,
     name: Box<str>,
@@ -27,40 +30,40 @@ impl GpuBuffer {
             });
             refuse(format!("`{name}` of {bytes} bytes cannot be allocated{free}: {}", driver_message(error)))
         })?;
-        Ok(Self { pointer, bytes, name: name.into(), context: context.clone() })
+        Ok(Self(Arc::new(Allocation { pointer, bytes, name: name.into(), context: context.clone() })))
     }
 
     /// Bytes.
     pub fn bytes(&self) -> usize {
-        self.bytes
+        self.0.bytes
     }
 
     /// The name that was given at allocation.
     pub fn name(&self) -> &str {
-        &self.name
+        &self.0.name
     }
 
     pub(super) fn pointer(&self) -> CUdeviceptr {
-        self.pointer
+        self.0.pointer
     }
 
     /// The address of `offset`, from which `length` bytes lie inside.
     pub(super) fn range(&self, offset: usize, length: usize) -> Result<CUdeviceptr> {
-        let inside = offset.checked_add(length).is_some_and(|end| end <= self.bytes);
+        let inside = offset.checked_add(length).is_some_and(|end| end <= self.0.bytes);
         if !inside {
             return Err(Error::Backend {
                 backend: "cuda",
                 message: format!(
                     "`{}` has {} bytes; {length} from {offset} on were asked for",
-                    self.name, self.bytes
+                    self.0.name, self.0.bytes
                 ),
             });
         }
-        Ok(self.pointer + offset as CUdeviceptr)
+        Ok(self.0.pointer + offset as CUdeviceptr)
     }
 }
 
-impl Drop for GpuBuffer {
+impl Drop for Allocation {
     fn drop(&mut self) {
         // A destructor has nobody to tell; a broken context has said so before.
         if self.context.bind_to_thread().is_ok() {

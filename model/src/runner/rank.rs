@@ -186,7 +186,8 @@ impl<K: Kernels> Rank<K> {
         lm_head(&self.kernels, &*self.communicator, &self.ends, ws, LogitRows::Listed)
     }
 
-    /// One step: forward, then a token for every target. All ranks compute the logits; only rank 0 chooses.
+    /// One step: forward, then a token for every target. All ranks compute the logits; only rank 0 chooses. A rank that fails breaks the
+    /// group with its reason.
     ///
     /// A decode step for which a graph was recorded is its replay: rounded up to as many sequences, which changes in what order a sequence's
     /// sums are taken as other sequences beside it do, and nothing else.
@@ -202,6 +203,15 @@ impl<K: Kernels> Rank<K> {
     /// # Errors
     /// As for [`forward`](Self::forward).
     pub fn step_while(&mut self, step: &Step, meanwhile: &mut dyn FnMut()) -> Result<Vec<Sampled>> {
+        let sampled =
+            self.sampled_while(step, meanwhile).and_then(|sampled| self.communicator.check().map(|()| sampled));
+        if let Err(error) = &sampled {
+            self.abort(&error.to_string());
+        }
+        sampled
+    }
+
+    fn sampled_while(&mut self, step: &Step, meanwhile: &mut dyn FnMut()) -> Result<Vec<Sampled>> {
         if self.start_replay(step)? {
             meanwhile();
             return self.replayed(step);

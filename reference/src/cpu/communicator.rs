@@ -1,10 +1,11 @@
 //! Tensor parallelism between the threads of one process.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use super::{Cpu, CpuTensor, Real};
 use crate::communicator::Communicator;
 use crate::error::{Error, Result};
+use crate::rendezvous::Rendezvous;
 use crate::tensor::{DType, DeviceTensor};
 
 /// One rank of a group of threads that meet in shared memory.
@@ -14,79 +15,19 @@ use crate::tensor::{DType, DeviceTensor};
 #[derive(Debug)]
 pub struct ThreadCommunicator<F> {
     cpu: Cpu<F>,
-    rank: usize,
-    group: Arc<Group<F>>,
-}
-
-#[derive(Debug)]
-struct Group<F> {
-    world_size: usize,
-    state: Mutex<State<F>>,
-    changed: Condvar,
-}
-
-/// A collective has two halves: every rank puts its part, then every rank takes all parts.
-#[derive(Debug)]
-struct State<F> {
-    parts: Vec<Option<Arc<[F]>>>,
-    put: usize,
-    taken: usize,
-    broken: Option<String>,
+    rendezvous: Rendezvous<Arc<[F]>>,
 }
 
 impl<F: Real> ThreadCommunicator<F> {
     /// The ranks of a group of `world_size`, in order; each goes to its own thread. Sums of activations are
     /// rounded as `cpu` rounds.
     pub fn group(cpu: Cpu<F>, world_size: usize) -> Vec<Self> {
-        let group = Arc::new(Group {
-            world_size,
-            state: Mutex::new(State { parts: vec![None; world_size], put: 0, taken: 0, broken: None }),
-            changed: Condvar::new(),
-        });
-        (0..world_size).map(|rank| Self { cpu, rank, group: Arc::clone(&group) }).collect()
+        Rendezvous::group(world_size).into_iter().map(|rendezvous| Self { cpu, rendezvous }).collect()
     }
 
     /// Gives `part` to the others and returns everybody's, in rank order.
     fn exchange(&self, part: &[F]) -> Result<Vec<Arc<[F]>>> {
-        let mut state = self.lock();
-        // The collective before this one may still be read by slower ranks.
-        while state.broken.is_none() && state.parts[self.rank].is_some() {
-            state = self.wait(state);
-        }
-        self.check(&state)?;
-        state.parts[self.rank] = Some(part.into());
-        state.put += 1;
-        self.group.changed.notify_all();
-        while state.broken.is_none() && state.put < self.group.world_size {
-            state = self.wait(state);
-        }
-        // A rank that leaves after it has put its part has not broken this collective.
-        if state.put < self.group.world_size {
-            self.check(&state)?;
-        }
-        let parts = state.parts.iter().flatten().cloned().collect();
-        state.taken += 1;
-        if state.taken == self.group.world_size {
-            state.parts.fill(None);
-            (state.put, state.taken) = (0, 0);
-            self.group.changed.notify_all();
-        }
-        Ok(parts)
-    }
-
-    fn wait<'a>(&self, state: MutexGuard<'a, State<F>>) -> MutexGuard<'a, State<F>> {
-        self.group.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn check(&self, state: &State<F>) -> Result<()> {
-        match &state.broken {
-            None => Ok(()),
-            Some(reason) => Err(Error::Communicator {
-                rank: self.rank,
-                world_size: self.group.world_size,
-                reason: reason.clone(),
-            }),
-        }
+        self.rendezvous.exchange(part.into())
     }
 
     /// Fails unless every part has as many elements as this rank's.
@@ -96,40 +37,20 @@ impl<F: Real> ThreadCommunicator<F> {
             Some(rank) => Err(Error::Value {
                 kernel,
                 name: "tensor",
-                expected: format!("{len} elements on every rank, as on rank {}", self.rank),
+                expected: format!("{len} elements on every rank, as on rank {}", self.rendezvous.rank()),
                 found: format!("{} on rank {rank}", parts[rank].len()),
             }),
         }
     }
 }
 
-impl<F> ThreadCommunicator<F> {
-    fn lock(&self) -> MutexGuard<'_, State<F>> {
-        // The state is consistent between any two statements that hold the lock, so a poisoned lock is still
-        // good.
-        self.group.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The first reason is the cause; later ones are its consequences.
-    fn break_group(&self, reason: impl FnOnce() -> String) {
-        self.lock().broken.get_or_insert_with(reason);
-        self.group.changed.notify_all();
-    }
-}
-
-impl<F> Drop for ThreadCommunicator<F> {
-    fn drop(&mut self) {
-        self.break_group(|| format!("rank {} has left", self.rank));
-    }
-}
-
 impl<F: Real> Communicator<CpuTensor<F>> for ThreadCommunicator<F> {
     fn rank(&self) -> usize {
-        self.rank
+        self.rendezvous.rank()
     }
 
     fn world_size(&self) -> usize {
-        self.group.world_size
+        self.rendezvous.world_size()
     }
 
     fn all_reduce(&self, tensor: &mut CpuTensor<F>) -> Result<()> {
@@ -145,7 +66,8 @@ impl<F: Real> Communicator<CpuTensor<F>> for ThreadCommunicator<F> {
     }
 
     fn all_gather(&self, shard: &CpuTensor<F>, out: &mut CpuTensor<F>) -> Result<()> {
-        let (Some((&columns, rows)), world_size) = (shard.shape().split_last(), self.group.world_size) else {
+        let (Some((&columns, rows)), world_size) = (shard.shape().split_last(), self.rendezvous.world_size())
+        else {
             return Err(Error::Shape {
                 kernel: "all_gather",
                 tensor: "shard",
@@ -169,15 +91,16 @@ impl<F: Real> Communicator<CpuTensor<F>> for ThreadCommunicator<F> {
     }
 
     fn broadcast(&self, tensor: &mut CpuTensor<F>, root: usize) -> Result<()> {
-        if root >= self.group.world_size {
+        let (rank, world_size) = (self.rendezvous.rank(), self.rendezvous.world_size());
+        if root >= world_size {
             return Err(Error::Value {
                 kernel: "broadcast",
                 name: "root",
-                expected: format!("a rank below {}", self.group.world_size),
+                expected: format!("a rank below {world_size}"),
                 found: root.to_string(),
             });
         }
-        let own: &[F] = if root == self.rank { tensor.reals("broadcast", "tensor")? } else { &[] };
+        let own: &[F] = if root == rank { tensor.reals("broadcast", "tensor")? } else { &[] };
         let parts = self.exchange(own)?;
         let out = tensor.reals_mut("broadcast", "tensor")?;
         self.same_length("broadcast", &parts[root..=root], out.len())?;
@@ -190,7 +113,7 @@ impl<F: Real> Communicator<CpuTensor<F>> for ThreadCommunicator<F> {
     }
 
     fn abort(&self, reason: &str) {
-        self.break_group(|| format!("rank {}: {reason}", self.rank));
+        self.rendezvous.break_group(|| format!("rank {}: {reason}", self.rendezvous.rank()));
     }
 }
 

@@ -7,6 +7,8 @@
 #include <time.h>
 
 #include <atomic>
+#include <mutex>
+#include <thread>
 #include <vector>
 
 #include "../codes.h"
@@ -84,6 +86,8 @@ struct Launch {
     std::atomic<uint32_t> reported;
     uintptr_t image, image_end;
     double deadline;
+    std::mutex more_lock;
+    std::vector<std::thread> more;
     char message[MESSAGE_BYTES];
 };
 
@@ -173,7 +177,7 @@ struct Worker {
     uint32_t num_warps, running;
     uint32_t block[3];
     uint64_t random;
-    uint32_t turns, wander, dawdled;
+    uint32_t turns, wander, dawdled, yields;
     uint32_t shared_used;
     Warp warps[MAX_WARPS];
     Barrier barriers[BARRIERS];

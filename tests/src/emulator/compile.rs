@@ -32,7 +32,8 @@ const RUNTIME_FILES: &[(&str, &str)] = emulation![
     "runtime/memory.h",
     "runtime/scheduling.h",
     "runtime/stacks.h",
-    "runtime/state.h"
+    "runtime/state.h",
+    "runtime/waiting.h"
 ];
 
 /// What both the runtime and the kernels are compiled with.
@@ -47,7 +48,7 @@ const COMMON: &[&str] = &[
     "-fno-stack-protector",
 ];
 
-const RUNTIME_ONLY: &[&str] = &["-O3", "-fvisibility=hidden", "-ldl"];
+const RUNTIME_ONLY: &[&str] = &["-O3", "-fvisibility=hidden", "-pthread", "-ldl"];
 
 /// Loads, stores, array indices and integer arithmetic call the runtime; the compiler may not make calls of its own out of loops, which
 /// would not.

@@ -50,6 +50,7 @@ pub(super) struct Runtime {
     unmap: UnmapFn,
     launch: LaunchFn,
     run: RunFn,
+    join: RunFn,
     message: MessageFn,
     free_launch: RunFn,
     /// Kernels are linked against it.
@@ -74,6 +75,7 @@ impl Runtime {
                 unmap: *library.get(b"emulation_unmap\0")?,
                 launch: *library.get(b"emulation_launch\0")?,
                 run: *library.get(b"emulation_run\0")?,
+                join: *library.get(b"emulation_join\0")?,
                 message: *library.get(b"emulation_message\0")?,
                 free_launch: *library.get(b"emulation_free_launch\0")?,
                 _library: library,
@@ -324,6 +326,7 @@ impl Kernel {
         });
         // SAFETY: all threads have left the launch; the message is copied before it is freed.
         let message = unsafe {
+            (runtime.join)(launch.0);
             let message = (runtime.message)(launch.0);
             let message =
                 (!message.is_null()).then(|| CStr::from_ptr(message).to_string_lossy().into_owned());

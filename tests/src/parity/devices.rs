@@ -19,7 +19,7 @@ pub enum TestDevice {
 }
 
 /// Memory of a [`TestDevice`].
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum TestBuffer {
     /// The emulator's.
     Emulator(<Emulator as Device>::Buffer),

@@ -10,3 +10,4 @@ mod memory;
 mod races;
 mod snippet;
 mod values;
+mod waiting;

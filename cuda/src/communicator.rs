@@ -1,0 +1,165 @@
+//! Ranks that are threads of one process and reach into each other's device memory: on a GPU each, or all on one.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use dsa80_reference::{Communicator, Error, Rendezvous, Result};
+
+use crate::all_gather::{all_gather, broadcast};
+use crate::all_reduce::{AllReduceTiles, all_reduce};
+use crate::device::Device;
+use crate::exchange::{self, Exchange, ExchangeDims};
+use crate::tensor::CudaTensor;
+
+/// How long a rank waits for another before the group is broken: longer than any step, and than what a first launch compiles.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Where the ranks of a group are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placement {
+    /// On a device each. A collective is a launch like any other: it does not wait, and can be captured in a graph.
+    Apart,
+    /// On one device, as many as the model is cut into: a collective is one launch for all of them, for which the ranks' threads meet. For
+    /// tests of what several GPUs compute.
+    Together,
+}
+
+/// One rank of a group. Its tensors belong to the device that it was made with, which its backend shares (an [`Arc`]).
+#[derive(Debug)]
+pub struct PeerCommunicator<D: Device> {
+    device: D,
+    placement: Placement,
+    tiles: AllReduceTiles,
+    exchange: Exchange<D::Buffer>,
+    rendezvous: Rendezvous<Parts<D>>,
+}
+
+/// What a rank brings to a collective that is one launch for all.
+type Parts<D> = Arc<[CudaTensor<D>]>;
+
+impl<D: Device> PeerCommunicator<D> {
+    /// The ranks of a group with these devices, in rank order; each goes to its own thread. Devices that are
+    /// [apart](Placement::Apart) must reach each other's memory.
+    ///
+    /// # Errors
+    /// More ranks, or fewer, than the kernels are written for; memory.
+    pub fn group(devices: Vec<D>, placement: Placement, patience: Duration) -> Result<Vec<Self>> {
+        let dims = ExchangeDims::new(devices.len())?;
+        let workspaces = devices
+            .iter()
+            .map(|device| exchange::alloc_workspace(device, dims))
+            .collect::<Result<Vec<_>>>()?;
+        let ranks = devices.into_iter().zip(Rendezvous::group(dims.ranks));
+        Ok(ranks
+            .map(|(device, rendezvous)| Self {
+                device,
+                placement,
+                tiles: AllReduceTiles::safe(),
+                exchange: Exchange {
+                    dims,
+                    workspaces: workspaces.clone(),
+                    first_rank: if placement == Placement::Apart { rendezvous.rank() } else { 0 },
+                    patience,
+                },
+                rendezvous,
+            })
+            .collect())
+    }
+
+    /// Launches a collective over `tensors`, the same of every rank: `launch` gets the first of each rank of the launch, the second, and
+    /// so on.
+    fn collective(
+        &self,
+        tensors: &[&CudaTensor<D>],
+        launch: impl FnOnce(&[Vec<CudaTensor<D>>]) -> Result<()>,
+    ) -> Result<()> {
+        self.rendezvous.check()?;
+        let own: Parts<D> = tensors.iter().map(|tensor| tensor.alias()).collect();
+        if self.placement == Placement::Apart {
+            return launch(&by_tensor(&[own]));
+        }
+        // What the others wrote on their streams must be there, and what is written here before they go on.
+        self.wait()?;
+        let parts = self.rendezvous.exchange(own)?;
+        if self.rank_of_group() == 0
+            && let Err(error) = launch(&by_tensor(&parts)).and_then(|()| self.check_device())
+        {
+            self.rendezvous.break_group(|| format!("rank 0: {error}"));
+            return Err(error);
+        }
+        self.rendezvous.exchange(Arc::new([])).map(drop)
+    }
+
+    fn rank_of_group(&self) -> usize {
+        self.rendezvous.rank()
+    }
+
+    fn own_workspace(&self) -> &D::Buffer {
+        &self.exchange.workspaces[self.rank_of_group()]
+    }
+
+    /// Waits for everything that this rank has launched.
+    fn wait(&self) -> Result<()> {
+        self.device.read(self.own_workspace(), 0, &mut [])
+    }
+
+    fn check_device(&self) -> Result<()> {
+        match exchange::failure(&self.device, self.own_workspace(), self.exchange.patience)? {
+            None => Ok(()),
+            Some(reason) => {
+                // A rank that gave up has said why.
+                self.rendezvous.check()?;
+                let (rank, world_size) = (self.rank_of_group(), self.rendezvous.world_size());
+                Err(Error::Communicator { rank, world_size, reason })
+            }
+        }
+    }
+}
+
+/// The tensors of ranks, transposed.
+fn by_tensor<D: Device>(parts: &[Parts<D>]) -> Vec<Vec<CudaTensor<D>>> {
+    let tensors = parts.iter().map(|part| part.len()).min().unwrap_or(0);
+    (0..tensors).map(|i| parts.iter().map(|part| part[i].alias()).collect()).collect()
+}
+
+impl<D: Device> Communicator<CudaTensor<D>> for PeerCommunicator<D> {
+    fn rank(&self) -> usize {
+        self.rank_of_group()
+    }
+
+    fn world_size(&self) -> usize {
+        self.rendezvous.world_size()
+    }
+
+    fn all_reduce(&self, tensor: &mut CudaTensor<D>) -> Result<()> {
+        self.collective(&[tensor], |of| all_reduce(&self.device, &self.tiles, &self.exchange, &of[0]))
+    }
+
+    fn all_gather(&self, shard: &CudaTensor<D>, out: &mut CudaTensor<D>) -> Result<()> {
+        self.collective(&[shard, out], |of| all_gather(&self.device, &self.exchange, &of[0], &of[1]))
+    }
+
+    fn broadcast(&self, tensor: &mut CudaTensor<D>, root: usize) -> Result<()> {
+        self.collective(&[tensor], |of| broadcast(&self.device, &self.exchange, &of[0], root))
+    }
+
+    fn barrier(&self) -> Result<()> {
+        self.wait()?;
+        self.rendezvous.exchange(Arc::new([])).map(drop)
+    }
+
+    fn check(&self) -> Result<()> {
+        self.check_device()
+    }
+
+    fn abort(&self, reason: &str) {
+        let rank = self.rank_of_group();
+        self.rendezvous.break_group(|| format!("rank {rank}: {reason}"));
+        if self.placement == Placement::Apart {
+            for workspace in &self.exchange.workspaces {
+                // Who cannot be told waits no longer than its patience.
+                let _ = exchange::abort(&self.device, workspace);
+            }
+        }
+    }
+}
