@@ -39,6 +39,8 @@ void yield(Worker& w) {
         nanosleep(&pause, nullptr);
     }
     const Fiber& fiber = *w.current;
+    // The lane after this one is next.
+    w.warps[fiber.warp()].rotation = (fiber.lane() + 1) % LANES;
     make_ready(w, fiber.warp(), 1u << fiber.lane());
     reschedule(w);
 }

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 mod absorb;
+mod all_reduce;
 mod attention;
 mod cache_rows;
 mod embed;

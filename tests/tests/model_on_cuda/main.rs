@@ -19,6 +19,7 @@ mod graphs;
 mod layers;
 mod loading;
 mod memory;
+mod ranks;
 mod serve;
 mod step_times;
 

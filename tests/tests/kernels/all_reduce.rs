@@ -1,0 +1,246 @@
+//! `all_reduce`, `all_gather` and `broadcast` of ranks that share a device, to the bit.
+
+use std::time::Duration;
+
+use dsa80_cuda::all_gather::{all_gather, broadcast};
+use dsa80_cuda::all_reduce::{AllReduceTile, Shots, all_reduce_in};
+use dsa80_cuda::exchange::{self, Exchange, ExchangeDims};
+use dsa80_cuda::{CudaTensor, Device};
+use dsa80_reference::{DType, Error};
+use dsa80_tests::emulator::Fault;
+use dsa80_tests::parity::{self, Pair, TestDevice, Values, devices};
+use half::bf16;
+use proptest::prelude::*;
+use proptest::sample::select;
+
+type Buffer = <TestDevice as Device>::Buffer;
+
+#[derive(Debug, Clone, Copy)]
+struct Variant {
+    ranks: usize,
+    dtype: DType,
+    /// Elements are a multiple of this, and so moved one by one or sixteen bytes at a time.
+    step: usize,
+}
+
+const VARIANTS: &[Variant] = &[
+    Variant { ranks: 2, dtype: DType::Act, step: 8 },
+    Variant { ranks: 3, dtype: DType::Float, step: 1 },
+    Variant { ranks: 8, dtype: DType::Act, step: 1 },
+    Variant { ranks: 8, dtype: DType::Float, step: 4 },
+];
+
+#[derive(Debug, Clone)]
+struct Case {
+    variant: Variant,
+    /// Of each rank, launch by launch on the same workspaces.
+    lengths: Vec<usize>,
+    blocks: usize,
+    values: Values,
+    seed: u64,
+}
+
+fn cases(variants: &'static [Variant]) -> impl Strategy<Value = Case> {
+    let values = Values::any_of(&Values::ORDINARY);
+    // Several exchanges of a block: a slot has 64 bytes.
+    let lengths = proptest::collection::vec(0..80_usize, 1..5);
+    (select(variants), lengths, 1..4_usize, values, any::<u64>())
+        .prop_map(|(variant, lengths, blocks, values, seed)| Case { variant, lengths, blocks, values, seed })
+}
+
+fn exchange(device: &TestDevice, ranks: usize, first_rank: usize) -> Exchange<Buffer> {
+    let dims = ExchangeDims { ranks, channels: 2, slot_bytes: 64 };
+    let workspaces = (0..ranks).map(|_| exchange::alloc_workspace(device, dims).unwrap()).collect();
+    Exchange { dims, workspaces, first_rank, patience: Duration::from_secs(60) }
+}
+
+/// Every rank's tensor, and what lies in it.
+fn tensors(
+    device: &TestDevice,
+    variant: Variant,
+    shape: &[usize],
+    values: &Values,
+    seed: u64,
+) -> (Vec<CudaTensor<TestDevice>>, Vec<Vec<f64>>) {
+    let of_rank = |rank: usize| {
+        let by = if variant.dtype == DType::Float { 1.0 / 3.0 } else { 1.0 };
+        let numbers = values.take(seed ^ (rank as u64) << 32, shape.iter().product());
+        let numbers: Vec<f64> = numbers.iter().map(|x| x * by).collect();
+        let tensor = Pair::new(device, "data", variant.dtype, shape, &numbers).device;
+        let held = parity::numbers(variant.dtype, &parity::read_bytes(device, &tensor));
+        (tensor, held)
+    };
+    (0..variant.ranks).map(of_rank).unzip()
+}
+
+/// What the contract says, to the bit: f32, in rank order, rounded once.
+fn summed(dtype: DType, parts: &[Vec<f64>]) -> Vec<f64> {
+    (0..parts[0].len())
+        .map(|i| {
+            let sum = parts[1..].iter().fold(parts[0][i] as f32, |sum, part| sum + part[i] as f32);
+            if dtype == DType::Act { bf16::from_f32(sum).to_f64() } else { f64::from(sum) }
+        })
+        .collect()
+}
+
+fn assert_all_hold(device: &TestDevice, dtype: DType, tensors: &[CudaTensor<TestDevice>], expected: &[f64]) {
+    for (rank, tensor) in tensors.iter().enumerate() {
+        let found = parity::numbers(dtype, &parity::read_bytes(device, tensor));
+        let same = found.iter().zip(expected).all(|(a, b)| a == b || (a.is_nan() && b.is_nan()));
+        assert!(same && found.len() == expected.len(), "rank {rank}: {found:?}\nexpected {expected:?}");
+    }
+}
+
+fn assert_well(device: &TestDevice, exchange: &Exchange<Buffer>) {
+    for workspace in &exchange.workspaces {
+        assert_eq!(exchange::failure(device, workspace, exchange.patience).unwrap(), None);
+    }
+}
+
+/// The three collectives in turn on the same workspaces.
+fn run(device: &TestDevice, case: Case) {
+    let Case { variant, ref lengths, blocks, ref values, seed } = case;
+    let dtype = variant.dtype;
+    let tile = AllReduceTile { threads: 32, blocks };
+    parity::twice(device, || {
+        let exchange = exchange(device, variant.ranks, 0);
+        let mut bytes = Vec::new();
+        for (launch, length) in lengths.iter().enumerate() {
+            let length = length * variant.step;
+            let seed = seed.wrapping_add(launch as u64);
+            for shots in [Shots::One, Shots::Two] {
+                let (data, parts) = tensors(device, variant, &[length], values, seed);
+                all_reduce_in(shots, device, &tile, &exchange, &data).unwrap();
+                assert_all_hold(device, dtype, &data, &summed(dtype, &parts));
+                bytes.extend(parity::read_bytes(device, &data[0]));
+            }
+            let columns = variant.step * (1 + launch);
+            let (shards, parts) = tensors(device, variant, &[3, columns], values, seed);
+            let shape = [3, columns * variant.ranks];
+            let outs: Vec<_> = parts.iter().map(|_| parity::poisoned(device, "out", dtype, &shape)).collect();
+            all_gather(device, &exchange, &shards, &outs).unwrap();
+            let row =
+                |row: usize| parts.iter().flat_map(move |part| &part[row * columns..(row + 1) * columns]);
+            assert_all_hold(device, dtype, &outs, &(0..3).flat_map(row).copied().collect::<Vec<f64>>());
+            let root = launch % variant.ranks;
+            broadcast(device, &exchange, &shards, root).unwrap();
+            assert_all_hold(device, dtype, &shards, &parts[root]);
+        }
+        assert_well(device, &exchange);
+        bytes
+    });
+}
+
+#[test]
+fn every_rank_has_the_sum_the_whole_and_the_roots() {
+    parity::check("all_reduce", cases(VARIANTS), run);
+}
+
+#[test]
+fn planted_faults_are_seen() {
+    for (file, find, replace) in [
+        // Nobody waits; launches begin where the last one began.
+        ("exchange.cuh", "late = !wait_for(other);", ""),
+        ("exchange.cuh", "if (threadIdx.x == 0) own[EPOCHS + blockIdx.x] = epoch;", ""),
+        // Flags go up before all threads have pushed.
+        ("exchange.cuh", "        __syncthreads();\n        const int other", "        const int other"),
+        // Another order on every rank.
+        (
+            "all_reduce.cu",
+            "sum.add(parts[source], source == 0)",
+            "sum.add(parts[(source + rank_of(channel)) % RANKS], source == 0)",
+        ),
+        // The last segment runs over.
+        (
+            "all_reduce.cu",
+            "return left < count ? static_cast<int>(left > 0 ? left : 0) : count;",
+            "return count;",
+        ),
+    ] {
+        let replace = replace.replace("rank_of(channel)", "channel.rank");
+        let fault = Fault { file, find, replace: &replace };
+        parity::catches(fault, cases(&VARIANTS[1..2]), run);
+    }
+}
+
+/// Ranks with a launch each, which meet in the middle of it, many times.
+#[test]
+fn launches_of_several_ranks_meet() {
+    let Some(device) = devices::emulator() else { return };
+    let variant = Variant { ranks: 4, dtype: DType::Act, step: 8 };
+    let whole = exchange(&device, variant.ranks, 0);
+    for round in 0..4 {
+        let (data, parts) = tensors(&device, variant, &[40 * round], &Values::Normal, round as u64);
+        std::thread::scope(|scope| {
+            for (rank, tensor) in data.chunks(1).enumerate() {
+                let own = Exchange {
+                    dims: whole.dims,
+                    workspaces: whole.workspaces.clone(),
+                    first_rank: rank,
+                    patience: whole.patience,
+                };
+                let device = &device;
+                scope.spawn(move || {
+                    let tile = AllReduceTile { threads: 32, blocks: 2 };
+                    let shots = if round % 2 == 0 { Shots::One } else { Shots::Two };
+                    all_reduce_in(shots, device, &tile, &own, tensor).unwrap();
+                });
+            }
+        });
+        assert_all_hold(&device, variant.dtype, &data, &summed(variant.dtype, &parts));
+    }
+    assert_well(&device, &whole);
+}
+
+#[test]
+fn a_rank_that_does_not_come_is_named_and_one_that_gives_up_ends_the_wait() {
+    parity::small_cases(|device| {
+        let variant = Variant { ranks: 2, dtype: DType::Float, step: 1 };
+        let tile = AllReduceTile { threads: 32, blocks: 1 };
+        let (data, _) = tensors(device, variant, &[5], &Values::Normal, 1);
+        let mut exchange = exchange(device, 2, 0);
+        exchange.patience = Duration::from_millis(50);
+        let reason = |exchange: &Exchange<Buffer>| {
+            exchange::failure(device, &exchange.workspaces[0], exchange.patience).unwrap().unwrap()
+        };
+        all_reduce_in(Shots::One, device, &tile, &exchange, &data[..1]).unwrap();
+        assert_eq!(reason(&exchange), "rank 1 has not come to a collective within 50ms");
+        // Nobody waits for it again, however patient.
+        exchange.patience = Duration::from_secs(1000);
+        all_reduce_in(Shots::Two, device, &tile, &exchange, &data[..1]).unwrap();
+        assert!(reason(&exchange).contains("rank 1"));
+
+        let mut given_up = self::exchange(device, 2, 0);
+        given_up.patience = Duration::from_secs(1000);
+        exchange::abort(device, &given_up.workspaces[0]).unwrap();
+        all_reduce_in(Shots::One, device, &tile, &given_up, &data[..1]).unwrap();
+        assert_eq!(reason(&given_up), "a rank has given up");
+    });
+}
+
+#[test]
+fn misfits_are_named() {
+    parity::small_cases(|device| {
+        let exchange = exchange(device, 2, 1);
+        let tile = AllReduceTile { threads: 32, blocks: 1 };
+        let tensor = |dtype, shape: &[usize]| parity::poisoned(device, "data", dtype, shape);
+        let act = |shape: &[usize]| tensor(DType::Act, shape);
+        let reduced = |data: &[CudaTensor<_>]| all_reduce_in(Shots::One, device, &tile, &exchange, data);
+        let refused = |result: Result<(), Error>, words: &[&str]| {
+            let error = result.unwrap_err().to_string();
+            assert!(words.iter().all(|word| error.contains(word)), "{error}");
+        };
+        refused(reduced(&[]), &["all_reduce", "those of 1 to 2 ranks"]);
+        refused(reduced(&[act(&[4]), act(&[4])]), &["2 from rank 1 on"]);
+        refused(reduced(&[tensor(DType::Index, &[4])]), &["`data` holds indices"]);
+        let whole = Exchange { first_rank: 0, workspaces: exchange.workspaces.clone(), ..exchange };
+        let both = |a, b| all_reduce_in(Shots::One, device, &tile, &whole, &[a, b]);
+        refused(both(act(&[4]), act(&[2, 2])), &["`data`", "[4], as on the first rank"]);
+        refused(both(act(&[4]), tensor(DType::Float, &[4])), &["element type of the first rank"]);
+        let gathered = |out| all_gather(device, &whole, &[act(&[3, 2]), act(&[3, 2])], &[out, act(&[3, 4])]);
+        refused(gathered(act(&[3, 2])), &["all_gather", "[3, 2], as on"]);
+        let shards = [act(&[3, 2]), act(&[3, 2])];
+        refused(all_gather(device, &whole, &shards, &[act(&[6, 4]), act(&[6, 4])]), &["`out`", "[3, 4]"]);
+        refused(broadcast(device, &whole, &shards, 2), &["broadcast", "a rank below 2"]);
+    });
+}
