@@ -28,7 +28,6 @@ fn refusals_name_the_option_and_what_would_fit() {
     let options = || LaunchOptions { device: Device::Cpu, ..LaunchOptions::default() };
     let on_gpus = |tp| LaunchOptions { device: Device::Cuda, tp, ..options() };
     let cases = [
-        (on_gpus(2), "tensor parallelism over 2 GPUs is not there yet"),
         (on_gpus(3), "degrees that divide this model: 1, 2, 4, 8"),
         (LaunchOptions { device: Device::Wgpu, ..options() }, "--device wgpu is not in this build"),
         (LaunchOptions { tp: 3, ..options() }, "degrees that divide this model: 1, 2, 4, 8"),
@@ -80,6 +79,21 @@ fn without_a_gpu_cuda_says_what_is_missing() {
             assert!(message.starts_with("--device cuda: ") && message.contains("--device cpu"), "{message}");
             let missing =
                 ["install the NVIDIA driver", "lists no GPU", "new enough", "cuda/requirements.txt"];
+            assert!(missing.iter().any(|words| message.contains(words)), "{message}");
+        }
+    }
+}
+
+#[test]
+fn ranks_without_a_gpu_each_are_refused() {
+    let on_cuda = LaunchOptions { device: Device::Cuda, tp: 8, ..LaunchOptions::default() };
+    match launch(&default_checkpoint(), &on_cuda) {
+        Ok(engine) => engine.shutdown(Duration::ZERO),
+        Err(error) => {
+            let message = error.to_string();
+            assert!(message.starts_with("--device cuda: ") && message.contains("--device cpu"), "{message}");
+            let missing =
+                ["install the NVIDIA driver", "lists no GPU", "new enough", "8 ranks need a GPU each"];
             assert!(missing.iter().any(|words| message.contains(words)), "{message}");
         }
     }

@@ -4,6 +4,7 @@
 //! keeps what launches share.
 
 mod chosen;
+mod group;
 mod memory;
 mod scratch;
 
@@ -15,6 +16,7 @@ use dsa80_reference::{
 };
 
 use self::chosen::Chosen;
+pub use self::group::RankOnGpu;
 pub(crate) use self::memory::{alloc, upload};
 use self::scratch::Grown;
 use crate::absorb::{absorb_output, absorb_query};
@@ -95,24 +97,31 @@ impl Cuda {
     /// # Errors
     /// There is no driver, no GPU, none that is new enough, or no run-time compiler, each with what to do about it.
     pub fn open() -> Result<Self> {
-        let devices = crate::probe::devices().map_err(|error| refuse(error.to_string()))?;
-        let Some(fit) = devices.iter().find(|device| device.compute_capability >= OLDEST) else {
-            let found: Vec<String> = devices
-                .iter()
-                .map(|CudaDevice { name, compute_capability: (major, minor), .. }| {
-                    format!("{name} (sm_{major}{minor})")
-                })
-                .collect();
-            return Err(refuse(if found.is_empty() {
-                "the driver lists no GPU (CUDA_VISIBLE_DEVICES may hide it)".into()
-            } else {
-                format!("no GPU is new enough, an A100 (sm_80) at least; there is {}", found.join(", "))
-            }));
-        };
-        let gpu = Gpu::open(fit.ordinal, Sources::Embedded)?;
+        let gpu = Gpu::open(usable()?[0].ordinal, Sources::Embedded)?;
         let tiles = Tiles::for_gpu(&gpu.limits().name, None)?;
         Ok(Self::new(gpu, tiles))
     }
+}
+
+/// The GPUs that the kernels run on: at least one.
+fn usable() -> Result<Vec<CudaDevice>> {
+    let devices = crate::probe::devices().map_err(|error| refuse(error.to_string()))?;
+    let (usable, older): (Vec<_>, Vec<_>) =
+        devices.into_iter().partition(|device| device.compute_capability >= OLDEST);
+    if !usable.is_empty() {
+        return Ok(usable);
+    }
+    let found: Vec<String> = older
+        .iter()
+        .map(|CudaDevice { name, compute_capability: (major, minor), .. }| {
+            format!("{name} (sm_{major}{minor})")
+        })
+        .collect();
+    Err(refuse(if found.is_empty() {
+        "the driver lists no GPU (CUDA_VISIBLE_DEVICES may hide it)".into()
+    } else {
+        format!("no GPU is new enough, an A100 (sm_80) at least; there is {}", found.join(", "))
+    }))
 }
 
 impl<D: Device> Cuda<D> {

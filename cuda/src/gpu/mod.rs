@@ -5,6 +5,7 @@ mod compiler;
 mod graph;
 mod memory;
 mod nvrtc;
+mod peers;
 mod resources;
 mod staging;
 

@@ -1,11 +1,11 @@
-//! The model on one GPU.
+//! The model on one GPU, or on one for every rank.
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use dsa80_cuda::{Cuda, Device as _, Gpu};
+use dsa80_cuda::{Cuda, Device as _, Gpu, RankOnGpu};
 use dsa80_reference::communicator::SingleRank;
-use dsa80_reference::{Batch, Error, SamplingParams, SequenceSlice};
+use dsa80_reference::{Batch, Error, Kernels, SamplingParams, SequenceSlice};
 
 use super::limits::{self, CacheMemory};
 use super::memory::{self, GpuMemory, Needs};
@@ -14,20 +14,25 @@ use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::engine::{SampleTarget, Step, StepLimits, StepModel};
 use crate::error::LaunchError;
-use crate::runner::{RankGroup, RankParts};
+use crate::runner::{RankGroup, RankParts, WeightSource};
 
 /// Scores in the indexer's workspace, 256 MiB: 2048 tokens of a context of 32K at once.
 pub(super) const INDEX_LOGITS: usize = 64 << 20;
 
-/// The GPU that the model can run on, or why there is none and what to do about it.
-pub(super) fn open(options: &LaunchOptions) -> Result<Cuda, String> {
-    if options.tp > 1 {
-        return Err(format!(
-            "tensor parallelism over {} GPUs is not there yet (no collectives between them); use --tp 1",
-            options.tp
-        ));
-    }
-    Cuda::open().map_err(|error| match error {
+/// What the model can run on.
+pub(super) enum Opened {
+    One(Box<Cuda>),
+    Several(Vec<RankOnGpu>),
+}
+
+/// The GPUs that the model can run on, or why there are none and what to do about it.
+pub(super) fn open(options: &LaunchOptions) -> Result<Opened, String> {
+    let opened = if options.tp > 1 {
+        RankOnGpu::open_group(options.tp).map(Opened::Several)
+    } else {
+        Cuda::open().map(|cuda| Opened::One(Box::new(cuda)))
+    };
+    opened.map_err(|error| match error {
         Error::Backend { message, .. } => message,
         other => other.to_string(),
     })
@@ -35,40 +40,82 @@ pub(super) fn open(options: &LaunchOptions) -> Result<Cuda, String> {
 
 /// Loads the model, and makes a few steps so that the first request finds every kernel compiled.
 pub(super) fn load(
-    backend: Cuda,
+    opened: Opened,
     checkpoint: &Arc<Checkpoint>,
     options: &LaunchOptions,
 ) -> Result<Box<dyn StepModel>, LaunchError> {
     let config = checkpoint.config();
-    let gpu = backend.device();
-    let (major, minor) = gpu.limits().compute_capability;
-    tracing::info!(
-        nvrtc = gpu.compiler().nvrtc_version(),
-        "device: cuda, {} (sm_{major}{minor}); loading {} layers",
-        gpu.limits().name,
-        config.num_hidden_layers,
-    );
-    let limits = settle(gpu, checkpoint, options)?;
-    let parts = RankParts { kernels: backend, communicator: Box::new(SingleRank::default()) };
     let widest = limits::widest(config, options);
-    let mut model = RankGroup::load_alone(parts, &**checkpoint, &widest, INDEX_LOGITS, |_| Ok(limits))?;
-    tracing::info!("the weights are on the GPU");
-    tracing::info!("compiling the kernels: a minute the first time, then they are found on disk");
+    match opened {
+        Opened::One(backend) => {
+            say_what_is_used(backend.device(), config, options);
+            let limits = settle(backend.device(), checkpoint, options)?;
+            let parts = RankParts { kernels: *backend, communicator: Box::new(SingleRank::default()) };
+            let weights = &**checkpoint;
+            ready(
+                RankGroup::load_alone(parts, weights, &widest, INDEX_LOGITS, |_| Ok(limits))?,
+                config,
+                options,
+            )
+        }
+        Opened::Several(ranks) => {
+            for rank in &ranks {
+                say_what_is_used(rank.backend.device(), config, options);
+            }
+            let mut limits = widest;
+            for rank in &ranks {
+                let own = settle(rank.backend.device(), checkpoint, options)?;
+                limits.num_pages = limits.num_pages.min(own.num_pages);
+                limits.max_model_len = limits.max_model_len.min(own.max_model_len);
+            }
+            let parts = ranks
+                .into_iter()
+                .map(|RankOnGpu { backend, communicator }| RankParts {
+                    kernels: backend,
+                    communicator: Box::new(communicator),
+                })
+                .collect();
+            let weights: Arc<dyn WeightSource> = Arc::clone(checkpoint) as _;
+            let group =
+                RankGroup::load_and_settle(parts, &weights, &widest, INDEX_LOGITS, move |_| Ok(limits))?;
+            ready(group, config, options)
+        }
+    }
+}
+
+/// Warms the model up, and records its decode steps: by then what the kernels keep between launches is as large as it gets.
+fn ready<K: Kernels + 'static>(
+    mut model: RankGroup<K>,
+    config: &ModelConfig,
+    options: &LaunchOptions,
+) -> Result<Box<dyn StepModel>, LaunchError> {
+    tracing::info!(
+        "the weights are on the GPU; compiling the kernels: a minute the first time, then they are found on disk"
+    );
     let started = Instant::now();
     warm_up(&mut model, config)?;
     tracing::info!(elapsed_ms = started.elapsed().as_millis() as u64, "the kernels are compiled");
     if options.cuda_graphs {
-        record_graphs(&mut model)?;
+        let started = Instant::now();
+        let graphs = model.record_graphs()?;
+        tracing::info!(
+            graphs,
+            elapsed_ms = started.elapsed().as_millis() as u64,
+            "decode steps are recorded"
+        );
     }
     Ok(Box::new(model))
 }
 
-/// After the warm-up, which has made what the kernels keep between launches as large as it gets.
-fn record_graphs(model: &mut RankGroup<Cuda>) -> Result<(), LaunchError> {
-    let started = Instant::now();
-    let graphs = model.record_graphs()?;
-    tracing::info!(graphs, elapsed_ms = started.elapsed().as_millis() as u64, "decode steps are recorded");
-    Ok(())
+fn say_what_is_used(gpu: &Gpu, config: &ModelConfig, options: &LaunchOptions) {
+    let (major, minor) = gpu.limits().compute_capability;
+    tracing::info!(
+        nvrtc = gpu.compiler().nvrtc_version(),
+        tp = options.tp,
+        "device: cuda, {} (sm_{major}{minor}); loading {} layers",
+        gpu.limits().name,
+        config.num_hidden_layers,
+    );
 }
 
 /// The limits, from what the GPU's memory holds beside weights and workspace. Nothing has been allocated yet.
@@ -80,7 +127,7 @@ fn settle(
     let (free, total) = gpu.memory()?;
     let memory = GpuMemory { total: total as u64, free: free as u64 };
     let needs = Needs::rehearse(gpu.limits().clone(), checkpoint, options)?;
-    let left = needs.left(memory, checkpoint, options)?;
+    let left = needs.left(memory, checkpoint, options)?.saturating_mul(options.tp as u64);
     let bytes = match options.kv_cache_bytes {
         Some(bytes) if bytes as u64 > left => {
             return Err(LaunchError::Options(format!(
@@ -101,7 +148,7 @@ fn settle(
                 )),
                 other => other,
             })?;
-    let caches = (limits.num_pages as u64).saturating_mul(limits::page_bytes(
+    let caches = (limits.num_pages as u64 * options.tp as u64).saturating_mul(limits::page_bytes(
         checkpoint.config(),
         options,
         memory::ACT_BYTES,

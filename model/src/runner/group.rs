@@ -52,19 +52,69 @@ where
         weights: &Arc<dyn WeightSource>,
         limits: StepLimits,
     ) -> Result<Self, LaunchError> {
+        Self::load_and_settle(ranks, weights, &limits, INDEX_LOGITS, move |_| Ok(limits))
+    }
+
+    /// [`load`](Self::load), with limits within the `widest` that `settle` chooses on every rank when all but its caches is in memory:
+    /// the least of them hold for all.
+    ///
+    /// # Errors
+    /// As for [`load`](Self::load), and what `settle` reports.
+    pub fn load_and_settle(
+        ranks: Vec<RankParts<K>>,
+        weights: &Arc<dyn WeightSource>,
+        widest: &StepLimits,
+        index_logits: usize,
+        settle: impl Fn(&K) -> Result<StepLimits, LaunchError> + Clone + Send + 'static,
+    ) -> Result<Self, LaunchError> {
         let world_size = ranks.len();
         let mut ranks = ranks.into_iter();
         let Some(RankParts { kernels, communicator }) = ranks.next() else {
             return Err(LaunchError::Options("a model needs at least one rank".into()));
         };
-        let loading: Vec<_> = ranks.map(|parts| follow(parts, weights, &limits)).collect();
-        let first = Rank::load(kernels, communicator, &**weights, &limits, INDEX_LOGITS)?;
-        let mut others = Vec::with_capacity(loading.len());
-        for (index, (loaded, follower)) in loading.into_iter().enumerate() {
-            loaded.recv().map_err(|_| LaunchError::RankLost { rank: index + 1, world_size })??;
-            others.push(follower);
+        let (mut loading, mut bargains) = (Vec::new(), Vec::new());
+        for parts in ranks {
+            let (settle, (bargain, terms)) = (settle.clone(), bargain());
+            loading.push(follow(parts, weights, widest, index_logits, move |kernels| {
+                terms.agree(settle(kernels)?)
+            }));
+            bargains.push(bargain);
         }
-        Ok(Self { first, others, limits })
+        let lost = |rank| LaunchError::RankLost { rank, world_size };
+        let agree = |kernels: &K| {
+            let mut least = settle(kernels)?;
+            for (index, bargain) in bargains.iter().enumerate() {
+                let offered = bargain.offered.recv().map_err(|_| lost(index + 1))?;
+                least.num_pages = least.num_pages.min(offered.num_pages);
+                least.max_model_len = least.max_model_len.min(offered.max_model_len);
+            }
+            // A rank that is gone is reported below, by its result.
+            for bargain in &bargains {
+                let _ = bargain.agreed.send(least);
+            }
+            Ok(least)
+        };
+        let first = Rank::load_and_settle(kernels, communicator, &**weights, widest, index_logits, agree);
+        // Whoever still waits for what is agreed hears that nothing will be.
+        drop(bargains);
+        let mut others = Vec::with_capacity(loading.len());
+        let mut follower_failed = Ok(());
+        for (index, (loaded, follower)) in loading.into_iter().enumerate() {
+            let loaded = loaded.recv().unwrap_or_else(|_| Err(lost(index + 1)));
+            match loaded {
+                Ok(()) => others.push(follower),
+                Err(error) if follower_failed.is_ok() => follower_failed = Err(error),
+                Err(_) => {}
+            }
+        }
+        match first {
+            Ok((first, limits)) => follower_failed.map(|()| Self { first, others, limits }),
+            // The rank that was missed says why it went.
+            Err(LaunchError::RankLost { rank, world_size }) => {
+                Err(follower_failed.err().unwrap_or(LaunchError::RankLost { rank, world_size }))
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Loads a model that is one rank; see [`Rank::load_and_settle`].
@@ -125,20 +175,49 @@ where
     }
 }
 
+/// How ranks come to the same limits: each offers its own and is told the least.
+struct Bargain {
+    offered: Receiver<StepLimits>,
+    agreed: Sender<StepLimits>,
+}
+
+/// The other end of a [`Bargain`].
+struct Terms {
+    offer: Sender<StepLimits>,
+    agreed: Receiver<StepLimits>,
+}
+
+fn bargain() -> (Bargain, Terms) {
+    let ((offer, offered), (agree, agreed)) = (channel(), channel());
+    (Bargain { offered, agreed: agree }, Terms { offer, agreed })
+}
+
+impl Terms {
+    fn agree(self, own: StepLimits) -> Result<StepLimits, LaunchError> {
+        // Rank 0 drops its end when another rank has failed, whose reason is then the one that is reported.
+        let ended = || LaunchError::Options("another rank could not be loaded".into());
+        self.offer.send(own).map_err(|_| ended())?;
+        self.agreed.recv().map_err(|_| ended())
+    }
+}
+
 /// Starts the thread of a rank other than 0: it loads, says how that went, then makes steps until its sender
 /// is gone.
 fn follow<K: Kernels + 'static>(
     RankParts { kernels, communicator }: RankParts<K>,
     weights: &Arc<dyn WeightSource>,
-    limits: &StepLimits,
+    widest: &StepLimits,
+    index_logits: usize,
+    settle: impl FnOnce(&K) -> Result<StepLimits, LaunchError> + Send + 'static,
 ) -> (Receiver<Result<(), LaunchError>>, Follower) {
     let (orders, order_receiver) = channel();
     let (result_sender, results) = channel();
     let (loaded_sender, loaded) = channel();
-    let (weights, limits) = (Arc::clone(weights), *limits);
+    let (weights, widest) = (Arc::clone(weights), *widest);
     let thread = std::thread::spawn(move || {
-        let mut rank = match Rank::load(kernels, communicator, &*weights, &limits, INDEX_LOGITS) {
-            Ok(rank) => rank,
+        let loaded = Rank::load_and_settle(kernels, communicator, &*weights, &widest, index_logits, settle);
+        let (mut rank, limits) = match loaded {
+            Ok(loaded) => loaded,
             Err(error) => {
                 // Nobody listens any more when rank 0 has failed first.
                 let _ = loaded_sender.send(Err(error));

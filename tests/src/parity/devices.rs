@@ -212,6 +212,21 @@ pub fn free_memory() -> Option<usize> {
     }
 }
 
+/// All GPUs, if the tests may use them, and each reaches the others' memory.
+pub fn gpus() -> Vec<Gpu> {
+    if !wanted("gpu") {
+        return Vec::new();
+    }
+    let gpus: Vec<Gpu> = (0..).map_while(|ordinal| Gpu::open(ordinal, sources()).ok()).collect();
+    match gpus.iter().try_for_each(|gpu| gpus.iter().try_for_each(|other| gpu.reach(other))) {
+        Ok(()) => gpus,
+        Err(reason) => {
+            tell(&format!("left out: several GPUs ({reason})"));
+            Vec::new()
+        }
+    }
+}
+
 /// The embedded kernels, or those of the folder `DSA80_KERNELS`: an edit then needs no rebuild.
 fn sources() -> Sources {
     std::env::var_os("DSA80_KERNELS").map_or(Sources::Embedded, |folder| Sources::Folder(folder.into()))

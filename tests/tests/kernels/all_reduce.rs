@@ -54,7 +54,24 @@ fn exchange(device: &TestDevice, ranks: usize, first_rank: usize) -> Exchange<Bu
     Exchange { dims, workspaces, first_rank, patience: Duration::from_secs(60) }
 }
 
-/// Every rank's tensor, and what lies in it.
+/// A rank's tensor, and what lies in it.
+fn tensor(
+    device: &TestDevice,
+    variant: Variant,
+    shape: &[usize],
+    values: &Values,
+    seed: u64,
+    rank: usize,
+) -> (CudaTensor<TestDevice>, Vec<f64>) {
+    let by = if variant.dtype == DType::Float { 1.0 / 3.0 } else { 1.0 };
+    let numbers = values.take(seed ^ (rank as u64) << 32, shape.iter().product());
+    let numbers: Vec<f64> = numbers.iter().map(|x| x * by).collect();
+    let tensor = Pair::new(device, "data", variant.dtype, shape, &numbers).device;
+    let held = parity::numbers(variant.dtype, &parity::read_bytes(device, &tensor));
+    (tensor, held)
+}
+
+/// Every rank's.
 fn tensors(
     device: &TestDevice,
     variant: Variant,
@@ -62,15 +79,7 @@ fn tensors(
     values: &Values,
     seed: u64,
 ) -> (Vec<CudaTensor<TestDevice>>, Vec<Vec<f64>>) {
-    let of_rank = |rank: usize| {
-        let by = if variant.dtype == DType::Float { 1.0 / 3.0 } else { 1.0 };
-        let numbers = values.take(seed ^ (rank as u64) << 32, shape.iter().product());
-        let numbers: Vec<f64> = numbers.iter().map(|x| x * by).collect();
-        let tensor = Pair::new(device, "data", variant.dtype, shape, &numbers).device;
-        let held = parity::numbers(variant.dtype, &parity::read_bytes(device, &tensor));
-        (tensor, held)
-    };
-    (0..variant.ranks).map(of_rank).unzip()
+    (0..variant.ranks).map(|rank| tensor(device, variant, shape, values, seed, rank)).unzip()
 }
 
 /// What the contract says, to the bit: f32, in rank order, rounded once.
@@ -164,32 +173,62 @@ fn planted_faults_are_seen() {
 }
 
 /// Ranks with a launch each, which meet in the middle of it, many times.
+fn assert_launches_meet(devices: &[&TestDevice], dims: ExchangeDims, tokens: &[usize]) {
+    let variant = Variant { ranks: dims.ranks, dtype: DType::Act, step: 8 };
+    let alloc = |device: &&TestDevice| exchange::alloc_workspace(*device, dims).unwrap();
+    let workspaces: Vec<Buffer> = devices.iter().map(alloc).collect();
+    let exchange = |first_rank| Exchange {
+        dims,
+        workspaces: workspaces.clone(),
+        first_rank,
+        patience: Duration::from_secs(60),
+    };
+    for (round, length) in tokens.iter().enumerate() {
+        for shots in [Shots::One, Shots::Two] {
+            let seed = 2 * round as u64 + u64::from(shots == Shots::Two);
+            let (data, parts): (Vec<_>, Vec<_>) = devices
+                .iter()
+                .enumerate()
+                .map(|(rank, device)| {
+                    let (tensor, held) = tensor(device, variant, &[*length], &Values::Normal, seed, rank);
+                    (vec![tensor], held)
+                })
+                .unzip();
+            std::thread::scope(|scope| {
+                for (rank, (tensor, device)) in data.iter().zip(devices).enumerate() {
+                    let own = exchange(rank);
+                    scope.spawn(move || {
+                        let tile = AllReduceTile { threads: 128, blocks: 24 };
+                        all_reduce_in(shots, *device, &tile, &own, tensor).unwrap();
+                    });
+                }
+            });
+            for (device, tensor) in devices.iter().zip(&data) {
+                assert_all_hold(device, variant.dtype, tensor, &summed(variant.dtype, &parts));
+            }
+        }
+    }
+    for (device, workspace) in devices.iter().zip(&workspaces) {
+        assert_eq!(exchange::failure(*device, workspace, Duration::ZERO).unwrap(), None);
+    }
+}
+
 #[test]
 fn launches_of_several_ranks_meet() {
     let Some(device) = devices::emulator() else { return };
-    let variant = Variant { ranks: 4, dtype: DType::Act, step: 8 };
-    let whole = exchange(&device, variant.ranks, 0);
-    for round in 0..4 {
-        let (data, parts) = tensors(&device, variant, &[40 * round], &Values::Normal, round as u64);
-        std::thread::scope(|scope| {
-            for (rank, tensor) in data.chunks(1).enumerate() {
-                let own = Exchange {
-                    dims: whole.dims,
-                    workspaces: whole.workspaces.clone(),
-                    first_rank: rank,
-                    patience: whole.patience,
-                };
-                let device = &device;
-                scope.spawn(move || {
-                    let tile = AllReduceTile { threads: 32, blocks: 2 };
-                    let shots = if round % 2 == 0 { Shots::One } else { Shots::Two };
-                    all_reduce_in(shots, device, &tile, &own, tensor).unwrap();
-                });
-            }
-        });
-        assert_all_hold(&device, variant.dtype, &data, &summed(variant.dtype, &parts));
+    let dims = ExchangeDims { ranks: 4, channels: 2, slot_bytes: 64 };
+    assert_launches_meet(&[&device; 4], dims, &[0, 40, 80, 800]);
+}
+
+#[test]
+fn launches_of_several_gpus_meet() {
+    let gpus: Vec<TestDevice> =
+        devices::gpus().into_iter().map(|gpu| TestDevice::Gpu(Box::new(gpu))).collect();
+    for ranks in [2, 4, 8].into_iter().filter(|&ranks| ranks <= gpus.len()) {
+        let devices: Vec<&TestDevice> = gpus[..ranks].iter().collect();
+        let lengths = [8, 6144, 32 * 6144, 6152, 2048 * 6144, 3 * 6144].repeat(5);
+        assert_launches_meet(&devices, ExchangeDims::new(ranks).unwrap(), &lengths);
     }
-    assert_well(&device, &whole);
 }
 
 #[test]

@@ -1,9 +1,14 @@
 //! Every kernel against the oracle: in emulation always, on a GPU where there is one.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test fails by panicking, in its helpers too, and shows what it measured"
+)]
 
 mod absorb;
 mod all_reduce;
+mod all_reduce_times;
 mod attention;
 mod cache_rows;
 mod embed;

@@ -1,6 +1,6 @@
 //! A model cut into ranks: all of them on one device, or a device each.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use dsa80_cuda::{Cuda, Device, PeerCommunicator, Placement, Tiles, communicator};
 use dsa80_model::checkpoint::Checkpoint;
@@ -66,4 +66,15 @@ fn ranks_with_a_device_each_in_emulation_are_as_far_from_hf_as_hf_in_bf16() {
 #[test]
 fn ranks_that_share_a_gpu_are_as_far_from_hf_as_hf_in_bf16() {
     compare(&[2, 4, 8], Placement::Together, |_| devices::gpu());
+}
+
+#[test]
+fn ranks_on_a_gpu_each_are_as_far_from_hf_as_hf_in_bf16() {
+    let count = devices::gpus().len();
+    let ways: Vec<usize> = [2, 4, 8].into_iter().filter(|&ranks| ranks <= count).collect();
+    for ranks in ways {
+        let gpus = Mutex::new(devices::gpus());
+        let next = |_| gpus.lock().unwrap().pop().map(|gpu| TestDevice::Gpu(Box::new(gpu)));
+        compare(&[ranks], Placement::Apart, next);
+    }
 }

@@ -1,0 +1,51 @@
+//! A backend on every one of several GPUs.
+
+use std::sync::Arc;
+
+use dsa80_reference::Result;
+
+use super::{Cuda, refuse, usable};
+use crate::communicator::{PATIENCE, PeerCommunicator, Placement};
+use crate::gpu::Gpu;
+use crate::sources::Sources;
+use crate::tiles::Tiles;
+
+/// A rank on a GPU of its own.
+#[derive(Debug)]
+pub struct RankOnGpu {
+    /// Its backend.
+    pub backend: Cuda<Arc<Gpu>>,
+    /// Its place among the ranks.
+    pub communicator: PeerCommunicator<Arc<Gpu>>,
+}
+
+impl RankOnGpu {
+    /// The first `ranks` GPUs that the kernels run on, one for each rank, in rank order.
+    ///
+    /// # Errors
+    /// There are fewer, or they cannot reach each other's memory; and as for [`Cuda::open`].
+    pub fn open_group(ranks: usize) -> Result<Vec<Self>> {
+        let usable = usable()?;
+        if usable.len() < ranks {
+            return Err(refuse(format!(
+                "{ranks} ranks need a GPU each, and there are {} that the kernels run on; use --tp {0} at most",
+                usable.len()
+            )));
+        }
+        let gpus = usable[..ranks]
+            .iter()
+            .map(|device| Gpu::open(device.ordinal, Sources::Embedded).map(Arc::new))
+            .collect::<Result<Vec<_>>>()?;
+        for gpu in &gpus {
+            gpus.iter().try_for_each(|other| gpu.reach(other))?;
+        }
+        let communicators = PeerCommunicator::group(gpus.clone(), Placement::Apart, PATIENCE)?;
+        gpus.into_iter()
+            .zip(communicators)
+            .map(|(gpu, communicator)| {
+                let tiles = Tiles::for_gpu(&crate::device::Device::limits(&*gpu).name, None)?;
+                Ok(Self { backend: Cuda::new(gpu, tiles), communicator })
+            })
+            .collect()
+    }
+}
