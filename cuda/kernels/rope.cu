@@ -38,9 +38,7 @@ rope(uint16_t* __restrict__ x,           // [rows, heads, width] bf16
             const int first = HALF ? i : 2 * i, second = HALF ? GROUP + i : 2 * i + 1;
             float& a = values[first / VECTOR][first % VECTOR];
             float& b = values[second / VECTOR][second % VECTOR];
-            const float cos = turns[2 * i], sin = turns[2 * i + 1], before = a;
-            a = before * cos - b * sin;
-            b = b * cos + before * sin;
+            turn_pair(a, b, turns[2 * i], turns[2 * i + 1]);
         }
 #pragma unroll
         for (int i = 0; i < LOADS; ++i) {

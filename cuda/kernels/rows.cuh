@@ -117,6 +117,13 @@ DEVICE void round_to_bf16(float (&values)[COUNT], uint32_t (&words)[COUNT / 2]) 
     }
 }
 
+// A rotary pair turned by (cos, sin).
+DEVICE void turn_pair(float& a, float& b, float cos, float sin) {
+    const float before = a;
+    a = before * cos - b * sin;
+    b = b * cos + before * sin;
+}
+
 // The bits of the largest magnitude, which order as the magnitudes do.
 template <int COUNT>
 DEVICE uint32_t largest_magnitude(const float (&values)[COUNT]) {

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::{Arg, Device, Launch, Limits, ProgramEntry};
 use crate::linear_many::{self, LinearTile, Variant};
-use crate::rows::WEIGHTS;
+use crate::rows::{WEIGHTS, rotary_dim};
 use crate::tensor::CudaTensor;
 use crate::tile::{Cost, Tile};
 
@@ -96,7 +96,7 @@ pub fn programs(tile: &AbsorbTile) -> Vec<ProgramEntry> {
     programs
 }
 
-/// What a launch moves and computes: `columns` of every head become `features`, and `rotary` pass.
+/// What a launch moves and computes: `columns` of every head become `features`, and `rotary` are turned.
 pub fn cost(
     tokens: usize,
     heads: usize,
@@ -107,8 +107,8 @@ pub fn cost(
 ) -> Cost {
     let weight_bytes = if weight == DType::F32 { 4 } else { 2 };
     let product = tokens * heads * columns * features;
-    let bytes =
-        heads * columns * features * weight_bytes + 2 * tokens * heads * (columns + features + 2 * rotary);
+    let row = 2 * heads * (columns + features + 2 * rotary) + size_of::<f32>() * rotary;
+    let bytes = heads * columns * features * weight_bytes + tokens * row;
     Cost { bytes: bytes as f64, flops: 2.0 * product as f64 }
 }
 
@@ -121,6 +121,8 @@ struct Heads {
     columns: usize,
     out_width: usize,
     features: usize,
+    /// Columns that are turned.
+    rotary: usize,
     /// Rows of a head of `kv_b`, and the first that counts.
     rows: usize,
     first_row: usize,
@@ -135,9 +137,10 @@ impl Heads {
         tile: &AbsorbTile,
         x: &CudaTensor<D>,
         kv_b: &CudaTensor<D>,
+        cos_sin: Option<&CudaTensor<D>>,
         out: &CudaTensor<D>,
     ) -> Result<()> {
-        let &Self { kernel, tokens, heads, x_width, columns, out_width, features, .. } = self;
+        let &Self { kernel, tokens, heads, x_width, columns, out_width, features, rotary, .. } = self;
         let class = AbsorbTokens::of(tokens);
         tile.validate(class, device.limits())?;
         if tokens == 0 || heads == 0 || out_width == 0 {
@@ -147,7 +150,8 @@ impl Heads {
         let tile = if class == AbsorbTokens::Few { tile.few } else { tile.many }.for_weight(weight);
         let vectors = [x_width, columns, self.rank].iter().all(|width| width.is_multiple_of(8));
         let program = tile.program("absorb.cu", Variant { weight, vectors, swiglu: false }, self.transposed);
-        let grid = [tokens.div_ceil(tile.tokens), features.div_ceil(tile.features).max(1), heads];
+        let of_head = features.div_ceil(tile.features) + usize::from(rotary > 0);
+        let grid = [tokens.div_ceil(tile.tokens), of_head, heads];
         device.launch(&Launch {
             program: &program,
             entry: ENTRY,
@@ -158,6 +162,7 @@ impl Heads {
             args: &[
                 Arg::Buffer(x.buffer()),
                 Arg::Buffer(kv_b.buffer()),
+                cos_sin.map_or(Arg::Null, |cos_sin| Arg::Buffer(cos_sin.buffer())),
                 Arg::Buffer(out.buffer()),
                 Arg::I32(tokens as i32),
                 Arg::I32(heads as i32),
@@ -181,6 +186,7 @@ pub fn absorb_query<D: Device>(
     tile: &AbsorbTile,
     q: &CudaTensor<D>,
     kv_b: &CudaTensor<D>,
+    cos_sin: &CudaTensor<D>,
     out: &mut CudaTensor<D>,
 ) -> Result<()> {
     let [tokens, heads, x_width] = q.dims(QUERY, "q")?;
@@ -190,10 +196,10 @@ pub fn absorb_query<D: Device>(
     kv_b.expect_dtype(QUERY, "kv_b", &WEIGHTS, "dense weights")?;
     out.expect_dtype(QUERY, "out", &[DType::Act], "activations")?;
     kv_b.expect(QUERY, "kv_b", kv_heads == heads, || format!("[{heads}, nope + v, kv_lora_rank]"))?;
-    out.expect(QUERY, "out", (out_tokens, out_heads) == (tokens, heads) && out_width >= rank, || {
-        format!("[{tokens}, {heads}, {rank} + rope]")
+    let rope = rotary_dim(QUERY, cos_sin, tokens)?;
+    out.expect(QUERY, "out", (out_tokens, out_heads, out_width) == (tokens, heads, rank + rope), || {
+        format!("[{tokens}, {heads}, {rank} + {rope}]")
     })?;
-    let rope = out_width - rank;
     q.expect(QUERY, "q", rope <= x_width && x_width - rope <= rows, || {
         format!("[T, H, nope + {rope}] with nope at most the {rows} rows of a head of `kv_b`")
     })?;
@@ -205,12 +211,13 @@ pub fn absorb_query<D: Device>(
         columns: x_width - rope,
         out_width,
         features: rank,
+        rotary: rope,
         rows,
         first_row: 0,
         rank,
         transposed: true,
     };
-    heads.launch(device, tile, q, kv_b, out)
+    heads.launch(device, tile, q, kv_b, Some(cos_sin), out)
 }
 
 /// The kernel of the contract's [`absorb_output`](dsa80_reference::Kernels::absorb_output).
@@ -244,12 +251,13 @@ pub fn absorb_output<D: Device>(
         columns: rank,
         out_width: v,
         features: v,
+        rotary: 0,
         rows,
         first_row: rows - v,
         rank,
         transposed: false,
     };
-    heads.launch(device, tile, o, kv_b, out)
+    heads.launch(device, tile, o, kv_b, None, out)
 }
 
 #[cfg(test)]

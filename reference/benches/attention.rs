@@ -134,10 +134,11 @@ fn absorb(bencher: Bencher<'_, '_>, case: Case) {
     let kv_b = cpu.upload(HostTensor::bf16([heads, nope + v, rank], data)).expect("memory");
     let q = tensor(&cpu, DType::Act, &[tokens, heads, nope + rope]);
     let o = tensor(&cpu, DType::Act, &[tokens, heads, rank]);
+    let cos_sin = tensor(&cpu, DType::Float, &[tokens, rope / 2, 2]);
     let mut latent = cpu.alloc(DType::Act, &[tokens, heads, rank + rope]).expect("memory");
     let mut out = cpu.alloc(DType::Act, &[tokens, heads, v]).expect("memory");
     bencher.counter(ItemsCount::new(tokens * heads * (nope + v) * rank)).bench_local(|| {
-        cpu.absorb_query(&q, &kv_b, &mut latent).expect("shapes agree");
+        cpu.absorb_query(&q, &kv_b, &cos_sin, &mut latent).expect("shapes agree");
         cpu.absorb_output(&o, &kv_b, &mut out).expect("shapes agree");
     });
 }

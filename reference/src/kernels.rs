@@ -341,12 +341,19 @@ pub trait Kernels: Send + Sized {
     /// [`linear`](Self::linear) with a packed INT4 weight.
     fn linear_int4(&self, x: &Self::Tensor, weight: &Self::Int4, out: &mut Self::Tensor) -> Result<()>;
 
-    /// The query into the latent space: per head `h`, `out[t, h] = [K_h^T q_nope, q_rope]`, where
+    /// The query into the latent space: per head `h`, `out[t, h] = [K_h^T q_nope, rope(q_rope)]`, where
     /// `q[t, h] = [q_nope, q_rope]` and `K_h = kv_b[h, ..nope]`.
     ///
-    /// `q` `[T, H, nope + rope]` `Act` (RoPE already applied); `kv_b` `[H, nope + v, kv_lora_rank]` dense;
-    /// `out` `[T, H, kv_lora_rank + rope]` `Act`. Rounds to `Act`.
-    fn absorb_query(&self, q: &Self::Tensor, kv_b: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
+    /// `q` `[T, H, nope + rope]` `Act`; `kv_b` `[H, nope + v, kv_lora_rank]` dense; `cos_sin`
+    /// `[T, rope / 2, 2]`; `out` `[T, H, kv_lora_rank + rope]` `Act`. RoPE is interleaved, as in
+    /// [`latent_rope`](Self::latent_rope), and gives what [`rope`](Self::rope) gives. Rounds to `Act`.
+    fn absorb_query(
+        &self,
+        q: &Self::Tensor,
+        kv_b: &Self::Tensor,
+        cos_sin: &Self::Tensor,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
 
     /// The attention output out of the latent space: `out[t, h] = V_h o[t, h]` with `V_h = kv_b[h, nope..]`.
     ///

@@ -358,8 +358,14 @@ impl<D: Device> Kernels for Cuda<D> {
         self.with_linear_int4(|tiles, workspace| linear_int4(&self.device, tiles, workspace, x, weight, out))
     }
 
-    fn absorb_query(&self, q: &CudaTensor<D>, kv_b: &CudaTensor<D>, out: &mut CudaTensor<D>) -> Result<()> {
-        absorb_query(&self.device, &self.chosen.absorb(), q, kv_b, out)
+    fn absorb_query(
+        &self,
+        q: &CudaTensor<D>,
+        kv_b: &CudaTensor<D>,
+        cos_sin: &CudaTensor<D>,
+        out: &mut CudaTensor<D>,
+    ) -> Result<()> {
+        absorb_query(&self.device, &self.chosen.absorb(), q, kv_b, cos_sin, out)
     }
 
     fn absorb_output(&self, o: &CudaTensor<D>, kv_b: &CudaTensor<D>, out: &mut CudaTensor<D>) -> Result<()> {

@@ -39,8 +39,7 @@ impl<K: Kernels> Forward<'_, K> {
         ws.q.set_shape(&[tokens, shape.heads * qk_head_dim])?;
         weights.q_b_proj.apply(kernels, &ws.q_latent, &mut ws.q)?;
         ws.q.set_shape(&[tokens, shape.heads, qk_head_dim])?;
-        kernels.rope(&mut ws.q, shape.qk_nope_head_dim, RopeLayout::Interleaved, &ws.cos_sin)?;
-        kernels.absorb_query(&ws.q, &weights.kv_b_proj, &mut ws.q_absorbed)?;
+        kernels.absorb_query(&ws.q, &weights.kv_b_proj, &ws.cos_sin, &mut ws.q_absorbed)?;
         kernels.sparse_mla(
             self.device_batch,
             &ws.q_absorbed,

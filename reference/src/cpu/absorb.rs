@@ -5,10 +5,12 @@ use multiversion::multiversion;
 
 use super::checks::Check;
 use super::parallel::for_rows;
+use super::rope::{rotary_dim, rotate};
 use super::tensor::Storage;
 use super::vector::{add_rows, dot};
 use super::{Cpu, CpuTensor, Real};
 use crate::error::{Error, Result};
+use crate::kernels::RopeLayout;
 use crate::tensor::DeviceTensor;
 
 /// Calls `$body` with the elements of `$kv_b` as `$weights` and their exact conversion to `F` as `$widen`:
@@ -44,6 +46,7 @@ pub(super) fn absorb_query<F: Real>(
     cpu: &Cpu<F>,
     q: &CpuTensor<F>,
     kv_b: &CpuTensor<F>,
+    cos_sin: &CpuTensor<F>,
     out: &mut CpuTensor<F>,
 ) -> Result<()> {
     let check = Check("absorb_query");
@@ -51,16 +54,16 @@ pub(super) fn absorb_query<F: Real>(
     let [kv_heads, rows, rank] = kv_b.dims(check.0, "kv_b")?;
     let [out_tokens, out_heads, width] = out.dims(check.0, "out")?;
     check.shape("kv_b", kv_b, kv_heads == heads, || format!("[{heads}, nope + v, kv_lora_rank]"))?;
-    check.shape("out", out, (out_tokens, out_heads) == (tokens, heads) && width >= rank, || {
-        format!("[{tokens}, {heads}, {rank} + rope]")
+    let rope = rotary_dim(check, cos_sin, tokens)?;
+    check.shape("out", out, (out_tokens, out_heads, width) == (tokens, heads, rank + rope), || {
+        format!("[{tokens}, {heads}, {rank} + {rope}]")
     })?;
-    // The rotary columns pass through, so what `out` has beyond the latent tells where `q_nope` ends.
-    let rope = width - rank;
     check.shape("q", q, rope <= q_width && q_width - rope <= rows, || {
         format!("[T, H, nope + {rope}] with nope at most the {rows} rows of a head of `kv_b`")
     })?;
     let nope = q_width - rope;
     let q = check.act("q", q)?;
+    let cos_sin = check.float("cos_sin", cos_sin)?;
     let out = check.act_mut("out", out)?;
     with_weights!(check, kv_b, |weights, widen| {
         for_rows(out, width, tokens * heads * nope * rank, |i, out| {
@@ -70,6 +73,7 @@ pub(super) fn absorb_query<F: Real>(
             combine(latent, q_nope, head, widen);
             latent.iter_mut().for_each(|x| *x = cpu.act(*x));
             rotary.copy_from_slice(q_rope);
+            rotate(cpu, rotary, RopeLayout::Interleaved, &cos_sin[i / heads * rope..][..rope]);
         });
     });
     Ok(())
@@ -137,10 +141,12 @@ mod tests {
         let kv_b = HostTensor::f32([1, 3, 2], vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
         let cpu = Cpu::<f64>::new();
         let kv_b = cpu.upload(kv_b).unwrap();
-        let q = tensor(DType::Act, &[1, 1, 3], &[10.0, 1.0, 7.0]);
-        let mut out = poisoned(DType::Act, &[1, 1, 3]);
-        absorb_query(&cpu, &q, &kv_b, &mut out).unwrap();
-        assert_eq!(read(&out), [13.0, 24.0, 7.0]);
+        let q = tensor(DType::Act, &[1, 1, 4], &[10.0, 1.0, 7.0, -3.0]);
+        // The rotary columns make a quarter turn.
+        let cos_sin = tensor(DType::Float, &[1, 1, 2], &[0.0, 1.0]);
+        let mut out = poisoned(DType::Act, &[1, 1, 4]);
+        absorb_query(&cpu, &q, &kv_b, &cos_sin, &mut out).unwrap();
+        assert_eq!(read(&out), [13.0, 24.0, 3.0, 7.0]);
         let o = tensor(DType::Act, &[1, 1, 2], &[2.0, -1.0]);
         let mut out = poisoned(DType::Act, &[1, 1, 1]);
         absorb_output(&cpu, &o, &kv_b, &mut out).unwrap();
@@ -162,6 +168,8 @@ mod tests {
         let o = randoms(3, tokens * heads * rank);
         let q_tensor = tensor(DType::Act, &[tokens, heads, nope + rope], &q);
         let o_tensor = tensor(DType::Act, &[tokens, heads, rank], &o);
+        let turns = randoms(4, tokens * rope);
+        let cos_sin = tensor(DType::Float, &[tokens, rope / 2, 2], &turns);
         for (kv_b, w) in
             [(kv_b, &weights), (cpu.upload(f16).unwrap(), &f16_values), (cpu.upload(f32).unwrap(), &weights)]
         {
@@ -171,13 +179,17 @@ mod tests {
                 for c in 0..rank {
                     expected_q.push((0..nope).map(|n| q[i * (nope + rope) + n] * w[n * rank + c]).sum());
                 }
-                expected_q.extend_from_slice(&q[i * (nope + rope) + nope..][..rope]);
+                let pairs = q[i * (nope + rope) + nope..][..rope].chunks(2);
+                for (pair, turn) in pairs.zip(turns[i / heads * rope..].chunks(2)) {
+                    expected_q.push(pair[0] * turn[0] - pair[1] * turn[1]);
+                    expected_q.push(pair[1] * turn[0] + pair[0] * turn[1]);
+                }
                 for j in nope..nope + v {
                     expected_o.push((0..rank).map(|c| o[i * rank + c] * w[j * rank + c]).sum());
                 }
             }
             let mut out = poisoned(DType::Act, &[tokens, heads, rank + rope]);
-            absorb_query(&cpu, &q_tensor, &kv_b, &mut out).unwrap();
+            absorb_query(&cpu, &q_tensor, &kv_b, &cos_sin, &mut out).unwrap();
             assert_close(&read(&out), &expected_q, 1e-13);
             let mut out = poisoned(DType::Act, &[tokens, heads, v]);
             absorb_output(&cpu, &o_tensor, &kv_b, &mut out).unwrap();
@@ -194,8 +206,9 @@ mod tests {
         let run = |tokens: usize, q: &[f64]| {
             let cpu = Cpu::new();
             let q = tensor(DType::Act, &[tokens, heads, nope + rope], q);
+            let cos_sin = tensor(DType::Float, &[tokens, rope / 2, 2], &vec![0.5; tokens * rope]);
             let mut latent = poisoned(DType::Act, &[tokens, heads, rank + rope]);
-            absorb_query(&cpu, &q, &kv_b, &mut latent).unwrap();
+            absorb_query(&cpu, &q, &kv_b, &cos_sin, &mut latent).unwrap();
             let o: Vec<f64> =
                 read(&latent).chunks(rank + rope).flat_map(|row| row[..rank].to_vec()).collect();
             let o = tensor(DType::Act, &[tokens, heads, rank], &o);
@@ -214,11 +227,12 @@ mod tests {
     #[test]
     fn rounds_once_at_the_end() {
         let (kv_b, _) = bf16_weight::<f64>(1, &[1, 12, 16]);
-        let q = tensor(DType::Act, &[1, 1, 8], &randoms(2, 8));
+        let q = tensor(DType::Act, &[1, 1, 12], &randoms(2, 12));
         let o = tensor(DType::Act, &[1, 1, 16], &randoms(3, 16));
+        let cos_sin = tensor(DType::Float, &[1, 2, 2], &randoms(4, 4));
         let run = |cpu: Cpu<f64>| {
-            let mut query = poisoned(DType::Act, &[1, 1, 16]);
-            absorb_query(&cpu, &q, &kv_b, &mut query).unwrap();
+            let mut query = poisoned(DType::Act, &[1, 1, 20]);
+            absorb_query(&cpu, &q, &kv_b, &cos_sin, &mut query).unwrap();
             let mut output = poisoned(DType::Act, &[1, 1, 4]);
             absorb_output(&cpu, &o, &kv_b, &mut output).unwrap();
             [read(&query), read(&output)].concat()
@@ -228,17 +242,38 @@ mod tests {
     }
 
     #[test]
+    fn rotary_columns_are_those_of_rope() {
+        let (tokens, heads, nope, rope, rank) = (3, 2, 5, 6, 7);
+        let (kv_b, _) = bf16_weight::<f32>(1, &[heads, nope + 1, rank]);
+        let mut q = tensor(DType::Act, &[tokens, heads, nope + rope], &randoms(2, 66));
+        let cos_sin = tensor(DType::Float, &[tokens, rope / 2, 2], &randoms(3, tokens * rope));
+        for cpu in [Cpu::new(), Cpu::rounding_to_bf16()] {
+            let mut out = poisoned(DType::Act, &[tokens, heads, rank + rope]);
+            absorb_query(&cpu, &q, &kv_b, &cos_sin, &mut out).unwrap();
+            cpu.rope(&mut q, nope, RopeLayout::Interleaved, &cos_sin).unwrap();
+            let (out, q) = (read(&out), read(&q));
+            let rotary = |row: &[f64]| row[row.len() - rope..].to_vec();
+            let found: Vec<f64> = out.chunks(rank + rope).flat_map(rotary).collect();
+            assert_eq!(found, q.chunks(nope + rope).flat_map(rotary).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
     fn misfits_are_named() {
         let cpu = Cpu::<f32>::new();
         let (kv_b, _) = bf16_weight(1, &[2, 6, 8]);
         let q = tensor(DType::Act, &[1, 2, 6], &[0.0; 12]);
+        let turns = |pairs: usize| tensor(DType::Float, &[1, pairs, 2], &vec![0.0; 2 * pairs]);
         let mut out = poisoned(DType::Act, &[1, 2, 7]);
-        assert!(message(absorb_query(&cpu, &q, &kv_b, &mut out)).contains("absorb_query: `out`"));
+        assert!(message(absorb_query(&cpu, &q, &kv_b, &turns(1), &mut out)).contains("absorb_query: `out`"));
         let mut out = poisoned(DType::Act, &[1, 2, 20]);
-        assert!(message(absorb_query(&cpu, &q, &kv_b, &mut out)).contains("absorb_query: `q`"));
+        assert!(message(absorb_query(&cpu, &q, &kv_b, &turns(6), &mut out)).contains("absorb_query: `q`"));
         let act = tensor(DType::Act, &[2, 6, 8], &[0.0; 96]);
         let mut out = poisoned(DType::Act, &[1, 2, 10]);
-        assert!(message(absorb_query(&cpu, &q, &act, &mut out)).contains("`kv_b` holds activations"));
+        assert!(
+            message(absorb_query(&cpu, &q, &act, &turns(1), &mut out)).contains("`kv_b` holds activations")
+        );
+        assert!(message(absorb_query(&cpu, &q, &kv_b, &out.clone(), &mut out)).contains("`cos_sin`"));
         let o = tensor(DType::Act, &[1, 2, 8], &[0.0; 16]);
         let mut out = poisoned(DType::Act, &[1, 2, 7]);
         assert!(message(absorb_output(&cpu, &o, &kv_b, &mut out)).contains("absorb_output: `out`"));

@@ -256,8 +256,14 @@ impl<F: Real> Kernels for Cpu<F> {
         linear_int4::linear_int4(self, x, weight, out)
     }
 
-    fn absorb_query(&self, q: &CpuTensor<F>, kv_b: &CpuTensor<F>, out: &mut CpuTensor<F>) -> Result<()> {
-        absorb::absorb_query(self, q, kv_b, out)
+    fn absorb_query(
+        &self,
+        q: &CpuTensor<F>,
+        kv_b: &CpuTensor<F>,
+        cos_sin: &CpuTensor<F>,
+        out: &mut CpuTensor<F>,
+    ) -> Result<()> {
+        absorb::absorb_query(self, q, kv_b, cos_sin, out)
     }
 
     fn absorb_output(&self, o: &CpuTensor<F>, kv_b: &CpuTensor<F>, out: &mut CpuTensor<F>) -> Result<()> {

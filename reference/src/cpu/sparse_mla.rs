@@ -264,7 +264,9 @@ mod tests {
         let cpu = Cpu::new();
         let q = tensor(DType::Act, &[new, 10, 10], &q_values);
         let mut latent_q = poisoned(DType::Act, &[new, 10, 16]);
-        absorb_query(&cpu, &q, &kv_b, &mut latent_q).unwrap();
+        // Queries and keys are rotated already.
+        let no_turn = tensor(DType::Float, &[new, 2, 2], &[1.0, 0.0].repeat(2 * new));
+        absorb_query(&cpu, &q, &kv_b, &no_turn, &mut latent_q).unwrap();
         let selected: Vec<Vec<usize>> =
             mask.chunks(old + new).map(|row| (0..row.len()).filter(|&s| row[s]).collect()).collect();
         assert!(selected.iter().all(|row| row.len() == k));

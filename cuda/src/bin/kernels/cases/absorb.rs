@@ -48,6 +48,7 @@ struct Heads {
 struct Set {
     x: CudaTensor<Gpu>,
     kv_b: CudaTensor<Gpu>,
+    cos_sin: CudaTensor<Gpu>,
     out: CudaTensor<Gpu>,
 }
 
@@ -78,9 +79,11 @@ impl Heads {
         let sets = (0..copies(gpu, which.cost(tokens).bytes) as u64)
             .map(|seed| {
                 let (x, kv_b) = ([tokens, HEADS, width], [HEADS, NOPE + V, RANK]);
+                let table = [tokens, ROPE / 2, 2];
                 Ok(Set {
-                    x: inputs::normal(gpu, "x", DType::Act, &x, 2 * seed, 1.0)?,
-                    kv_b: inputs::normal(gpu, "kv_b", DType::Bf16, &kv_b, 2 * seed + 1, 0.05)?,
+                    x: inputs::normal(gpu, "x", DType::Act, &x, 3 * seed, 1.0)?,
+                    kv_b: inputs::normal(gpu, "kv_b", DType::Bf16, &kv_b, 3 * seed + 1, 0.05)?,
+                    cos_sin: inputs::normal(gpu, "cos_sin", DType::Float, &table, 3 * seed + 2, 0.7)?,
                     out: CudaTensor::alloc(gpu, "out", DType::Act, &[tokens, HEADS, out_width])?,
                 })
             })
@@ -104,9 +107,9 @@ impl Run for Heads {
     }
 
     fn launch(&mut self, gpu: &Gpu, copy: usize) -> Result<()> {
-        let Set { x, kv_b, out } = &mut self.sets[copy];
+        let Set { x, kv_b, cos_sin, out } = &mut self.sets[copy];
         match self.which {
-            Which::Query => absorb::absorb_query(gpu, &self.tile, x, kv_b, out),
+            Which::Query => absorb::absorb_query(gpu, &self.tile, x, kv_b, cos_sin, out),
             Which::Output => absorb::absorb_output(gpu, &self.tile, x, kv_b, out),
         }
     }
@@ -120,10 +123,11 @@ impl Run for Heads {
         let rows = spread(32, self.tokens);
         let heads: Vec<usize> = (0..HEADS).collect();
         let (x, kv_b) = (oracle::rows(gpu, &set.x, &rows)?, oracle::rows(gpu, &set.kv_b, &heads)?);
+        let cos_sin = oracle::rows(gpu, &set.cos_sin, &rows)?;
         let mut expected: CpuTensor<f64> =
             oracle().alloc(DType::Act, &[rows.len(), HEADS, self.which.widths().1])?;
         match self.which {
-            Which::Query => oracle().absorb_query(&x, &kv_b, &mut expected)?,
+            Which::Query => oracle().absorb_query(&x, &kv_b, &cos_sin, &mut expected)?,
             Which::Output => oracle().absorb_output(&x, &kv_b, &mut expected)?,
         }
         let (found, expected) = (oracle::row_numbers(gpu, &set.out, &rows)?, oracle().read(&expected)?);
