@@ -53,13 +53,16 @@ KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
 linear(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
        const int32_t* __restrict__ gathered, // [tokens] rows of x, or null: one after the other
        const uint8_t* __restrict__ weight,   // [features, columns]
-       uint8_t* __restrict__ out,            // [tokens, split] bf16, or floats
-       uint8_t* __restrict__ second,         // [tokens, features - split]
+       uint8_t* first,                        // [tokens, first_end] bf16, or floats, as the others
+       uint8_t* second,                       // [tokens, second_end - first_end], or null
+       uint8_t* third,                        // [tokens, third_end - second_end], or null
+       uint8_t* fourth,                       // [tokens, features - third_end], or null
        float* __restrict__ parts,            // [blocks, 2, M * N, THREADS, 4]
        uint32_t* __restrict__ arrivals,      // [tiles], zero
-       int x_rows, int tokens, int columns, int features, int split, int floats) {
+       int x_rows, int tokens, int columns, int features, int first_end, int second_end, int third_end,
+       int floats) {
     Shared& shared = shared_memory<Shared>();
-    const Outputs outputs = {out, second, split, features, floats != 0};
+    const Outputs outputs = {first, second, third, fourth, first_end, second_end, third_end, features, floats};
     const Operands in = {x, gathered, weight, x_rows, tokens, columns, features, columns};
     // In shared memory: the products need every register.
     Stretches& all = shared.stretches;
@@ -80,7 +83,7 @@ linear(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
                 if constexpr (SWIGLU) {
                     outputs.store_swiglu(token, feature, values...);
                 } else {
-                    outputs.store(token, feature, features, values...);
+                    outputs.store(token, feature, values...);
                 }
             });
         }

@@ -76,10 +76,9 @@ DEVICE void store_outputs(void* row, int feature, int features, bool floats, boo
     } else {
         uint16_t* to = static_cast<uint16_t*>(row) + feature;
         if (aligned && feature + COUNT <= features) {
-            uint32_t words[COUNT / 2];
-#pragma unroll
-            for (int i = 0; i < COUNT / 2; ++i) words[i] = pack_bf16(values[2 * i], values[2 * i + 1]);
-            store_words(to, words);
+            uint32_t words[(COUNT + 1) / 2];
+            narrow_to_bf16(values, words);
+            store_bf16<COUNT>(to, words);
         } else {
 #pragma unroll
             for (int i = 0; i < COUNT; ++i)
@@ -88,38 +87,49 @@ DEVICE void store_outputs(void* row, int feature, int features, bool floats, boo
     }
 }
 
-// Where the outputs of `features` rows of the weight go: those below `split` to `first` [tokens, split], the others to `second`. Of
-// SWIGLU, rows are eight of a gate and the same eight of its up projection in turns, and `first` [tokens, split] gets silu(gate) * up.
-struct Outputs {
-    uint8_t* first;
-    uint8_t* second;
-    int split, features;
+// The rows `begin` to `end` of a weight, and their outputs: [tokens, end - begin] bf16, or floats.
+struct Output {
+    uint8_t* to;
+    int begin, end;
     bool floats;
 
-    // COUNT outputs of rows from `row` on, which ends before `end`.
+    DEVICE uint8_t* row_of(int token) const { return to + static_cast<int64_t>(token) * (end - begin) * (floats ? 4 : 2); }
+};
+
+// Where the outputs of `features` rows of a weight go: matrix after matrix, of which the last that are not there end where `features` do.
+// Of SWIGLU, rows are eight of a gate and the same eight of its up projection in turns, and the first matrix gets silu(gate) * up.
+struct Outputs {
+    uint8_t *first, *second, *third, *fourth;
+    int first_end, second_end, third_end, features;
+    // A bit for each that holds floats.
+    int floats;
+
+    DEVICE Output of(int row) const {
+        if (row < first_end) return {first, 0, first_end, (floats & 1) != 0};
+        if (row < second_end) return {second, first_end, second_end, (floats & 2) != 0};
+        if (row < third_end) return {third, second_end, third_end, (floats & 4) != 0};
+        return {fourth, third_end, features, (floats & 8) != 0};
+    }
+
+    // COUNT outputs of rows from `row` on.
     template <int COUNT>
-    DEVICE void store(int token, int row, int end, const float (&values)[COUNT]) const {
-        if (row < split && row + COUNT > split) {
+    DEVICE void store(int token, int row, const float (&values)[COUNT]) const {
+        const Output own = of(row);
+        if (row + COUNT > own.end) {
 #pragma unroll
             for (int i = 0; i < COUNT; ++i) {
-                if (row + i < end) store_one(token, row + i, values[i]);
+                if (row + i < features) store_one(token, row + i, values[i]);
             }
             return;
         }
-        const bool upper = row >= split;
-        const int start = upper ? split : 0, width = upper ? features - split : split;
-        const bool aligned = width % COUNT == 0 && (row - start) % COUNT == 0;
-        store_outputs(row_of(token, upper), row - start, min(end - start, width), floats, aligned, values);
+        const int width = own.end - own.begin, column = row - own.begin;
+        store_outputs(own.row_of(token), column, width, own.floats, width % COUNT == 0 && column % COUNT == 0, values);
     }
 
     DEVICE void store_one(int token, int row, float value) const {
-        const bool upper = row >= split;
-        const int column = upper ? row - split : row;
-        if (floats) {
-            reinterpret_cast<float*>(row_of(token, upper))[column] = value;
-        } else {
-            reinterpret_cast<uint16_t*>(row_of(token, upper))[column] = float_to_bf16(value);
-        }
+        const Output own = of(row);
+        const float values[1] = {value};
+        store_outputs(own.row_of(token), row - own.begin, own.end - own.begin, own.floats, false, values);
     }
 
     // COUNT features of a SwiGLU from `feature` on.
@@ -128,12 +138,8 @@ struct Outputs {
         float values[COUNT];
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) values[i] = swiglu(gate[i], up[i]);
-        store_outputs(row_of(token, false), feature, split, floats, split % COUNT == 0, values);
-    }
-
-    DEVICE uint8_t* row_of(int token, bool upper) const {
-        const int64_t width = upper ? features - split : split;
-        return (upper ? second : first) + token * width * (floats ? 4 : 2);
+        const Output own = {first, 0, first_end, (floats & 1) != 0};
+        store_outputs(own.row_of(token), feature, first_end, own.floats, first_end % COUNT == 0, values);
     }
 };
 

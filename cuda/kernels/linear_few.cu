@@ -109,20 +109,23 @@ KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
 linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
            const int32_t* __restrict__ gathered, // [tokens] rows of x, or null: one after the other
            const uint8_t* __restrict__ weight,   // [features, columns]
-           uint8_t* __restrict__ out,            // [tokens, split] bf16, or floats
-           uint8_t* __restrict__ second,         // [tokens, features - split]
+           uint8_t* first,                        // [tokens, first_end] bf16, or floats, as the others
+           uint8_t* second,                       // [tokens, second_end - first_end], or null
+           uint8_t* third,                        // [tokens, third_end - second_end], or null
+           uint8_t* fourth,                       // [tokens, features - third_end], or null
            float* __restrict__ parts,            // [row blocks, splits, TOKENS, FEATURES]
            uint32_t* __restrict__ arrivals,      // [row blocks], zero
-           int x_rows, int tokens, int columns, int features, int split, int floats) {
+           int x_rows, int tokens, int columns, int features, int first_end, int second_end, int third_end,
+           int floats) {
     Shared& shared = shared_memory<Shared>();
-    const Outputs outputs = {out, second, split, features, floats != 0};
+    const Outputs outputs = {first, second, third, fourth, first_end, second_end, third_end, features, floats};
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int splits = gridDim.y, first = blockIdx.x * FEATURES;
+    const int splits = gridDim.y, first_feature = blockIdx.x * FEATURES;
 
     Rows rows;
 #pragma unroll
     for (int i = 0; i < 2 * TILE_ROW_TILES; ++i) {
-        const int feature = first + 8 * i + g;
+        const int feature = first_feature + 8 * i + g;
         rows.weight_valid[i] = feature < features;
         rows.weight[i] = weight + static_cast<int64_t>(rows.weight_valid[i] ? feature : 0) * columns * WEIGHT_BYTES;
     }
@@ -182,10 +185,10 @@ linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
                 float ups[4];
                 sum_of(sums, i);
                 sum_of(ups, i + 2);
-                outputs.store_swiglu(token, first / 2 + feature / 16 * 8 + feature % 8, sums, ups);
+                outputs.store_swiglu(token, first_feature / 2 + feature / 16 * 8 + feature % 8, sums, ups);
             } else {
                 sum_of(sums, i);
-                outputs.store(token, first + feature, features, sums);
+                outputs.store(token, first_feature + feature, sums);
             }
         }
     };

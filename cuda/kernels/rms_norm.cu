@@ -1,126 +1,15 @@
-// RMSNorm of rows, with the residual add before it where RESIDUAL. A block takes row after row, which lie in registers; the next one is
-// under way while one is summed.
+// RMSNorm by itself: rows are dealt to the blocks in turns.
 //
-// Constants: WIDTH; VECTOR neighbouring columns of a load, which divide WIDTH; WEIGHT_TYPE; X_FLOAT (x is f32, not bf16); RESIDUAL.
-// Tile: TILE_VECTORS vectors of a row that a thread holds, as long as a block has threads enough.
-//
-// Arithmetic is f32 with u = 2^-24. The sum with the residual is off by u. n = CHUNKS * VECTOR + 10 additions lie on any path to the sum of
-// squares, so the mean's relative error is at most (n + 5) u, that of the reciprocal root (n + 7) u / 2 + 2^-22 (the last for rsqrtf), and
-// a value gains 3 u more before it is rounded to bf16.
-#include "rows.cuh"
+// Constants and tile: those of rms_norm.cuh.
+#include "rms_norm.cuh"
 
-constexpr int VECTORS = WIDTH / VECTOR;
-constexpr int ENOUGH_WARPS = (VECTORS + 32 * TILE_VECTORS - 1) / (32 * TILE_VECTORS);
-constexpr int WARPS = ENOUGH_WARPS < 32 ? ENOUGH_WARPS : 32;
-constexpr int THREADS = 32 * WARPS;
-constexpr int CHUNKS = (VECTORS + THREADS - 1) / THREADS;
-constexpr int WORDS = (VECTOR + 1) / 2, X_WORDS = X_FLOAT ? VECTOR : WORDS;
-static_assert(WIDTH % VECTOR == 0, "a row is whole vectors, and aligned as they are");
-static_assert(THREADS == TILE_THREADS, "the launcher's block");
+static_assert(sizeof(rms::Shared) == TILE_SHARED_BYTES, "the launcher's sum");
 
-struct Shared {
-    // What the warps summed, of two rows in turn: no one is done reading a row's when the next row's are written.
-    float squares[2][WARPS];
-};
-static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
-
-struct Row {
-    uint32_t x[CHUNKS][X_WORDS], residual[RESIDUAL ? CHUNKS : 1][VECTOR];
-};
-
-DEVICE int column(int chunk) { return (chunk * THREADS + static_cast<int>(threadIdx.x)) * VECTOR; }
-
-// VECTOR elements of x as they are in memory, and as numbers: f32 where FLOATS, pairs of bf16 otherwise.
-template <bool FLOATS, int COUNT>
-DEVICE void load_x(const void* x, int64_t place, uint32_t (&words)[COUNT]) {
-    if constexpr (FLOATS) {
-        load_words(static_cast<const float*>(x) + place, words);
-    } else {
-        load_bf16<VECTOR>(static_cast<const uint16_t*>(x) + place, words);
-    }
-}
-
-template <bool FLOATS, int COUNT>
-DEVICE void widen_x(const uint32_t (&words)[COUNT], float (&values)[VECTOR]) {
-    if constexpr (FLOATS) {
-#pragma unroll
-        for (int i = 0; i < VECTOR; ++i) values[i] = __uint_as_float(words[i]);
-    } else {
-        widen_bf16(words, values);
-    }
-}
-
-DEVICE void load_row(Row& row, const void* x, const float* residual, int64_t start) {
-#pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-        if (column(chunk) < WIDTH) {
-            const int64_t place = start + column(chunk);
-            load_x<X_FLOAT>(x, place, row.x[chunk]);
-            if constexpr (RESIDUAL) load_words(residual + place, row.residual[chunk]);
-        }
-    }
-}
-
-// The sum over the block, the same in every thread.
-DEVICE float block_sum(float value, float (&of_warps)[WARPS]) {
-    value = warp_sum(value);
-    if constexpr (WARPS > 1) {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        if (lane == 0) of_warps[warp] = value;
-        __syncthreads();
-        value = warp_sum(lane < WARPS ? of_warps[lane] : 0.0f);
-    }
-    return value;
-}
-
-KERNEL void __launch_bounds__(THREADS, 1)
+KERNEL void __launch_bounds__(rms::THREADS, 1)
 rms_norm(const void* __restrict__ x,      // [rows, WIDTH] bf16 or f32
          float* __restrict__ residual,    // [rows, WIDTH], where RESIDUAL
          const void* __restrict__ weight, // [WIDTH]
          uint16_t* __restrict__ out,      // [rows, WIDTH] bf16
          int rows, float eps) {
-    Shared& shared = shared_memory<Shared>();
-    Row current = {};
-    float w[CHUNKS][VECTOR] = {};
-    load_row(current, x, residual, static_cast<int64_t>(blockIdx.x) * WIDTH);
-#pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-        if (column(chunk) < WIDTH) load_weights<WEIGHT_TYPE>(weight, column(chunk), w[chunk]);
-    }
-
-    int turn = 0;
-    for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-        Row next = {};
-        if (row + gridDim.x < rows) load_row(next, x, residual, (row + gridDim.x) * WIDTH);
-
-        float squares = 0.0f, values[CHUNKS][VECTOR];
-#pragma unroll
-        for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-            widen_x<X_FLOAT>(current.x[chunk], values[chunk]);
-            if constexpr (RESIDUAL) {
-                uint32_t sums[VECTOR];
-#pragma unroll
-                for (int i = 0; i < VECTOR; ++i) {
-                    values[chunk][i] += __uint_as_float(current.residual[chunk][i]);
-                    sums[i] = __float_as_uint(values[chunk][i]);
-                }
-                if (column(chunk) < WIDTH) store_words(residual + row * WIDTH + column(chunk), sums);
-            }
-#pragma unroll
-            for (int i = 0; i < VECTOR; ++i) squares += values[chunk][i] * values[chunk][i];
-        }
-        const float mean = block_sum(squares, shared.squares[turn]) * (1.0f / WIDTH);
-        const float reciprocal = rsqrtf(mean + eps);
-
-#pragma unroll
-        for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-#pragma unroll
-            for (int i = 0; i < VECTOR; ++i) values[chunk][i] = w[chunk][i] * (values[chunk][i] * reciprocal);
-            uint32_t words[WORDS];
-            narrow_to_bf16(values[chunk], words);
-            if (column(chunk) < WIDTH) store_bf16<VECTOR>(out + row * WIDTH + column(chunk), words);
-        }
-        current = next;
-        turn ^= 1;
-    }
+    rms::norm_rows(shared_memory<rms::Shared>(), x, residual, weight, out, blockIdx.x, gridDim.x, rows, eps);
 }

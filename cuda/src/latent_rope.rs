@@ -68,18 +68,20 @@ impl LatentRopeTile {
     }
 
     fn program(&self, dims: LatentRopeDims, weight: DType, fp8: bool) -> Program {
-        Program {
-            source: "latent_rope.cu",
-            defines: vec![
-                ("RANK", dims.kv_lora_rank.to_string()),
-                ("ROPE", dims.rope.to_string()),
-                ("WEIGHT_TYPE", weight_type(weight)),
-                ("FP8", u8::from(fp8).to_string()),
-                ("TILE_WARPS", self.warps.to_string()),
-                ("TILE_VECTOR", self.vector.to_string()),
-            ],
-        }
+        let mut defines = defines(dims, weight, fp8);
+        defines.extend([("TILE_WARPS", self.warps.to_string()), ("TILE_VECTOR", self.vector.to_string())]);
+        Program { source: "latent_rope.cu", defines }
     }
+}
+
+/// The constants of `latent_rope.cuh` but for its tile.
+pub(crate) fn defines(dims: LatentRopeDims, weight: DType, fp8: bool) -> Vec<(&'static str, String)> {
+    vec![
+        ("RANK", dims.kv_lora_rank.to_string()),
+        ("ROPE", dims.rope.to_string()),
+        ("LATENT_WEIGHT_TYPE", weight_type(weight)),
+        ("LATENT_FP8", u8::from(fp8).to_string()),
+    ]
 }
 
 /// Every variant of a tile.
@@ -105,6 +107,36 @@ pub fn cost(rows: usize, dims: LatentRopeDims, weight: DType, fp8: bool) -> Cost
     Cost { bytes: (rows * row + weights) as f64, flops: 0.0 }
 }
 
+/// What a contract calls the arguments.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Names {
+    pub(crate) kernel: &'static str,
+    pub(crate) x: &'static str,
+    pub(crate) weight: &'static str,
+}
+
+/// The dims of arguments that fit, and the cache's slots.
+pub(crate) fn check<D: Device>(
+    names: Names,
+    batch: &CudaBatch<D>,
+    x: &CudaTensor<D>,
+    weight: &CudaTensor<D>,
+    rope: usize,
+    cache: &CudaTensor<D>,
+) -> Result<(LatentRopeDims, i32)> {
+    let Names { kernel, x: x_name, weight: weight_name } = names;
+    let rows = batch.host().num_tokens();
+    let [x_rows, width] = x.dims(kernel, x_name)?;
+    let [rank] = weight.dims(kernel, weight_name)?;
+    weight.expect_dtype(kernel, weight_name, &WEIGHTS, "weights")?;
+    x.expect(kernel, x_name, x_rows == rows && width == rank + rope, || {
+        format!("[{rows}, {rank} + {rope}]")
+    })?;
+    x.expect_dtype(kernel, x_name, &[DType::Act], "activations")?;
+    let dims = LatentRopeDims { kv_lora_rank: rank, rope };
+    Ok((dims, slots(kernel, cache, batch.host().page_size, width, dims.row().row_bytes())?))
+}
+
 /// The kernel of the contract's [`latent_rope`](dsa80_reference::Kernels::latent_rope).
 ///
 /// # Errors
@@ -120,14 +152,10 @@ pub fn latent_rope<D: Device>(
     cache: &mut CudaTensor<D>,
 ) -> Result<()> {
     let rows = batch.host().num_tokens();
-    let [x_rows, width] = x.dims(KERNEL, "x")?;
-    let [rank] = weight.dims(KERNEL, "weight")?;
-    weight.expect_dtype(KERNEL, "weight", &WEIGHTS, "weights")?;
     let rope = rotary_dim(KERNEL, cos_sin, rows)?;
-    x.expect(KERNEL, "x", x_rows == rows && width == rank + rope, || format!("[{rows}, {rank} + {rope}]"))?;
-    x.expect_dtype(KERNEL, "x", &[DType::Act], "activations")?;
-    let dims = LatentRopeDims { kv_lora_rank: rank, rope };
-    let slots = slots(KERNEL, cache, batch.host().page_size, width, dims.row().row_bytes())?;
+    let names = Names { kernel: KERNEL, x: "x", weight: "weight" };
+    let (dims, slots) = check(names, batch, x, weight, rope, cache)?;
+    let LatentRopeDims { kv_lora_rank: rank, .. } = dims;
     tile.validate(dims, device.limits())?;
     if rows == 0 {
         return Ok(());

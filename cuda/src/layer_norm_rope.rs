@@ -1,7 +1,7 @@
 //! `layer_norm_rope`: the indexer's keys.
 
 use dsa80_reference::fp8::IndexerPage;
-use dsa80_reference::{DType, DeviceTensor, Error, Result, RopeLayout};
+use dsa80_reference::{DType, DeviceTensor, Error, IndexKeys, Result, RopeLayout};
 use serde::{Deserialize, Serialize};
 
 use crate::batch::CudaBatch;
@@ -72,7 +72,7 @@ impl LayerNormRopeTile {
     }
 
     /// The rotary columns of every row, where a pair's halves are apart.
-    fn shared_bytes(&self, dims: LayerNormRopeDims, layout: RopeLayout) -> usize {
+    pub(crate) fn shared_bytes(&self, dims: LayerNormRopeDims, layout: RopeLayout) -> usize {
         match layout {
             RopeLayout::Interleaved => 0,
             RopeLayout::Half => self.warps * dims.rope * size_of::<f32>(),
@@ -80,21 +80,32 @@ impl LayerNormRopeTile {
     }
 
     fn program(&self, dims: LayerNormRopeDims, variant: Variant) -> Program {
-        Program {
-            source: "layer_norm_rope.cu",
-            defines: vec![
-                ("WIDTH", dims.width.to_string()),
-                ("ROPE", dims.rope.to_string()),
-                ("WEIGHT_TYPE", weight_type(variant.weight)),
-                ("BIAS_TYPE", weight_type(variant.bias)),
-                ("HALF", u8::from(variant.layout == RopeLayout::Half).to_string()),
-                ("FP8", u8::from(variant.fp8).to_string()),
-                ("TILE_WARPS", self.warps.to_string()),
-                ("TILE_VECTOR", self.vector.to_string()),
-                ("TILE_SHARED_BYTES", self.shared_bytes(dims, variant.layout).to_string()),
-            ],
-        }
+        let Variant { weight, bias, layout, fp8 } = variant;
+        let mut defines = defines(dims.width, [weight, bias], layout, fp8);
+        defines.extend([
+            ("ROPE", dims.rope.to_string()),
+            ("TILE_WARPS", self.warps.to_string()),
+            ("TILE_VECTOR", self.vector.to_string()),
+            ("TILE_SHARED_BYTES", self.shared_bytes(dims, layout).to_string()),
+        ]);
+        Program { source: "layer_norm_rope.cu", defines }
     }
+}
+
+/// The constants of `layer_norm_rope.cuh` but for its tile and `ROPE`.
+pub(crate) fn defines(
+    width: usize,
+    [weight, bias]: [DType; 2],
+    layout: RopeLayout,
+    fp8: bool,
+) -> Vec<(&'static str, String)> {
+    vec![
+        ("KEY_WIDTH", width.to_string()),
+        ("KEY_WEIGHT_TYPE", weight_type(weight)),
+        ("KEY_BIAS_TYPE", weight_type(bias)),
+        ("HALF", u8::from(layout == RopeLayout::Half).to_string()),
+        ("KEY_FP8", u8::from(fp8).to_string()),
+    ]
 }
 
 /// Every variant of a tile, with weight and bias of one type.
@@ -125,6 +136,37 @@ pub fn cost(rows: usize, dims: LayerNormRopeDims, weight: DType, fp8: bool) -> C
     Cost { bytes: (rows * row + weights) as f64, flops: 0.0 }
 }
 
+/// What a contract calls the arguments.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Names {
+    pub(crate) kernel: &'static str,
+    pub(crate) x: &'static str,
+    pub(crate) weight: &'static str,
+    pub(crate) bias: &'static str,
+}
+
+/// The slots of the cache of arguments that fit.
+pub(crate) fn check<D: Device>(
+    names: Names,
+    batch: &CudaBatch<D>,
+    keys: &IndexKeys<'_, CudaTensor<D>>,
+) -> Result<i32> {
+    let (rows, page_size) = (batch.host().num_tokens(), batch.host().page_size);
+    let (Names { kernel, .. }, IndexKeys { x, cache, .. }) = (names, keys);
+    let [x_rows, width] = x.dims(kernel, names.x)?;
+    x.expect(kernel, names.x, x_rows == rows, || format!("[{rows}, D]"))?;
+    x.expect_dtype(kernel, names.x, &[DType::Act], "activations")?;
+    for (name, tensor) in [(names.weight, keys.weight), (names.bias, keys.bias)] {
+        tensor.expect(kernel, name, tensor.shape() == [width], || format!("[{width}]"))?;
+        tensor.expect_dtype(kernel, name, &WEIGHTS, "weights")?;
+    }
+    if cache.dtype() == DType::Fp8 && page_size % 4 != 0 {
+        let expected = "a multiple of 4 for an 8-bit indexer cache".into();
+        return Err(Error::Value { kernel, name: "page_size", expected, found: page_size.to_string() });
+    }
+    slots(kernel, cache, page_size, width, IndexerPage { page_size, width }.row_bytes())
+}
+
 /// The kernel of the contract's [`layer_norm_rope`](dsa80_reference::Kernels::layer_norm_rope).
 ///
 /// # Errors
@@ -142,25 +184,11 @@ pub fn layer_norm_rope<D: Device>(
     cache: &mut CudaTensor<D>,
 ) -> Result<()> {
     let (rows, page_size) = (batch.host().num_tokens(), batch.host().page_size);
-    let [x_rows, width] = x.dims(KERNEL, "x")?;
-    x.expect(KERNEL, "x", x_rows == rows, || format!("[{rows}, D]"))?;
-    x.expect_dtype(KERNEL, "x", &[DType::Act], "activations")?;
-    for (name, tensor) in [("weight", weight), ("bias", bias)] {
-        tensor.expect(KERNEL, name, tensor.shape() == [width], || format!("[{width}]"))?;
-        tensor.expect_dtype(KERNEL, name, &WEIGHTS, "weights")?;
-    }
+    let keys = IndexKeys { x, weight, bias, eps, layout, cache };
+    let slots = check(Names { kernel: KERNEL, x: "x", weight: "weight", bias: "bias" }, batch, &keys)?;
+    let IndexKeys { cache, .. } = keys;
+    let (width, fp8) = (x.shape()[1], cache.dtype() == DType::Fp8);
     let rope = rotary_dim(KERNEL, cos_sin, rows)?;
-    let slots = slots(KERNEL, cache, page_size, width, IndexerPage { page_size, width }.row_bytes())?;
-    let fp8 = cache.dtype() == DType::Fp8;
-    if fp8 && page_size % 4 != 0 {
-        let expected = "a multiple of 4 for an 8-bit indexer cache".into();
-        return Err(Error::Value {
-            kernel: KERNEL,
-            name: "page_size",
-            expected,
-            found: page_size.to_string(),
-        });
-    }
     let dims = LayerNormRopeDims { width, rope };
     tile.validate(dims, device.limits())?;
     if rows == 0 {

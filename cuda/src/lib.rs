@@ -33,6 +33,7 @@ mod moe_int4_grouped;
 pub mod moe_int4_pairs;
 mod moe_sort;
 mod probe;
+pub mod qkv_norm_rope;
 pub mod random_fill;
 pub mod registry;
 pub mod repack_int4;

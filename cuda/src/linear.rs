@@ -129,6 +129,9 @@ pub(crate) struct Need {
     pub(crate) arrivals: usize,
 }
 
+/// Outputs of a launch at most.
+pub(crate) const OUTS: usize = 4;
+
 /// A matrix product of the contract, its arguments checked.
 pub(crate) struct Product<'a, D: Device> {
     pub(crate) kernel: &'static str,
@@ -136,10 +139,9 @@ pub(crate) struct Product<'a, D: Device> {
     /// Rows of `x`, unless they are taken one after the other.
     pub(crate) rows: Option<&'a CudaTensor<D>>,
     pub(crate) weight: &'a CudaTensor<D>,
-    pub(crate) out: &'a CudaTensor<D>,
-    /// Where the features go that `out` has no columns for.
-    pub(crate) second: Option<&'a CudaTensor<D>>,
-    /// Whether the features are those of a gate and its up projection in turns, and `out` gets their SwiGLU.
+    /// The columns of each are features, which lie one after the other.
+    pub(crate) outs: [Option<&'a CudaTensor<D>>; OUTS],
+    /// Whether the features are those of a gate and its up projection in turns, and the first output gets their SwiGLU.
     pub(crate) swiglu: bool,
     pub(crate) tokens: usize,
     pub(crate) features: usize,
@@ -184,7 +186,8 @@ impl<'a, D: Device> Product<'a, D> {
                 count
             }
         };
-        Ok(Self { kernel, x, rows, weight, out, second: None, swiglu: false, tokens, features, columns })
+        let outs = [Some(out), None, None, None];
+        Ok(Self { kernel, x, rows, weight, outs, swiglu: false, tokens, features, columns })
     }
 
     pub(crate) fn launch(
@@ -215,25 +218,40 @@ impl<'a, D: Device> Product<'a, D> {
     }
 
     /// The parameters of either kernel.
-    fn args<'b>(&'b self, [parts, arrivals]: [Arg<'b, D::Buffer>; 2]) -> [Arg<'b, D::Buffer>; 13] {
+    fn args<'b>(&'b self, [parts, arrivals]: [Arg<'b, D::Buffer>; 2]) -> [Arg<'b, D::Buffer>; 17] {
         let tensor = |tensor: Option<&'b CudaTensor<D>>| {
             tensor.map_or(Arg::Null, |tensor| Arg::Buffer(tensor.buffer()))
         };
         let size = |size: usize| Arg::I32(size as i32);
+        let [first, second, third, fourth] = self.outs;
+        // An output that is not there ends where the one before it does; the last one's end is the features'.
+        let mut end = 0;
+        let [first_end, second_end, third_end, _] = self.outs.map(|out| {
+            end += out.map_or(0, |out| out.shape()[1]);
+            end
+        });
+        let floats = self.outs.iter().enumerate().map(|(i, out)| {
+            let is_float = out.is_some_and(|out| out.dtype() == DType::Float);
+            usize::from(is_float) << i
+        });
         [
             tensor(Some(self.x)),
             tensor(self.rows),
             tensor(Some(self.weight)),
-            tensor(Some(self.out)),
-            tensor(self.second),
+            tensor(first),
+            tensor(second),
+            tensor(third),
+            tensor(fourth),
             parts,
             arrivals,
             size(self.x.shape()[0]),
             size(self.tokens),
             size(self.columns),
             size(self.features),
-            size(self.out.shape()[1]),
-            size(usize::from(self.out.dtype() == DType::Float)),
+            size(first_end),
+            size(second_end),
+            size(third_end),
+            size(floats.sum()),
         ]
     }
 

@@ -1,12 +1,15 @@
-//! `linear_split`: two projections of the same activations in one launch, by the kernels of [`linear`](crate::linear).
+//! `linear_split`: projections of the same activations in one launch, by the kernels of [`linear`](crate::linear).
 
-use dsa80_reference::{DType, DeviceTensor, Result};
+use dsa80_reference::{DType, DeviceTensor, Error, Result};
 
 use crate::device::Device;
-use crate::linear::{LinearTiles, LinearWorkspace, Product};
+use crate::linear::{LinearTiles, LinearWorkspace, OUTS, Product};
 use crate::tensor::CudaTensor;
 
 const KERNEL: &str = "linear_split";
+
+/// What the contract calls each output.
+const NAMES: [&str; OUTS] = ["outs[0]", "outs[1]", "outs[2]", "outs[3]"];
 
 /// The kernel of the contract's [`linear_split`](dsa80_reference::Kernels::linear_split).
 ///
@@ -18,18 +21,23 @@ pub fn linear_split<D: Device>(
     workspace: &LinearWorkspace<D>,
     x: &CudaTensor<D>,
     weight: &CudaTensor<D>,
-    first: &mut CudaTensor<D>,
-    second: &mut CudaTensor<D>,
+    outs: &mut [&mut CudaTensor<D>],
 ) -> Result<()> {
-    let product = Product::unchecked(KERNEL, x, None, weight, first)?;
-    let Product { tokens, features, columns, .. } = product;
-    let ([_, a], [_, b]) = (first.dims(KERNEL, "first")?, second.dims(KERNEL, "second")?);
-    weight.expect(KERNEL, "weight", features == a + b, || format!("[{}, {columns}]", a + b))?;
-    for (name, tensor, width) in [("first", &*first, a), ("second", &*second, b)] {
-        tensor.expect(KERNEL, name, tensor.shape() == [tokens, width], || format!("[{tokens}, {width}]"))?;
+    let count = outs.len();
+    if !(1..=OUTS).contains(&count) {
+        let expected = format!("1 to {OUTS} tensors");
+        return Err(Error::Value { kernel: KERNEL, name: "outs", expected, found: count.to_string() });
     }
-    first.expect_dtype(KERNEL, "first", &[DType::Act, DType::Float], "activations or floats")?;
-    let same = if first.dtype() == DType::Act { "activations" } else { "floats" };
-    second.expect_dtype(KERNEL, "second", &[first.dtype()], same)?;
-    Product { second: Some(second), ..product }.launch(device, tiles, workspace)
+    let product = Product::unchecked(KERNEL, x, None, weight, outs[0])?;
+    let Product { tokens, features: most, columns, .. } = product;
+    let (mut tensors, mut features) = ([None; OUTS], 0);
+    for ((out, name), tensor) in outs.iter().zip(NAMES).zip(&mut tensors) {
+        let [_, width] = out.dims(KERNEL, name)?;
+        out.expect(KERNEL, name, out.shape() == [tokens, width], || format!("[{tokens}, {width}]"))?;
+        out.expect_dtype(KERNEL, name, &[DType::Act, DType::Float], "activations or floats")?;
+        *tensor = Some(&**out);
+        features += width;
+    }
+    weight.expect(KERNEL, "weight", most >= features, || format!("[at least {features}, {columns}]"))?;
+    Product { outs: tensors, features, ..product }.launch(device, tiles, workspace)
 }

@@ -15,6 +15,7 @@ use crate::linear_int4_wide::{self, LinearInt4WideTile};
 use crate::linear_many::{self, LinearTile};
 use crate::moe_int4::{self, MoeInt4Dims, MoeInt4Tile, MoeLoad};
 use crate::moe_int4_pairs::{self, MoeInt4PairsTile};
+use crate::qkv_norm_rope::{self, QkvNormRopeDims, QkvNormRopeTile};
 use crate::repack_int4::{self, RepackInt4Tile};
 use crate::rms_norm::{self, RmsNormDims, RmsNormTile};
 use crate::rope::{self, RopeDims, RopeTile};
@@ -127,6 +128,19 @@ impl PinnedTile for LayerNormRopeTile {
 
     fn programs(&self, dims: LayerNormRopeDims) -> Vec<ProgramEntry> {
         layer_norm_rope::programs(self, dims)
+    }
+}
+
+impl PinnedTile for QkvNormRopeTile {
+    const CLASSES: &'static [&'static str] = &["any"];
+
+    fn glm_dims(class: &str) -> QkvNormRopeDims {
+        let key = LayerNormRopeTile::glm_dims(class).width;
+        QkvNormRopeDims { q_lora_rank: 2048, latent: LatentRopeTile::glm_dims(class), key: Some(key) }
+    }
+
+    fn programs(&self, dims: QkvNormRopeDims) -> Vec<ProgramEntry> {
+        qkv_norm_rope::programs(self, dims)
     }
 }
 
@@ -327,6 +341,7 @@ pub const KERNELS: &[Registered] = &[
     Registered::of::<SampleTile>(),
     Registered::of::<LayerNormRopeTile>(),
     Registered::of::<LatentRopeTile>(),
+    Registered::of::<QkvNormRopeTile>(),
     Registered::of::<IndexerLogitsTile>(),
     Registered::of::<TopKTile>(),
     Registered::of::<SparseMlaTile>(),

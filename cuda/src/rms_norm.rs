@@ -36,31 +36,39 @@ impl RmsNormTile {
         if rows <= limits.multiprocessors as usize { "few" } else { "many" }
     }
 
-    fn threads(&self, dims: RmsNormDims) -> usize {
+    pub(crate) fn threads(&self, dims: RmsNormDims) -> usize {
         let vectors = dims.width / rows::vector(dims.width);
         32 * vectors.div_ceil(32 * self.vectors).clamp(1, 32)
     }
 
     /// What the warps summed, of two rows.
-    fn shared_bytes(&self, dims: RmsNormDims) -> usize {
+    pub(crate) fn shared_bytes(&self, dims: RmsNormDims) -> usize {
         2 * (self.threads(dims) / 32) * size_of::<f32>()
     }
 
     fn program(&self, dims: RmsNormDims, weight: DType, rows: Rows) -> Program {
-        Program {
-            source: "rms_norm.cu",
-            defines: vec![
-                ("WIDTH", dims.width.to_string()),
-                ("VECTOR", rows::vector(dims.width).to_string()),
-                ("WEIGHT_TYPE", weight_type(weight)),
-                ("X_FLOAT", u8::from(rows == Rows::Floats).to_string()),
-                ("RESIDUAL", u8::from(rows == Rows::Residual).to_string()),
-                ("TILE_VECTORS", self.vectors.to_string()),
-                ("TILE_THREADS", self.threads(dims).to_string()),
-                ("TILE_SHARED_BYTES", self.shared_bytes(dims).to_string()),
-            ],
-        }
+        let mut defines = defines(self, dims, weight, rows);
+        defines.push(("TILE_SHARED_BYTES", self.shared_bytes(dims).to_string()));
+        Program { source: "rms_norm.cu", defines }
     }
+}
+
+/// The constants of `rms_norm.cuh`.
+pub(crate) fn defines(
+    tile: &RmsNormTile,
+    dims: RmsNormDims,
+    weight: DType,
+    rows: Rows,
+) -> Vec<(&'static str, String)> {
+    vec![
+        ("WIDTH", dims.width.to_string()),
+        ("VECTOR", rows::vector(dims.width).to_string()),
+        ("WEIGHT_TYPE", weight_type(weight)),
+        ("X_FLOAT", u8::from(rows == Rows::Floats).to_string()),
+        ("RESIDUAL", u8::from(rows == Rows::Residual).to_string()),
+        ("TILE_VECTORS", tile.vectors.to_string()),
+        ("TILE_THREADS", tile.threads(dims).to_string()),
+    ]
 }
 
 impl Tile for RmsNormTile {
@@ -88,7 +96,7 @@ impl Tile for RmsNormTile {
 
 /// What is normalised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Rows {
+pub(crate) enum Rows {
     /// Activations.
     Acts,
     /// Floats: the residual stream itself.

@@ -52,6 +52,23 @@ pub struct RouterParams {
     pub routed_scaling_factor: f64,
 }
 
+/// The indexer's keys of `qkv_norm_rope`: arguments of `layer_norm_rope`.
+#[derive(Debug)]
+pub struct IndexKeys<'a, T> {
+    /// `[T, D]` `Act`.
+    pub x: &'a T,
+    /// `[D]`: the LayerNorm's weight.
+    pub weight: &'a T,
+    /// `[D]`: its bias.
+    pub bias: &'a T,
+    /// Its epsilon.
+    pub eps: f64,
+    /// Which columns are pairs.
+    pub layout: RopeLayout,
+    /// The indexer's cache.
+    pub cache: &'a mut T,
+}
+
 /// Where `sample` writes. All tensors have one row per sampled row.
 #[derive(Debug)]
 pub struct SampleOutput<T> {
@@ -321,21 +338,40 @@ pub trait Kernels: Send + Sized {
         cache: &mut Self::Tensor,
     ) -> Result<()>;
 
+    /// What follows a layer's first projections, together: `q_latent = rms_norm(q_a)`,
+    /// [`latent_rope`](Self::latent_rope) of `kv_a` into `cache` and, in a layer with an indexer,
+    /// [`layer_norm_rope`](Self::layer_norm_rope) of the `keys`, each with that method's roundings.
+    ///
+    /// `q_a`, `q_latent` `[T, q_lora_rank]` `Act`; `q_weight` `[q_lora_rank]`; `kv_a`, `kv_weight` and `cache` are
+    /// `latent_rope`'s `x`, `weight` and `cache`; `eps` is that of both RMSNorms.
+    fn qkv_norm_rope(
+        &self,
+        batch: &Self::Batch,
+        q_a: &Self::Tensor,
+        q_weight: &Self::Tensor,
+        q_latent: &mut Self::Tensor,
+        kv_a: &Self::Tensor,
+        kv_weight: &Self::Tensor,
+        cache: &mut Self::Tensor,
+        eps: f64,
+        cos_sin: &Self::Tensor,
+        keys: Option<IndexKeys<'_, Self::Tensor>>,
+    ) -> Result<()>;
+
     /// `out = x weight^T`. `x` `[T, in]` `Act`; `weight` `[out, in]` dense; `out` `[T, out]`, `Act` (rounds)
     /// or `Float` (does not).
     fn linear(&self, x: &Self::Tensor, weight: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
 
-    /// Two projections of the same `x` whose weights lie one below the other: `first = x weight[..A]^T`,
-    /// `second = x weight[A..]^T`.
+    /// One to four projections of the same `x` whose weights lie one below the other: `outs[0] = x weight[..A]^T`,
+    /// `outs[1] = x weight[A..A + B]^T` and so on. Rows of `weight` below the last of them are not read.
     ///
-    /// `x` `[T, in]` `Act`; `weight` `[A + B, in]` dense; `first` `[T, A]`, `second` `[T, B]`, both `Act`
-    /// (round) or both `Float` (do not).
+    /// `x` `[T, in]` `Act`; `weight` `[at least A + B + .., in]` dense; `outs` `[T, A]`, `[T, B]`, .., each `Act`
+    /// (rounds) or `Float` (does not).
     fn linear_split(
         &self,
         x: &Self::Tensor,
         weight: &Self::Tensor,
-        first: &mut Self::Tensor,
-        second: &mut Self::Tensor,
+        outs: &mut [&mut Self::Tensor],
     ) -> Result<()>;
 
     /// [`linear`](Self::linear) with a packed INT4 weight.

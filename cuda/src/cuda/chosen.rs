@@ -12,6 +12,7 @@ use crate::layer_norm_rope::{LayerNormRopeDims, LayerNormRopeTile};
 use crate::linear::LinearTiles;
 use crate::linear_int4::LinearInt4Tiles;
 use crate::moe_int4::{MoeInt4Dims, MoeInt4Tiles};
+use crate::qkv_norm_rope::{QkvNormRopeDims, QkvNormRopeTile};
 use crate::registry::PinnedTile;
 use crate::repack_int4::RepackInt4Tile;
 use crate::rms_norm::{RmsNormDims, RmsNormTile};
@@ -37,6 +38,7 @@ pub(super) struct Chosen {
     silu_mul: Looked<SiluMulTile>,
     layer_norm_rope: Looked<LayerNormRopeTile>,
     latent_rope: Looked<LatentRopeTile>,
+    qkv_norm_rope: Looked<QkvNormRopeTile>,
     indexer_logits: Memo<(IndexerLogitsDims, bool), IndexerLogitsTile>,
     top_k: Looked<TopKTile>,
     sparse_mla: Memo<SparseMlaDims, SparseMlaTiles>,
@@ -64,6 +66,7 @@ impl Chosen {
             silu_mul: Memo::default(),
             layer_norm_rope: Memo::default(),
             latent_rope: Memo::default(),
+            qkv_norm_rope: Memo::default(),
             indexer_logits: Memo::default(),
             top_k: Memo::default(),
             sparse_mla: Memo::default(),
@@ -113,6 +116,10 @@ impl Chosen {
 
     pub(super) fn latent_rope(&self, kv_lora_rank: usize, rope: usize) -> LatentRopeTile {
         self.look(&self.latent_rope, "any", LatentRopeDims { kv_lora_rank, rope })
+    }
+
+    pub(super) fn qkv_norm_rope(&self, dims: QkvNormRopeDims) -> QkvNormRopeTile {
+        self.look(&self.qkv_norm_rope, "any", dims)
     }
 
     pub(super) fn indexer_logits(&self, heads: usize, dims: usize, fp8: bool) -> IndexerLogitsTile {

@@ -11,8 +11,8 @@ mod scratch;
 use std::ops::Range;
 
 use dsa80_reference::{
-    Batch, DType, DeviceTensor, Error, HostExpert, HostInt4, HostLinear, HostTensor, Kernels, RandomLinear,
-    RandomTensor, Result, RopeLayout, RouterParams, SampleOutput, SampleRow,
+    Batch, DType, DeviceTensor, Error, HostExpert, HostInt4, HostLinear, HostTensor, IndexKeys, Kernels,
+    RandomLinear, RandomTensor, Result, RopeLayout, RouterParams, SampleOutput, SampleRow,
 };
 
 use self::chosen::Chosen;
@@ -26,7 +26,7 @@ use crate::embed::embed;
 use crate::gpu::Gpu;
 use crate::indexer_logits::indexer_logits;
 use crate::int4::PackedInt4;
-use crate::latent_rope::latent_rope;
+use crate::latent_rope::{LatentRopeDims, latent_rope};
 use crate::layer_norm_rope::layer_norm_rope;
 use crate::linear::{LinearTiles, LinearWorkspace, linear};
 use crate::linear_int4::{LinearInt4Tiles, LinearInt4Workspace, linear_int4, swiglu_int4};
@@ -36,6 +36,7 @@ use crate::moe::{Experts, MoeWorkspace, moe};
 use crate::moe_int4::{MoeInt4Dims, MoeInt4Workspace, MoeLoad, moe_int4};
 use crate::moe_int4_experts::ExpertsInt4;
 use crate::probe::CudaDevice;
+use crate::qkv_norm_rope::{QkvNormRopeDims, qkv_norm_rope};
 use crate::random_fill::random;
 use crate::rms_norm::{rms_norm, rms_norm_residual};
 use crate::rope::rope;
@@ -338,6 +339,28 @@ impl<D: Device> Kernels for Cuda<D> {
         latent_rope(&self.device, &tile, batch, x, weight, eps, cos_sin, cache)
     }
 
+    fn qkv_norm_rope(
+        &self,
+        batch: &CudaBatch<D>,
+        q_a: &CudaTensor<D>,
+        q_weight: &CudaTensor<D>,
+        q_latent: &mut CudaTensor<D>,
+        kv_a: &CudaTensor<D>,
+        kv_weight: &CudaTensor<D>,
+        cache: &mut CudaTensor<D>,
+        eps: f64,
+        cos_sin: &CudaTensor<D>,
+        keys: Option<IndexKeys<'_, CudaTensor<D>>>,
+    ) -> Result<()> {
+        let latent = LatentRopeDims { kv_lora_rank: dim(kv_weight, 0), rope: 2 * dim(cos_sin, 1) };
+        let key = keys.as_ref().map(|keys| dim(keys.x, 1));
+        let tile = self.chosen.qkv_norm_rope(QkvNormRopeDims { q_lora_rank: dim(q_a, 1), latent, key });
+        let device = &self.device;
+        qkv_norm_rope(
+            device, &tile, batch, q_a, q_weight, q_latent, kv_a, kv_weight, cache, eps, cos_sin, keys,
+        )
+    }
+
     fn linear(&self, x: &CudaTensor<D>, weight: &CudaTensor<D>, out: &mut CudaTensor<D>) -> Result<()> {
         self.with_linear(|tiles, workspace| linear(&self.device, tiles, workspace, x, weight, out))
     }
@@ -346,12 +369,9 @@ impl<D: Device> Kernels for Cuda<D> {
         &self,
         x: &CudaTensor<D>,
         weight: &CudaTensor<D>,
-        first: &mut CudaTensor<D>,
-        second: &mut CudaTensor<D>,
+        outs: &mut [&mut CudaTensor<D>],
     ) -> Result<()> {
-        self.with_linear(|tiles, workspace| {
-            linear_split(&self.device, tiles, workspace, x, weight, first, second)
-        })
+        self.with_linear(|tiles, workspace| linear_split(&self.device, tiles, workspace, x, weight, outs))
     }
 
     fn linear_int4(&self, x: &CudaTensor<D>, weight: &PackedInt4<D>, out: &mut CudaTensor<D>) -> Result<()> {

@@ -1,10 +1,11 @@
 //! The attention block: MLA in its absorbed form over the rows that the lightning indexer selects.
 
-use dsa80_reference::{DeviceTensor, Kernels, Result, RopeLayout};
+use dsa80_reference::{DeviceTensor, IndexKeys, Kernels, Result, RopeLayout};
 
 use super::forward::Forward;
 use super::probe::Probe;
-use super::weights::{Attention, Indexer};
+use super::weights::Attention;
+use super::workspace::Workspace;
 use crate::config::INDEXER_NORM_EPS;
 
 impl<K: Kernels> Forward<'_, K> {
@@ -17,28 +18,55 @@ impl<K: Kernels> Forward<'_, K> {
     ) -> Result<()> {
         let (kernels, config, shape, tokens) = (self.kernels, self.config, self.shape, self.tokens);
         let ws = &mut *self.workspace;
+        let layout = if config.indexer_rope_interleave { RopeLayout::Interleaved } else { RopeLayout::Half };
+        // A full layer has an indexer and a cache for it: the config's check has made sure.
+        let indexer = weights.indexer.as_ref().zip(self.caches.indexer[layer].as_mut());
+        // Where every row sees no more than `index_topk` keys all are selected, and nothing needs a score.
+        let scores = self.batch.max_context_len > shape.index_topk;
+        let Workspace { normed, q_a, kv_a, index_k, index_weights, .. } = ws;
+        let outs = &mut [q_a, kv_a, index_k, index_weights];
+        let count = match indexer {
+            None => 2,
+            Some(_) if scores => 4,
+            Some(_) => 3,
+        };
+        weights.a_proj.apply(kernels, normed, &mut outs[..count])?;
 
-        weights.qkv_a_proj.apply(kernels, &ws.normed, &mut ws.q_a, &mut ws.kv_a)?;
-        kernels.rms_norm(&ws.q_a, &weights.q_a_layernorm, config.latent_norm_eps, &mut ws.q_latent)?;
-        kernels.latent_rope(
+        let keys = indexer.map(|(indexer, cache)| IndexKeys {
+            x: &ws.index_k,
+            weight: &indexer.k_norm_weight,
+            bias: &indexer.k_norm_bias,
+            eps: INDEXER_NORM_EPS,
+            layout,
+            cache,
+        });
+        kernels.qkv_norm_rope(
             self.device_batch,
+            &ws.q_a,
+            &weights.q_a_layernorm,
+            &mut ws.q_latent,
             &ws.kv_a,
             &weights.kv_a_layernorm,
+            &mut self.caches.mla[layer],
             config.latent_norm_eps,
             &ws.cos_sin,
-            &mut self.caches.mla[layer],
+            keys,
         )?;
 
-        if let Some(indexer) = &weights.indexer {
-            self.select(layer, indexer)?;
+        let qk_head_dim = shape.qk_nope_head_dim + shape.qk_rope_head_dim;
+        ws.q.set_shape(&[tokens, shape.heads * qk_head_dim])?;
+        ws.index_q.set_shape(&[tokens, shape.index_n_heads * shape.index_head_dim])?;
+        let outs = &mut [&mut ws.q, &mut ws.index_q];
+        let count = if weights.indexer.is_some() && scores { 2 } else { 1 };
+        weights.q_b_proj.apply(kernels, &ws.q_latent, &mut outs[..count])?;
+        ws.q.set_shape(&[tokens, shape.heads, qk_head_dim])?;
+
+        if weights.indexer.is_some() {
+            self.select(layer, layout, scores)?;
             self.probe_selection(layer, probe)?;
         }
 
         let ws = &mut *self.workspace;
-        let qk_head_dim = shape.qk_nope_head_dim + shape.qk_rope_head_dim;
-        ws.q.set_shape(&[tokens, shape.heads * qk_head_dim])?;
-        weights.q_b_proj.apply(kernels, &ws.q_latent, &mut ws.q)?;
-        ws.q.set_shape(&[tokens, shape.heads, qk_head_dim])?;
         kernels.absorb_query(&ws.q, &weights.kv_b_proj, &ws.cos_sin, &mut ws.q_absorbed)?;
         kernels.sparse_mla(
             self.device_batch,
@@ -54,39 +82,21 @@ impl<K: Kernels> Forward<'_, K> {
         weights.o_proj.apply(kernels, &ws.o, &mut ws.delta)
     }
 
-    /// The indexer of a full layer: caches this step's keys and leaves the selection in `topk_indices`, where
-    /// the shared layers that follow find it.
-    fn select(&mut self, layer: usize, indexer: &Indexer<K>) -> Result<()> {
-        let (kernels, config, shape, tokens) = (self.kernels, self.config, self.shape, self.tokens);
+    /// The indexer of a full layer: leaves the selection in `topk_indices`, where the shared layers that follow find it. With `scores`,
+    /// its query and weights are there.
+    fn select(&mut self, layer: usize, layout: RopeLayout, scores: bool) -> Result<()> {
+        let (kernels, shape, tokens) = (self.kernels, self.shape, self.tokens);
         let ws = &mut *self.workspace;
-        let layout = if config.indexer_rope_interleave { RopeLayout::Interleaved } else { RopeLayout::Half };
-        // The config's check has made sure that a full layer has an indexer cache.
-        let Some(cache) = &mut self.caches.indexer[layer] else { return Ok(()) };
-
-        indexer.wk.apply(kernels, &ws.normed, &mut ws.index_k)?;
-        kernels.layer_norm_rope(
-            self.device_batch,
-            &ws.index_k,
-            &indexer.k_norm_weight,
-            &indexer.k_norm_bias,
-            INDEXER_NORM_EPS,
-            layout,
-            &ws.cos_sin,
-            cache,
-        )?;
-
-        // Every row sees no more than `index_topk` keys: all are selected, and nothing needs a score.
-        let longest = self.batch.max_context_len;
-        if longest <= shape.index_topk {
+        let (longest, Some(cache)) = (self.batch.max_context_len, &self.caches.indexer[layer]) else {
+            return Ok(());
+        };
+        if !scores {
             ws.index_logits.set_shape(&[tokens, 0])?;
             return kernels.top_k(self.device_batch, 0..tokens, &ws.index_logits, &mut ws.topk_indices);
         }
 
-        ws.index_q.set_shape(&[tokens, shape.index_n_heads * shape.index_head_dim])?;
-        indexer.wq_b.apply(kernels, &ws.q_latent, &mut ws.index_q)?;
         ws.index_q.set_shape(&[tokens, shape.index_n_heads, shape.index_head_dim])?;
         kernels.rope(&mut ws.index_q, 0, layout, &ws.cos_sin)?;
-        indexer.weights_proj.apply(kernels, &ws.normed, &mut ws.index_weights)?;
 
         let scale = ((shape.index_n_heads * shape.index_head_dim) as f64).powf(-0.5);
         let chunk = (ws.index_logits.capacity() / longest).clamp(1, tokens.max(1));

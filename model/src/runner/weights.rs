@@ -75,9 +75,11 @@ impl<K: Kernels> Layer<K> {
 
 /// Multi-head latent attention, with an indexer where the layer is a full one.
 pub(crate) struct Attention<K: Kernels> {
-    pub(crate) qkv_a_proj: QkvA<K>,
+    /// `q_a_proj`, `kv_a_proj_with_mqa` and the indexer's `wk` and `weights_proj`, of the layer's input.
+    pub(crate) a_proj: Projections<K>,
     pub(crate) q_a_layernorm: K::Tensor,
-    pub(crate) q_b_proj: Linear<K>,
+    /// `q_b_proj` and the indexer's `wq_b`, of the query's latent.
+    pub(crate) q_b_proj: Projections<K>,
     pub(crate) kv_a_layernorm: K::Tensor,
     pub(crate) kv_b_proj: K::Tensor,
     pub(crate) o_proj: Linear<K>,
@@ -86,103 +88,162 @@ pub(crate) struct Attention<K: Kernels> {
 
 impl<K: Kernels> Attention<K> {
     fn upload(kernels: &K, attention: HostAttention) -> Result<Self> {
+        let mut a_proj = vec![attention.q_a_proj, attention.kv_a_proj_with_mqa];
+        let mut q_b_proj = vec![attention.q_b_proj];
+        let indexer =
+            attention.indexer.map(|HostIndexer { wq_b, wk, k_norm_weight, k_norm_bias, weights_proj }| {
+                a_proj.extend([wk, weights_proj]);
+                q_b_proj.push(wq_b);
+                Indexer::upload(kernels, k_norm_weight, k_norm_bias)
+            });
         Ok(Self {
-            qkv_a_proj: QkvA::upload(kernels, attention.q_a_proj, attention.kv_a_proj_with_mqa)?,
+            a_proj: Projections::upload(kernels, a_proj)?,
             q_a_layernorm: kernels.upload(attention.q_a_layernorm)?,
-            q_b_proj: Linear::upload(kernels, attention.q_b_proj)?,
+            q_b_proj: Projections::upload(kernels, q_b_proj)?,
             kv_a_layernorm: kernels.upload(attention.kv_a_layernorm)?,
             kv_b_proj: kernels.upload(attention.kv_b_proj)?,
             o_proj: Linear::upload(kernels, attention.o_proj)?,
-            indexer: attention.indexer.map(|indexer| Indexer::upload(kernels, indexer)).transpose()?,
+            indexer: indexer.transpose()?,
         })
     }
 }
 
-/// The projections of a layer's input to the query's latent and to the cache row.
-pub(crate) enum QkvA<K: Kernels> {
-    /// One below the other, for one launch: both are dense and of one type.
-    Joined(K::Tensor),
-    /// Of different formats.
-    Apart { q_a_proj: Linear<K>, kv_a_proj_with_mqa: Linear<K> },
+/// Projections of one input, one after the other.
+pub(crate) struct Projections<K: Kernels>(Vec<Run<K>>);
+
+/// Neighbouring projections of one launch.
+enum Run<K: Kernels> {
+    /// So many, one below the other: all dense, and of one type.
+    Joined(K::Tensor, usize),
+    /// One of another format than its neighbours.
+    Apart(Linear<K>),
 }
 
-impl<K: Kernels> QkvA<K> {
-    fn upload(kernels: &K, q_a_proj: HostLinear, kv_a_proj_with_mqa: HostLinear) -> Result<Self> {
-        if let (HostLinear::Dense(q_a), HostLinear::Dense(kv_a)) = (&q_a_proj, &kv_a_proj_with_mqa)
-            && let Some(both) = stack(q_a, kv_a)
-        {
-            [q_a_proj, kv_a_proj_with_mqa].into_iter().for_each(HostLinear::give_back);
-            return Ok(Self::Joined(kernels.upload(both)?));
+impl<K: Kernels> Projections<K> {
+    fn upload(kernels: &K, weights: Vec<HostLinear>) -> Result<Self> {
+        let mut runs = Vec::new();
+        let mut weights = weights.into_iter().peekable();
+        while let Some(first) = weights.next() {
+            let mut alike = vec![first];
+            while alike.len() < MOST_JOINED
+                && let Some(next) = weights.next_if(|next| joins(&alike[0], next))
+            {
+                alike.push(next);
+            }
+            runs.push(Run::upload(kernels, alike)?);
         }
-        if let (HostLinear::Random(q_a), HostLinear::Random(kv_a)) = (&q_a_proj, &kv_a_proj_with_mqa)
-            && let (RandomFormat::Dense(dtype), true) = (q_a.format, q_a.format == kv_a.format)
-        {
-            return Ok(Self::Joined(kernels.random(&[q_a.tensor(dtype), kv_a.tensor(dtype)])?));
-        }
-        Ok(Self::Apart {
-            q_a_proj: Linear::upload(kernels, q_a_proj)?,
-            kv_a_proj_with_mqa: Linear::upload(kernels, kv_a_proj_with_mqa)?,
-        })
+        Ok(Self(runs))
     }
 
-    /// `q_a = x q_a_proj^T`, `kv_a = x kv_a_proj_with_mqa^T`.
-    pub(crate) fn apply(
-        &self,
-        kernels: &K,
-        x: &K::Tensor,
-        q_a: &mut K::Tensor,
-        kv_a: &mut K::Tensor,
-    ) -> Result<()> {
-        match self {
-            QkvA::Joined(weight) => kernels.linear_split(x, weight, q_a, kv_a),
-            QkvA::Apart { q_a_proj, kv_a_proj_with_mqa } => {
-                q_a_proj.apply(kernels, x, q_a)?;
-                kv_a_proj_with_mqa.apply(kernels, x, kv_a)
+    /// `outs[i] = x weight_i^T`; of the last, as many as there is no output for are left out.
+    pub(crate) fn apply(&self, kernels: &K, x: &K::Tensor, outs: &mut [&mut K::Tensor]) -> Result<()> {
+        let mut outs = outs;
+        for run in &self.0 {
+            if outs.is_empty() {
+                break;
+            }
+            let count = match run {
+                Run::Joined(_, count) => (*count).min(outs.len()),
+                Run::Apart(_) => 1,
+            };
+            let (own, others) = outs.split_at_mut(count);
+            match run {
+                Run::Joined(weight, _) => kernels.linear_split(x, weight, own)?,
+                Run::Apart(weight) => weight.apply(kernels, x, own[0])?,
+            }
+            outs = others;
+        }
+        Ok(())
+    }
+}
+
+/// Projections of a launch at most.
+const MOST_JOINED: usize = 4;
+
+impl<K: Kernels> Run<K> {
+    /// Of weights that [join](joins).
+    fn upload(kernels: &K, mut alike: Vec<HostLinear>) -> Result<Self> {
+        if alike.len() == 1
+            && let Some(weight) = alike.pop()
+        {
+            return Ok(Run::Apart(Linear::upload(kernels, weight)?));
+        }
+        let count = alike.len();
+        let (mut dense, mut random) = (Vec::new(), Vec::new());
+        for weight in alike {
+            match weight {
+                HostLinear::Dense(weight) => dense.push(weight),
+                HostLinear::Random(weight) => match weight.format {
+                    RandomFormat::Dense(dtype) => random.push(weight.tensor(dtype)),
+                    RandomFormat::Int4 { .. } => {}
+                },
+                HostLinear::Int4(_) => {}
             }
         }
+        let joined = if dense.is_empty() { kernels.random(&random)? } else { kernels.upload(stack(dense))? };
+        Ok(Run::Joined(joined, count))
     }
 }
 
-/// `second` below `first`, if they have one type and as many columns.
-fn stack(first: &HostTensor, second: &HostTensor) -> Option<HostTensor> {
-    let (&[a, columns], &[b, second_columns]) = (&first.shape[..], &second.shape[..]) else { return None };
-    if columns != second_columns {
-        return None;
+/// Whether two projections of one input can be one weight.
+fn joins(first: &HostLinear, second: &HostLinear) -> bool {
+    match (first, second) {
+        (HostLinear::Dense(first), HostLinear::Dense(second)) => {
+            first.dtype() == second.dtype() && first.shape.last() == second.shape.last()
+        }
+        (HostLinear::Random(first), HostLinear::Random(second)) => {
+            matches!(first.format, RandomFormat::Dense(_))
+                && first.format == second.format
+                && first.in_features == second.in_features
+        }
+        _ => false,
     }
-    let data = match (&first.data, &second.data) {
-        (HostData::Bf16(first), HostData::Bf16(second)) => HostData::Bf16(joined(first, second)),
-        (HostData::F16(first), HostData::F16(second)) => HostData::F16(joined(first, second)),
-        (HostData::F32(first), HostData::F32(second)) => HostData::F32(joined(first, second)),
-        _ => return None,
+}
+
+/// Tensors of one type and as many columns, one below the other.
+fn stack(tensors: Vec<HostTensor>) -> HostTensor {
+    let rows = tensors.iter().map(|tensor| tensor.shape[0]).sum();
+    let shape = vec![rows, tensors[0].shape[1]];
+    let data = match &tensors[0].data {
+        HostData::Bf16(_) => HostData::Bf16(joined(&tensors, |data| match data {
+            HostData::Bf16(numbers) => numbers,
+            _ => &[],
+        })),
+        HostData::F16(_) => HostData::F16(joined(&tensors, |data| match data {
+            HostData::F16(numbers) => numbers,
+            _ => &[],
+        })),
+        HostData::F32(_) => HostData::F32(joined(&tensors, |data| match data {
+            HostData::F32(numbers) => numbers,
+            _ => &[],
+        })),
     };
-    Some(HostTensor { shape: vec![a + b, columns], data })
+    tensors.into_iter().for_each(HostTensor::give_back);
+    HostTensor { shape, data }
 }
 
-fn joined<T: Element + Copy>(first: &[T], second: &[T]) -> Vec<T> {
-    let mut both = buffers::take(first.len() + second.len());
-    both[..first.len()].copy_from_slice(first);
-    both[first.len()..].copy_from_slice(second);
-    both
+fn joined<T: Element + Copy>(tensors: &[HostTensor], numbers: impl Fn(&HostData) -> &[T]) -> Vec<T> {
+    let mut all = buffers::take(tensors.iter().map(|tensor| numbers(&tensor.data).len()).sum());
+    let mut rest = &mut all[..];
+    for tensor in tensors {
+        let own = numbers(&tensor.data);
+        let (place, behind) = rest.split_at_mut(own.len());
+        place.copy_from_slice(own);
+        rest = behind;
+    }
+    all
 }
 
-/// The lightning indexer of a full layer; replicated on every rank.
+/// The lightning indexer of a full layer, but for its projections; replicated on every rank.
 pub(crate) struct Indexer<K: Kernels> {
-    pub(crate) wq_b: Linear<K>,
-    pub(crate) wk: Linear<K>,
     pub(crate) k_norm_weight: K::Tensor,
     pub(crate) k_norm_bias: K::Tensor,
-    pub(crate) weights_proj: Linear<K>,
 }
 
 impl<K: Kernels> Indexer<K> {
-    fn upload(kernels: &K, indexer: HostIndexer) -> Result<Self> {
-        Ok(Self {
-            wq_b: Linear::upload(kernels, indexer.wq_b)?,
-            wk: Linear::upload(kernels, indexer.wk)?,
-            k_norm_weight: kernels.upload(indexer.k_norm_weight)?,
-            k_norm_bias: kernels.upload(indexer.k_norm_bias)?,
-            weights_proj: Linear::upload(kernels, indexer.weights_proj)?,
-        })
+    fn upload(kernels: &K, k_norm_weight: HostTensor, k_norm_bias: HostTensor) -> Result<Self> {
+        let k_norm_weight = kernels.upload(k_norm_weight)?;
+        Ok(Self { k_norm_weight, k_norm_bias: kernels.upload(k_norm_bias)? })
     }
 }
 

@@ -3,6 +3,8 @@
 //! `x` `[T, in]` `Act`, `weight` `[out, in]` bf16, f16 or f32, `out` `[T, out]` `Act` (rounded once) or
 //! `Float` (not rounded). With `T = 0` nothing is written.
 
+use std::ops::Range;
+
 use super::checks::Check;
 use super::matmul::{Dense, matmul};
 use super::tensor::Storage;
@@ -34,16 +36,38 @@ pub(super) fn product<F: Real>(
     name: &'static str,
     out: &mut CpuTensor<F>,
 ) -> Result<()> {
-    let [out_features, in_features] = weight.dims(kernel, "weight")?;
+    let [out_features, _] = weight.dims(kernel, "weight")?;
+    rows_product(cpu, kernel, x, rows, weight, 0..out_features, name, out)
+}
+
+/// [`product`] with the rows `of_weight` of `weight` alone.
+pub(super) fn rows_product<F: Real>(
+    cpu: &Cpu<F>,
+    kernel: &'static str,
+    x: &[F],
+    rows: usize,
+    weight: &CpuTensor<F>,
+    of_weight: Range<usize>,
+    name: &'static str,
+    out: &mut CpuTensor<F>,
+) -> Result<()> {
+    let [_, in_features] = weight.dims(kernel, "weight")?;
+    let out_features = of_weight.len();
     out.expect_shape(kernel, name, &[rows, out_features])?;
     let rounds = out.dtype() == DType::Act;
     let finish = |value| if rounds { cpu.act(value) } else { value };
-    let len = weight.len();
+    let elements = of_weight.start * in_features..of_weight.end * in_features;
     let out = out.reals_mut(kernel, name)?;
     match &weight.storage {
-        Storage::Bf16(w) => matmul(x, &Dense { elements: &w[..len], out_features, in_features }, out, finish),
-        Storage::F16(w) => matmul(x, &Dense { elements: &w[..len], out_features, in_features }, out, finish),
-        Storage::F32(w) => matmul(x, &Dense { elements: &w[..len], out_features, in_features }, out, finish),
+        Storage::Bf16(w) => {
+            matmul(x, &Dense { elements: &w[elements], out_features, in_features }, out, finish)
+        }
+        Storage::F16(w) => {
+            matmul(x, &Dense { elements: &w[elements], out_features, in_features }, out, finish)
+        }
+        Storage::F32(w) => {
+            matmul(x, &Dense { elements: &w[elements], out_features, in_features }, out, finish)
+        }
         _ => return Err(weight.wrong_dtype(kernel, "weight", "a weight (bf16, f16 or f32)")),
     }
     Ok(())

@@ -25,6 +25,7 @@ pub mod naive;
 mod order;
 mod paged;
 mod parallel;
+mod qkv_norm_rope;
 mod real;
 mod rms_norm;
 mod rope;
@@ -54,7 +55,7 @@ pub use tensor::CpuTensor;
 
 use crate::batch::Batch;
 use crate::error::Result;
-use crate::kernels::{Kernels, RopeLayout, RouterParams, SampleOutput};
+use crate::kernels::{IndexKeys, Kernels, RopeLayout, RouterParams, SampleOutput};
 use crate::sampling::SampleRow;
 use crate::tensor::{DType, HostExpert, HostInt4, HostLinear, HostTensor};
 
@@ -238,6 +239,24 @@ impl<F: Real> Kernels for Cpu<F> {
         latent_rope::latent_rope(self, batch, x, weight, eps, cos_sin, cache)
     }
 
+    fn qkv_norm_rope(
+        &self,
+        batch: &CpuBatch,
+        q_a: &CpuTensor<F>,
+        q_weight: &CpuTensor<F>,
+        q_latent: &mut CpuTensor<F>,
+        kv_a: &CpuTensor<F>,
+        kv_weight: &CpuTensor<F>,
+        cache: &mut CpuTensor<F>,
+        eps: f64,
+        cos_sin: &CpuTensor<F>,
+        keys: Option<IndexKeys<'_, CpuTensor<F>>>,
+    ) -> Result<()> {
+        qkv_norm_rope::qkv_norm_rope(
+            self, batch, q_a, q_weight, q_latent, kv_a, kv_weight, cache, eps, cos_sin, keys,
+        )
+    }
+
     fn linear(&self, x: &CpuTensor<F>, weight: &CpuTensor<F>, out: &mut CpuTensor<F>) -> Result<()> {
         linear::linear(self, x, weight, out)
     }
@@ -246,10 +265,9 @@ impl<F: Real> Kernels for Cpu<F> {
         &self,
         x: &CpuTensor<F>,
         weight: &CpuTensor<F>,
-        first: &mut CpuTensor<F>,
-        second: &mut CpuTensor<F>,
+        outs: &mut [&mut CpuTensor<F>],
     ) -> Result<()> {
-        linear_split::linear_split(self, x, weight, first, second)
+        linear_split::linear_split(self, x, weight, outs)
     }
 
     fn linear_int4(&self, x: &CpuTensor<F>, weight: &CpuInt4, out: &mut CpuTensor<F>) -> Result<()> {

@@ -145,12 +145,9 @@ fn planted_faults_are_seen() {
         // A slot is not checked.
         ("if (slot < 0 || slot >= slots) return;", "if (slot >= slots - 1) return;"),
         // The turn goes the other way.
-        (
-            "a * turn.x - b * turn.y, b * turn.x + a * turn.y",
-            "a * turn.x + b * turn.y, b * turn.x - a * turn.y",
-        ),
+        ("turn_pair(a, b, turn.x, turn.y);", "turn_pair(a, b, turn.x, -turn.y);"),
     ] {
-        let fault = Fault { file: "latent_rope.cu", find, replace };
+        let fault = Fault { file: "latent_rope.cuh", find, replace };
         parity::catches(fault, cases(select(VARIANTS), 24), run);
     }
 }

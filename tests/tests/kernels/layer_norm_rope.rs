@@ -169,20 +169,22 @@ fn agrees_with_the_oracle_at_size_with_every_tile() {
 
 #[test]
 fn planted_faults_are_seen() {
-    for (find, replace) in [
+    let row = "layer_norm_rope.cuh";
+    let kernel = "layer_norm_rope.cu";
+    for (file, find, replace) in [
         // A lane that is beyond the row counts for the variance.
-        ("y[chunk][i] = inside ? y[chunk][i] - mean : 0.0f;", "y[chunk][i] -= mean;"),
+        (row, "y[chunk][i] = inside ? y[chunk][i] - mean : 0.0f;", "y[chunk][i] -= mean;"),
         // The other half of a pair is read before it is there.
-        ("        __syncwarp();\n", ""),
+        (row, "        __syncwarp();\n", ""),
         // The last row of a block is left out, a row after the last is written.
-        ("if (row >= rows) return;", "if (row >= rows - 1) return;"),
-        ("if (row >= rows) return;", "if (row > rows) return;"),
+        (kernel, "if (row >= rows) return;", "if (row >= rows - 1) return;"),
+        (kernel, "if (row >= rows) return;", "if (row > rows) return;"),
         // The scale of the neighbouring row.
-        ("[place] = scale;", "[place ^ 1] = scale;"),
+        (row, "[place] = scale;", "[place ^ 1] = scale;"),
         // Not rounded between the norm and the rotation.
-        ("+ b[chunk][i];\n        round_to_bf16(y[chunk], words[chunk]);", "+ b[chunk][i];"),
+        (row, "+ b[chunk][i];\n        round_to_bf16(y[chunk], words[chunk]);", "+ b[chunk][i];"),
     ] {
-        let fault = Fault { file: "layer_norm_rope.cu", find, replace };
+        let fault = Fault { file, find, replace };
         parity::catches(fault, cases(select(VARIANTS), 24), run);
     }
 }

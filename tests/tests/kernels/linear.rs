@@ -291,7 +291,7 @@ fn planted_faults_are_seen() {
     for (variant, file, find, replace) in [
         // The last columns, the last features and the last token are left out.
         (WHOLE, "linear.cuh", "valid && column < columns;", "valid && column + 8 < columns;"),
-        (WHOLE, "linear.cuh", "if (row + i < end) store_one(", "if (row + i + 1 < end) store_one("),
+        (WHOLE, "linear.cuh", "if (row + i < features) store_one(", "if (row + i + 1 < features) store_one("),
         (WHOLE, "linear_few.cu", "token < tokens ? token : -1", "token < tokens - 1 ? token : -1"),
         // A step is multiplied before it is there; parts are added before they are.
         (WHOLE, "linear_few.cu", "cp_async_wait<TILE_STAGES - 1>();", "cp_async_wait<TILE_STAGES>();"),

@@ -6,6 +6,7 @@ use dsa80_cuda::linear_split::linear_split;
 use dsa80_reference::{DType, Kernels};
 use dsa80_tests::emulator::Fault;
 use dsa80_tests::parity::{self, Pair, TestDevice, Values, half_ulp_bf16};
+use half::bf16;
 use proptest::prelude::*;
 use proptest::sample::select;
 
@@ -16,63 +17,71 @@ use crate::linear::{fine, outputs_l2, small_tiles, sum_error};
 struct Case {
     tokens: usize,
     columns: usize,
-    /// Features of either output.
-    widths: (usize, usize),
+    /// Features of each output, and whether it holds floats.
+    outs: Vec<(usize, bool)>,
+    /// Rows of the weight below the last that counts.
+    below: usize,
     weight: DType,
-    floats: bool,
     seed: u64,
 }
 
 fn cases() -> impl Strategy<Value = Case> {
     let tokens = prop_oneof![1..=8_usize, 33..=50_usize];
-    let widths = prop_oneof![Just((32, 40)), (0..=40_usize, 1..=60_usize)];
-    (tokens, 1..=40_usize, widths, any::<bool>(), any::<u64>()).prop_map(
-        |(tokens, columns, widths, floats, seed)| Case {
-            tokens,
-            columns: 8 * columns,
-            widths,
-            weight: DType::Bf16,
-            floats,
-            seed,
-        },
-    )
+    let width = prop_oneof![Just(32), Just(40), 0..=60_usize];
+    let outs = prop::collection::vec((width, any::<bool>()), 1..=4);
+    let below = prop_oneof![Just(0), 1..=20_usize];
+    (tokens, 1..=40_usize, outs, below, any::<u64>()).prop_map(|(tokens, columns, outs, below, seed)| Case {
+        tokens,
+        columns: 8 * columns,
+        outs,
+        below,
+        weight: DType::Bf16,
+        seed,
+    })
 }
 
 fn run(device: &TestDevice, case: Case, tiles: &LinearTiles) {
-    let Case { tokens, columns, widths: (a, b), weight, floats, seed } = case;
+    let Case { tokens, columns, outs, below, weight: dtype, seed } = case;
     let x =
         Pair::new(device, "x", DType::Act, &[tokens, columns], &Values::Normal.take(seed, tokens * columns));
-    let numbers = fine(seed ^ 1, 0, (a + b) * columns);
-    let weight = Pair::weight(device, "weight", weight, &[a + b, columns], &numbers);
-    let dtype = if floats { DType::Float } else { DType::Act };
+    let features: usize = outs.iter().map(|(width, _)| width).sum();
+    let numbers = fine(seed ^ 1, 0, (features + below) * columns);
+    let weight = Pair::weight(device, "weight", dtype, &[features + below, columns], &numbers);
     let workspace = LinearWorkspace::alloc(device, tiles).unwrap();
-    let out = |width| -> CudaTensor<TestDevice> { parity::poisoned(device, "out", dtype, &[tokens, width]) };
-    let found = parity::twice(device, || {
-        let (mut first, mut second) = (out(a), out(b));
-        linear_split(device, tiles, &workspace, &x.device, &weight.device, &mut first, &mut second).unwrap();
-        [parity::read_bytes(device, &first), parity::read_bytes(device, &second)].concat()
+    let type_of = |floats| if floats { DType::Float } else { DType::Act };
+    let bytes = parity::twice(device, || {
+        let mut tensors: Vec<CudaTensor<TestDevice>> = outs
+            .iter()
+            .map(|&(width, floats)| parity::poisoned(device, "out", type_of(floats), &[tokens, width]))
+            .collect();
+        let mut all: Vec<_> = tensors.iter_mut().collect();
+        linear_split(device, tiles, &workspace, &x.device, &weight.device, &mut all).unwrap();
+        tensors.iter().flat_map(|out| parity::read_bytes(device, out)).collect()
     });
-    let found = parity::numbers(dtype, &found);
-    let (first, second) = found.split_at(tokens * a);
 
-    // The same sums as those of the whole weight.
-    let mut whole = out(a + b);
-    linear(device, tiles, &workspace, &x.device, &weight.device, &mut whole).unwrap();
-    let whole = parity::read(device, &whole);
-    let columns_of = |all: &[f64], start: usize, width: usize| -> Vec<f64> {
-        all.chunks(a + b).flat_map(|row| row[start..start + width].to_vec()).collect()
-    };
-    parity::assert_same("first", a, first, &columns_of(&whole, 0, a));
-    parity::assert_same("second", b, second, &columns_of(&whole, a, b));
-
+    // The same sums as those of one output.
+    let whole = (below == 0).then(|| {
+        let mut whole = parity::poisoned(device, "whole", DType::Float, &[tokens, features]);
+        linear(device, tiles, &workspace, &x.device, &weight.device, &mut whole).unwrap();
+        parity::read(device, &whole)
+    });
     let oracle = parity::oracle();
-    let mut outs = [a, b].map(|width| oracle.alloc(dtype, &[tokens, width]).unwrap());
-    let [expected_first, expected_second] = &mut outs;
-    oracle.linear_split(&x.host, &weight.host, expected_first, expected_second).unwrap();
+    let mut expected: Vec<_> = outs
+        .iter()
+        .map(|&(width, floats)| oracle.alloc(type_of(floats), &[tokens, width]).unwrap())
+        .collect();
+    oracle.linear_split(&x.host, &weight.host, &mut expected.iter_mut().collect::<Vec<_>>()).unwrap();
     let (xs, weights) = (oracle.read(&x.host).unwrap(), oracle.read(&weight.host).unwrap());
-    for (name, found, expected, start, width) in
-        [("first", first, &outs[0], 0, a), ("second", second, &outs[1], a, b)]
-    {
+    let (mut rest, mut start) = (&bytes[..], 0);
+    for (&(width, floats), expected) in outs.iter().zip(&expected) {
+        let (own, others) = rest.split_at(tokens * width * if floats { 4 } else { 2 });
+        let found = parity::numbers(type_of(floats), own);
+        if let Some(whole) = &whole {
+            let rounded = |x: &f64| if floats { *x } else { bf16::from_f64(*x).to_f64() };
+            let of_row = |row: &[f64]| row[start..start + width].iter().map(rounded).collect::<Vec<_>>();
+            let columns: Vec<f64> = whole.chunks(features.max(1)).flat_map(of_row).collect();
+            parity::assert_same("out", width, &found, &columns);
+        }
         let expected = oracle.read(expected).unwrap();
         let magnitude = |i: usize| {
             let (x, w) = (&xs[i / width * columns..], &weights[(start + i % width) * columns..]);
@@ -80,11 +89,12 @@ fn run(device: &TestDevice, case: Case, tiles: &LinearTiles) {
         };
         let magnitudes: Vec<f64> = (0..expected.len()).map(magnitude).collect();
         let bound = |i: usize| {
-            let error = sum_error(columns, case.weight, magnitudes[i]);
+            let error = sum_error(columns, dtype, magnitudes[i]);
             if floats { error } else { error + 2.0 * half_ulp_bf16(expected[i].abs() + error) }
         };
-        let relative_l2 = outputs_l2(dtype, columns, &magnitudes, &expected);
-        parity::assert_close(name, width, found, &expected, relative_l2, bound);
+        let relative_l2 = outputs_l2(type_of(floats), columns, &magnitudes, &expected);
+        parity::assert_close("out", width, &found, &expected, relative_l2, bound);
+        (rest, start) = (others, start + width);
     }
 }
 
@@ -97,9 +107,19 @@ fn agrees_with_the_oracle_and_with_linear() {
 fn agrees_with_the_oracle_at_size() {
     let tokens = select(vec![1_usize, 8, 32, 100, 300]);
     let weights = select(vec![DType::Bf16, DType::F16, DType::F32]);
-    let cases = (tokens, weights, any::<bool>(), any::<u64>()).prop_map(|(tokens, weight, floats, seed)| {
-        Case { tokens, columns: 1024, widths: (512, 96), weight, floats, seed }
-    });
+    let widths = select(vec![&[512, 96][..], &[256, 96, 128, 32], &[300, 41, 19]]);
+    let floats = any::<[bool; 4]>();
+    let cases =
+        (tokens, weights, widths, floats, any::<u64>()).prop_map(|(tokens, weight, widths, floats, seed)| {
+            Case {
+                tokens,
+                columns: 1024,
+                outs: widths.iter().copied().zip(floats).collect(),
+                below: 0,
+                weight,
+                seed,
+            }
+        });
     parity::check_on_gpu("linear_split_at_size", cases, |device, case| {
         run(device, case, &LinearTiles::safe())
     });
@@ -108,14 +128,16 @@ fn agrees_with_the_oracle_at_size() {
 #[test]
 fn planted_faults_are_seen() {
     for (find, replace) in [
-        // The border between the outputs, and where the second begins.
+        // The border between outputs, where each begins, and whether it holds floats.
+        ("if (row < first_end) return", "if (row <= first_end) return"),
+        ("return {second, first_end, second_end,", "return {second, 0, second_end,"),
         (
-            "const bool upper = row >= split;\n        const int start",
-            "const bool upper = row > split;\n        const int start",
+            "return {third, second_end, third_end, (floats & 4)",
+            "return {third, second_end, third_end, (floats & 2)",
         ),
-        ("const int start = upper ? split : 0,", "const int start = 0,"),
-        ("if (row < split && row + COUNT > split) {", "if (false) {"),
-        ("const int column = upper ? row - split : row;", "const int column = row;"),
+        ("return {fourth, third_end, features,", "return {third, third_end, features,"),
+        ("if (row + COUNT > own.end) {", "if (false) {"),
+        ("if (row + i < features) store_one", "store_one"),
     ] {
         let fault = Fault { file: "linear.cuh", find, replace };
         parity::catches(fault, cases(), |device, case| run(device, case, &small_tiles()));
@@ -129,15 +151,15 @@ fn misfits_are_named() {
         let workspace = LinearWorkspace::alloc(device, &tiles).unwrap();
         let tensor = |dtype, shape: &[usize]| parity::poisoned(device, "tensor", dtype, shape);
         let (x, weight) = (tensor(DType::Act, &[2, 16]), tensor(DType::Bf16, &[24, 16]));
-        let run = |mut first, mut second| {
-            linear_split(device, &tiles, &workspace, &x, &weight, &mut first, &mut second)
-                .unwrap_err()
-                .to_string()
+        let run = |mut outs: Vec<CudaTensor<TestDevice>>| {
+            let mut outs: Vec<_> = outs.iter_mut().collect();
+            linear_split(device, &tiles, &workspace, &x, &weight, &mut outs).unwrap_err().to_string()
         };
         let act = |shape: &[usize]| tensor(DType::Act, shape);
-        expect(run(act(&[2, 8]), act(&[2, 15])), &["linear_split: `weight`", "[23, 16]"]);
-        expect(run(act(&[2, 8]), act(&[1, 16])), &["`second`", "[2, 16]"]);
-        expect(run(act(&[2, 8]), tensor(DType::Float, &[2, 16])), &["`second` holds floats"]);
-        expect(run(tensor(DType::Index, &[2, 8]), act(&[2, 16])), &["`first` holds indices"]);
+        expect(run(vec![act(&[2, 8]), act(&[2, 17])]), &["linear_split: `weight`", "[at least 25, 16]"]);
+        expect(run(vec![act(&[2, 8]), act(&[1, 16])]), &["`outs[1]`", "[2, 16]"]);
+        expect(run(vec![tensor(DType::Index, &[2, 8]), act(&[2, 16])]), &["`outs[0]` holds indices"]);
+        expect(run(vec![]), &["`outs` is 0", "1 to 4 tensors"]);
+        expect(run((0..5).map(|_| act(&[2, 1])).collect()), &["`outs` is 5"]);
     });
 }

@@ -23,6 +23,7 @@ mod linear_split;
 mod lm_head;
 mod moe;
 mod moe_int4;
+mod qkv_norm_rope;
 mod random_fill;
 mod repack_int4;
 mod rms_norm;

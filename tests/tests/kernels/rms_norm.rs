@@ -174,10 +174,10 @@ fn planted_faults_are_seen() {
         // The last warp's sum.
         ("lane < WARPS ?", "lane < WARPS - 1 ?"),
         // A row again instead of the next.
-        ("(row + gridDim.x) * WIDTH);", "row * WIDTH);"),
+        ("(row + step) * WIDTH);", "row * WIDTH);"),
         ("values[chunk][i] += __uint", "values[chunk][i] -= __uint"),
     ] {
-        let fault = Fault { file: "rms_norm.cu", find, replace };
+        let fault = Fault { file: "rms_norm.cuh", find, replace };
         parity::catches(fault, cases(select(&VARIANTS[1..3]), 11), run);
     }
 }

@@ -128,7 +128,7 @@ fn planted_faults_are_seen() {
         ("pair + i * PAIRS", "pair + i * (PAIRS - 1)"),
         ("HALF ? GROUP + i : 2 * i + 1", "HALF ? 2 * GROUP - 1 - i : 2 * i + 1"),
         ("HALF ? i : 2 * i,", "HALF ? i : 2 * i ^ 2,"),
-        ("- b * sin", "+ b * sin"),
+        ("turns[2 * i], turns[2 * i + 1]);", "turns[2 * i], -turns[2 * i + 1]);"),
         // The turns of the first token, of the pair before.
         ("cos_sin + row * PAIRS", "cos_sin"),
         // The last pairs of the last head; the head before.

@@ -116,7 +116,7 @@ fn planted_faults_are_seen() {
         ("linear.cuh", "swiglu(gate[i], up[i])", "swiglu(up[i], gate[i])"),
         ("linear_few.cu", "sum_of(ups, i + 2);", "sum_of(ups, i + 3);"),
         ("linear_tiles.cuh", "c[m][n + 1][2 * half], c[m][n + 1]", "c[m][n][2 * half], c[m][n + 1]"),
-        ("linear.cuh", "feature, split, floats, split % COUNT", "feature, split - 1, floats, split % COUNT"),
+        ("linear.cuh", "feature, first_end, own.floats", "feature, first_end - 1, own.floats"),
     ] {
         let fault = Fault { file, find, replace };
         parity::catches(fault, cases(), |device, case| run(device, case, &small_tiles()));

@@ -10,6 +10,7 @@ mod linear_int4;
 mod lm_head;
 mod moe_int4;
 mod plain;
+mod qkv_norm_rope;
 mod repack_int4;
 mod rms_norm;
 mod rope;
@@ -90,6 +91,7 @@ pub(crate) fn all() -> Vec<Case> {
         lm_head::cases(),
         layer_norm_rope::cases(),
         latent_rope::cases(),
+        qkv_norm_rope::cases(),
         indexer_logits::cases(),
         top_k::cases(),
         sparse_mla::cases(),

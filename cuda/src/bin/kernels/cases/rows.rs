@@ -126,7 +126,7 @@ impl<K: RowKernel> Run for Rows<K> {
 }
 
 /// Cache rows that a kernel wrote to `slots`, against those that the oracle wrote to `0..slots.len()`; `fp8_row` reads an 8-bit one.
-fn compare_rows(
+pub(super) fn compare_rows(
     gpu: &Gpu,
     found: &CudaTensor<Gpu>,
     slots: &[usize],
@@ -159,7 +159,7 @@ fn compare_rows(
 }
 
 /// The one sequence of `tokens` new tokens in slots `0..tokens`, and an oracle's cache for it like `cache`.
-fn oracle_cache(tokens: usize, cache: &CudaTensor<Gpu>) -> Result<(CpuBatch, CpuTensor<f64>)> {
+pub(super) fn oracle_cache(tokens: usize, cache: &CudaTensor<Gpu>) -> Result<(CpuBatch, CpuTensor<f64>)> {
     let pages: Vec<u32> = (0..tokens.div_ceil(PAGE_SIZE) as u32).collect();
     let token_ids = vec![0; tokens];
     let batch =
@@ -170,7 +170,7 @@ fn oracle_cache(tokens: usize, cache: &CudaTensor<Gpu>) -> Result<(CpuBatch, Cpu
 }
 
 /// Tokens of a batch to compare, and the slots of their cache rows.
-fn sampled_slots(batch: &Batch) -> (Vec<usize>, Vec<usize>) {
+pub(super) fn sampled_slots(batch: &Batch) -> (Vec<usize>, Vec<usize>) {
     let rows = spread(256, batch.num_tokens());
     let slots = rows.iter().map(|&t| batch.slot_mapping[t] as usize).collect();
     (rows, slots)
