@@ -129,6 +129,7 @@ impl<K: Kernels> DecodeGraphs<K> {
 fn is_decode(Step { batch, targets }: &Step) -> bool {
     batch.cu_seqlens.windows(2).all(|bounds| bounds[1] - bounds[0] == 1)
         && targets.windows(2).all(|pair| pair[0].row < pair[1].row)
+        && targets.last().is_none_or(|target| target.row < batch.num_tokens())
 }
 
 /// Why a step could not be recorded, and what serves all the same.
@@ -256,7 +257,7 @@ mod tests {
         assert!(
             is_decode(&step(&two, &[0, 1])) && is_decode(&step(&two, &[1])) && is_decode(&step(&two, &[]))
         );
-        assert!(!is_decode(&step(&two, &[0, 0])));
+        assert!(!is_decode(&step(&two, &[0, 0])) && !is_decode(&step(&two, &[0, 2])));
         assert!(!is_decode(&step(&[slice(&[1, 2])], &[1])));
         // As many tokens as sequences, and not one each.
         assert!(!is_decode(&step(&[slice(&[1, 2]), slice(&[])], &[1])));
