@@ -63,3 +63,37 @@ impl Row {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::Cpu;
+    use crate::kernels::{Kernels, SampleOutput};
+    use crate::tensor::DType;
+
+    #[test]
+    fn a_plan_samples_what_was_uploaded_last() {
+        let cpu = Cpu::<f32>::new();
+        let mut logits = cpu.alloc(DType::Float, &[2, 3]).unwrap();
+        cpu.write(&[0.0, 2.0, 1.0, 5.0, 4.0, 3.0], &mut logits).unwrap();
+        let mut out = SampleOutput {
+            token_ids: cpu.alloc(DType::Index, &[2]).unwrap(),
+            logprobs: cpu.alloc(DType::Float, &[2]).unwrap(),
+            top_ids: cpu.alloc(DType::Index, &[2, 0]).unwrap(),
+            top_logprobs: cpu.alloc(DType::Float, &[2, 0]).unwrap(),
+        };
+        let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+        let row =
+            SampleRow { params: &greedy, prompt: &[], output: &[], banned: &[], position: 0, forced: None };
+        let mut plan = cpu.alloc_sample_plan(2, 3).unwrap();
+        assert!(cpu.upload_sample_plan(&[row, row], &mut plan).unwrap());
+        let banned = SampleRow { banned: &[1], ..row };
+        assert!(cpu.upload_sample_plan(&[banned, SampleRow { forced: Some(2), ..row }], &mut plan).unwrap());
+        // What is refused leaves it as it was.
+        assert!(matches!(cpu.upload_sample_plan(&[row; 3], &mut plan), Err(Error::Capacity { .. })));
+        let outside = SampleRow { forced: Some(3), ..row };
+        assert!(matches!(cpu.upload_sample_plan(&[outside], &mut plan), Err(Error::Value { .. })));
+        cpu.sample_plan(&logits, &plan, &mut out).unwrap();
+        assert_eq!(cpu.read_index(&out.token_ids).unwrap(), [2, 2]);
+    }
+}
