@@ -1,10 +1,6 @@
 //! Loading at size: a layer of GLM-5.2, a gigabyte with the ends, read by two ranks and compared with the file; and how fast that is.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::print_stdout,
-    reason = "a test fails by panicking and shows what it measured"
-)]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::path::Path;
 use std::time::Instant;

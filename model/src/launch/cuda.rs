@@ -7,8 +7,8 @@ use dsa80_cuda::{Cuda, Device as _, Gpu, RankOnGpu};
 use dsa80_reference::communicator::SingleRank;
 use dsa80_reference::{Batch, Error, Kernels, SamplingParams, SequenceSlice};
 
-use super::limits::{self, CacheMemory};
-use super::memory::{self, GpuMemory, Needs};
+use super::limits;
+use super::memory::{self, GpuMemory};
 use super::options::LaunchOptions;
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
@@ -118,56 +118,11 @@ fn say_what_is_used(gpu: &Gpu, config: &ModelConfig, options: &LaunchOptions) {
     );
 }
 
-/// The limits, from what the GPU's memory holds beside weights and workspace. Nothing has been allocated yet.
-fn settle(
-    gpu: &Gpu,
-    checkpoint: &Arc<Checkpoint>,
-    options: &LaunchOptions,
-) -> Result<StepLimits, LaunchError> {
+/// The limits, from what a GPU's memory holds before anything is on it.
+fn settle(gpu: &Gpu, checkpoint: &Arc<Checkpoint>, options: &LaunchOptions) -> Result<StepLimits, LaunchError> {
     let (free, total) = gpu.memory()?;
     let memory = GpuMemory { total: total as u64, free: free as u64 };
-    let needs = Needs::rehearse(gpu.limits().clone(), checkpoint, options)?;
-    let left = needs.left(memory, checkpoint, options)?.saturating_mul(options.tp as u64);
-    let bytes = match options.kv_cache_bytes {
-        Some(bytes) if bytes as u64 > left => {
-            return Err(LaunchError::Options(format!(
-                "--kv-cache-memory is {bytes} bytes, but {left} are left: {}; lower it, or raise --gpu-memory-utilization",
-                needs.arithmetic(memory, options)
-            )));
-        }
-        Some(bytes) => bytes,
-        None => usize::try_from(left).unwrap_or(usize::MAX),
-    };
-    let limits =
-        limits::within(checkpoint.config(), options, CacheMemory { bytes, act_bytes: memory::ACT_BYTES })
-            .map_err(|error| match error {
-                LaunchError::Options(reason) => LaunchError::Options(format!(
-                    "{reason} ({}){}",
-                    needs.arithmetic(memory, options),
-                    memory::advice(checkpoint, options, bytes as u64)
-                )),
-                other => other,
-            })?;
-    let caches = (limits.num_pages as u64 * options.tp as u64).saturating_mul(limits::page_bytes(
-        checkpoint.config(),
-        options,
-        memory::ACT_BYTES,
-    ) as u64);
-    if caches > left {
-        return Err(LaunchError::Options(format!(
-            "--num-pages {} takes {caches} bytes, but {left} are left: {}; lower it, or raise --gpu-memory-utilization",
-            limits.num_pages,
-            needs.arithmetic(memory, options)
-        )));
-    }
-    tracing::info!(
-        max_model_len = limits.max_model_len,
-        num_pages = limits.num_pages,
-        page_size = limits.page_size,
-        "memory: {}; {caches} bytes are the caches'",
-        needs.arithmetic(memory, options)
-    );
-    Ok(limits)
+    memory::settle(memory, gpu.limits().clone(), checkpoint, options)
 }
 
 /// A prompt in chunks, past the length from which the indexer has to choose, then chunks and batches of every power of two: what they

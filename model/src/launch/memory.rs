@@ -6,7 +6,7 @@ use dsa80_cuda::{Counting, Cuda, Limits, Tiles};
 use dsa80_reference::LoneRank;
 
 use super::cuda::{INDEX_LOGITS, warm_up, warm_up_context};
-use super::limits::{page_bytes, widest};
+use super::limits::{CacheMemory, page_bytes, widest, within};
 use super::options::{KvCacheDtype, LaunchOptions};
 use crate::checkpoint::Checkpoint;
 use crate::dummy::DummyWeights;
@@ -118,6 +118,56 @@ impl Needs {
     }
 }
 
+/// The limits, from what the GPU's memory holds beside weights and workspace. Nothing has been allocated yet.
+pub(super) fn settle(
+    memory: GpuMemory,
+    device: Limits,
+    checkpoint: &Arc<Checkpoint>,
+    options: &LaunchOptions,
+) -> Result<StepLimits, LaunchError> {
+    let needs = Needs::rehearse(device, checkpoint, options)?;
+    let left = needs.left(memory, checkpoint, options)?;
+    // What is asked for, and what the limits are taken from, is over all ranks, which are alike.
+    let all_ranks = left.saturating_mul(options.tp as u64);
+    let bytes = match options.kv_cache_bytes {
+        Some(bytes) if bytes as u64 > all_ranks => {
+            return Err(LaunchError::Options(format!(
+                "--kv-cache-memory is {bytes} bytes, but {all_ranks} are left: {}; lower it, or raise --gpu-memory-utilization",
+                needs.arithmetic(memory, options)
+            )));
+        }
+        Some(bytes) => bytes,
+        None => usize::try_from(all_ranks).unwrap_or(usize::MAX),
+    };
+    let limits = within(checkpoint.config(), options, CacheMemory { bytes, act_bytes: ACT_BYTES }).map_err(
+        |error| match error {
+            LaunchError::Options(reason) => LaunchError::Options(format!(
+                "{reason} ({}){}",
+                needs.arithmetic(memory, options),
+                advice(checkpoint, options, bytes as u64 / options.tp as u64)
+            )),
+            other => other,
+        },
+    )?;
+    let caches =
+        (limits.num_pages as u64).saturating_mul(page_bytes(checkpoint.config(), options, ACT_BYTES) as u64);
+    if caches > left {
+        return Err(LaunchError::Options(format!(
+            "--num-pages {} takes {caches} bytes, but {left} are left: {}; lower it, or raise --gpu-memory-utilization",
+            limits.num_pages,
+            needs.arithmetic(memory, options)
+        )));
+    }
+    tracing::info!(
+        max_model_len = limits.max_model_len,
+        num_pages = limits.num_pages,
+        page_size = limits.page_size,
+        "memory: {}; {caches} bytes are the caches'",
+        needs.arithmetic(memory, options)
+    );
+    Ok(limits)
+}
+
 /// What to do where the caches of a GPU are too small, and what it would come to.
 pub(super) fn advice(checkpoint: &Checkpoint, options: &LaunchOptions, bytes: u64) -> String {
     let eight = LaunchOptions { kv_cache_dtype: KvCacheDtype::Fp8, ..options.clone() };
@@ -187,5 +237,34 @@ mod tests {
         ] {
             assert!(error.contains(words), "{error}");
         }
+    }
+
+    #[test]
+    fn settled_limits_fit_and_what_does_not_is_refused_with_the_arithmetic() {
+        let checkpoint = checkpoint();
+        let memory = GpuMemory { total: 80 * GIB, free: 79 * GIB };
+        let options = LaunchOptions::default();
+        let limits = settle(memory, a100(), &checkpoint, &options).unwrap();
+        // Full contexts for all sequences are less than there is.
+        assert_eq!((limits.max_model_len, limits.num_pages), (8192, 32 * 128));
+        // Enough for the weights, and for little more than the reserve.
+        let needs = Needs::rehearse(a100(), &checkpoint, &options).unwrap();
+        let page = page_bytes(checkpoint.config(), &options, ACT_BYTES) as u64;
+        let total = needs.weights + needs.workspace + RESERVE + 10 * page + page / 2;
+        let tight = GpuMemory { total, free: total };
+        let all = LaunchOptions { gpu_memory_utilization: 1.0, ..options };
+        assert_eq!(settle(tight, a100(), &checkpoint, &all).unwrap().num_pages, 10);
+        let refused =
+            |options: LaunchOptions| settle(tight, a100(), &checkpoint, &options).unwrap_err().to_string();
+        let long = refused(LaunchOptions { max_model_len: Some(8192), ..all.clone() });
+        for words in
+            ["the longest context that would fit is 640", "of weights", "--kv-cache-dtype fp8 would hold 1"]
+        {
+            assert!(long.contains(words), "{long}");
+        }
+        let pages = refused(LaunchOptions { num_pages: Some(11), ..all.clone() });
+        assert!(pages.contains("--num-pages 11 takes") && pages.contains("of workspace"), "{pages}");
+        let cache = refused(LaunchOptions { kv_cache_bytes: Some(11 * page as usize), ..all });
+        assert!(cache.contains("--kv-cache-memory is") && cache.contains("are left"), "{cache}");
     }
 }
