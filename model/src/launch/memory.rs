@@ -257,9 +257,11 @@ mod tests {
         let refused =
             |options: LaunchOptions| settle(tight, a100(), &checkpoint, &options).unwrap_err().to_string();
         let long = refused(LaunchOptions { max_model_len: Some(8192), ..all.clone() });
-        for words in
-            ["the longest context that would fit is 640", "of weights", "--kv-cache-dtype fp8 would hold 1"]
-        {
+        for words in [
+            "the longest context that would fit is 640",
+            "of weights",
+            "--kv-cache-dtype fp8 would hold 832 tokens",
+        ] {
             assert!(long.contains(words), "{long}");
         }
         let pages = refused(LaunchOptions { num_pages: Some(11), ..all.clone() });
