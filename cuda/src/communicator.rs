@@ -43,7 +43,12 @@ impl<D: Device> PeerCommunicator<D> {
     ///
     /// # Errors
     /// More ranks, or fewer, than the kernels are written for; memory.
-    pub fn group(devices: Vec<D>, placement: Placement, patience: Duration) -> Result<Vec<Self>> {
+    pub fn group(
+        devices: Vec<D>,
+        tiles: AllReduceTiles,
+        placement: Placement,
+        patience: Duration,
+    ) -> Result<Vec<Self>> {
         let dims = ExchangeDims::new(devices.len())?;
         let workspaces = devices
             .iter()
@@ -54,7 +59,7 @@ impl<D: Device> PeerCommunicator<D> {
             .map(|(device, rendezvous)| Self {
                 device,
                 placement,
-                tiles: AllReduceTiles::safe(),
+                tiles,
                 exchange: Exchange {
                     dims,
                     workspaces: workspaces.clone(),

@@ -3,6 +3,7 @@
 use dsa80_reference::{Result, RopeLayout};
 
 use crate::absorb::{self, AbsorbTile, AbsorbTokens};
+use crate::all_reduce::{self, AllReduceTile, Shots};
 use crate::device::{Limits, ProgramEntry};
 use crate::embed::{self, EmbedDims, EmbedTile};
 use crate::indexer_logits::{self, IndexerLogitsDims, IndexerLogitsTile};
@@ -314,6 +315,18 @@ impl PinnedTile for MoeInt4PairsTile {
     }
 }
 
+impl PinnedTile for AllReduceTile {
+    const CLASSES: &'static [&'static str] = &["one_shot", "two_shots"];
+
+    fn glm_dims(class: &str) -> Shots {
+        if class == "one_shot" { Shots::One } else { Shots::Two }
+    }
+
+    fn programs(&self, shots: Shots) -> Vec<ProgramEntry> {
+        all_reduce::programs(self, shots)
+    }
+}
+
 /// A [`PinnedTile`] without its type: tiles are what a tile file holds.
 #[derive(Debug, Clone, Copy)]
 pub struct Registered {
@@ -352,6 +365,7 @@ pub const KERNELS: &[Registered] = &[
     Registered::of::<RepackInt4Tile>(),
     Registered::of::<LinearInt4Tile>(),
     Registered::of::<LinearInt4WideTile>(),
+    Registered::of::<AllReduceTile>(),
 ];
 
 /// The kernel of that name.

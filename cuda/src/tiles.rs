@@ -7,6 +7,7 @@ use dsa80_reference::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::absorb::{AbsorbTile, AbsorbTokens};
+use crate::all_reduce::{AllReduceTiles, Shots};
 use crate::device::Limits;
 use crate::indexer_logits::{IndexerLogitsDims, IndexerLogitsTile};
 use crate::linear::{LinearTiles, LinearTokens};
@@ -217,6 +218,14 @@ impl Tiles {
         let few: AbsorbTile = self.tile("few", AbsorbTokens::Few, limits);
         let many: AbsorbTile = self.tile("many", AbsorbTokens::Many, limits);
         AbsorbTile { few: few.few, many: many.many }
+    }
+
+    /// The tiles of `all_reduce`.
+    pub fn all_reduce(&self, limits: &Limits) -> AllReduceTiles {
+        AllReduceTiles {
+            one_shot: self.tile("one_shot", Shots::One, limits),
+            two_shots: self.tile("two_shots", Shots::Two, limits),
+        }
     }
 
     /// The tiles of both ways through `linear_int4`.

@@ -6,6 +6,7 @@ use dsa80_reference::Result;
 
 use super::{Cuda, refuse, usable};
 use crate::communicator::{PATIENCE, PeerCommunicator, Placement};
+use crate::device::Device as _;
 use crate::gpu::Gpu;
 use crate::sources::Sources;
 use crate::tiles::Tiles;
@@ -39,13 +40,13 @@ impl RankOnGpu {
         for gpu in &gpus {
             gpus.iter().try_for_each(|other| gpu.reach(other))?;
         }
-        let communicators = PeerCommunicator::group(gpus.clone(), Placement::Apart, PATIENCE)?;
-        gpus.into_iter()
-            .zip(communicators)
-            .map(|(gpu, communicator)| {
-                let tiles = Tiles::for_gpu(&crate::device::Device::limits(&*gpu).name, None)?;
-                Ok(Self { backend: Cuda::new(gpu, tiles), communicator })
-            })
-            .collect()
+        let tiles =
+            gpus.iter().map(|gpu| Tiles::for_gpu(&gpu.limits().name, None)).collect::<Result<Vec<_>>>()?;
+        // Those of the first: a launch has the same blocks on every rank.
+        let of_all = tiles[0].all_reduce(gpus[0].limits());
+        let communicators = PeerCommunicator::group(gpus.clone(), of_all, Placement::Apart, PATIENCE)?;
+        let backends = gpus.into_iter().zip(tiles).map(|(gpu, tiles)| Cuda::new(gpu, tiles));
+        let ranks = backends.zip(communicators);
+        Ok(ranks.map(|(backend, communicator)| Self { backend, communicator }).collect())
     }
 }

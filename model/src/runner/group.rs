@@ -97,21 +97,20 @@ where
         let first = Rank::load_and_settle(kernels, communicator, &**weights, widest, index_logits, agree);
         // Whoever still waits for what is agreed hears that nothing will be.
         drop(bargains);
-        let mut others = Vec::with_capacity(loading.len());
-        let mut follower_failed = Ok(());
-        for (index, (loaded, follower)) in loading.into_iter().enumerate() {
-            let loaded = loaded.recv().unwrap_or_else(|_| Err(lost(index + 1)));
-            match loaded {
-                Ok(()) => others.push(follower),
-                Err(error) if follower_failed.is_ok() => follower_failed = Err(error),
-                Err(_) => {}
-            }
-        }
+        let mut loaded: Vec<Result<Follower, LaunchError>> = loading
+            .into_iter()
+            .enumerate()
+            .map(|(index, (loaded, follower))| {
+                loaded.recv().unwrap_or_else(|_| Err(lost(index + 1))).map(|()| follower)
+            })
+            .collect();
         match first {
-            Ok((first, limits)) => follower_failed.map(|()| Self { first, others, limits }),
+            Ok((first, limits)) => {
+                Ok(Self { first, others: loaded.into_iter().collect::<Result<_, _>>()?, limits })
+            }
             // The rank that was missed says why it went.
-            Err(LaunchError::RankLost { rank, world_size }) => {
-                Err(follower_failed.err().unwrap_or(LaunchError::RankLost { rank, world_size }))
+            Err(LaunchError::RankLost { rank, .. }) => {
+                Err(loaded.swap_remove(rank - 1).err().unwrap_or_else(|| lost(rank)))
             }
             Err(error) => Err(error),
         }

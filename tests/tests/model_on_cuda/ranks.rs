@@ -1,10 +1,14 @@
 //! A model cut into ranks: all of them on one device, or a device each.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use dsa80_cuda::{Cuda, Device, PeerCommunicator, Placement, Tiles, communicator};
+use dsa80_cuda::all_reduce::AllReduceTiles;
+use dsa80_cuda::communicator::PATIENCE;
+use dsa80_cuda::{Cuda, CudaTensor, Device, PeerCommunicator, Placement, Tiles};
 use dsa80_model::checkpoint::Checkpoint;
 use dsa80_model::runner::{INDEX_LOGITS, Rank};
+use dsa80_reference::{Communicator, DType};
 use dsa80_tests::fixture::{self, Fixture};
 use dsa80_tests::judge::{self, Bf16Distance};
 use dsa80_tests::parity::{TestDevice, devices};
@@ -15,7 +19,8 @@ const PAGE_SIZE: usize = 16;
 /// Runs the prompt on a rank for every device, and returns what came out, which is the same on all of them.
 fn run(fixture: &Fixture, devices: Vec<TestDevice>, placement: Placement) -> Run {
     let devices: Vec<Arc<TestDevice>> = devices.into_iter().map(Arc::new).collect();
-    let communicators = PeerCommunicator::group(devices.clone(), placement, communicator::PATIENCE).unwrap();
+    let communicators =
+        PeerCommunicator::group(devices.clone(), AllReduceTiles::safe(), placement, PATIENCE).unwrap();
     let checkpoint = Checkpoint::open(&fixture.dir).unwrap();
     let limits = judge::limits(fixture, PAGE_SIZE);
     let pages = prompt::scattered_pages(&limits, 0);
@@ -77,4 +82,46 @@ fn ranks_on_a_gpu_each_are_as_far_from_hf_as_hf_in_bf16() {
         let next = |_| gpus.lock().unwrap().pop().map(|gpu| TestDevice::Gpu(Box::new(gpu)));
         compare(&[ranks], Placement::Apart, next);
     }
+}
+
+/// What rank 0 hears in its first collective when rank 1 does `instead`.
+fn first_error(
+    placement: Placement,
+    patience: Duration,
+    instead: impl FnOnce(&dyn Communicator<CudaTensor<Arc<TestDevice>>>) + Send,
+) -> Option<String> {
+    let devices = [devices::emulator()?, devices::emulator()?].map(Arc::new);
+    let mut ranks =
+        PeerCommunicator::group(devices.to_vec(), AllReduceTiles::safe(), placement, patience).unwrap();
+    let (other, own) = (ranks.pop().unwrap(), ranks.pop().unwrap());
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            // Rank 0 waits already, more often than not.
+            std::thread::sleep(Duration::from_millis(100));
+            instead(&other);
+        });
+        let mut tensor = CudaTensor::alloc(&devices[0], "x", DType::Act, &[4, 8]).unwrap();
+        let ended = own.all_reduce(&mut tensor).and_then(|()| own.check());
+        let later = own.all_reduce(&mut tensor).and_then(|()| own.check());
+        assert!(later.is_err(), "a broken group goes on");
+        Some(ended.unwrap_err().to_string())
+    })
+}
+
+#[test]
+fn a_rank_that_gives_up_ends_the_wait_of_the_others_with_its_reason() {
+    for placement in [Placement::Apart, Placement::Together] {
+        let Some(error) = first_error(placement, PATIENCE, |rank| rank.abort("out of pages")) else { return };
+        assert!(error.contains("rank 1: out of pages"), "{placement:?}: {error}");
+    }
+}
+
+#[test]
+fn a_rank_that_does_not_come_is_named() {
+    let patience = Duration::from_millis(50);
+    let Some(error) = first_error(Placement::Apart, patience, |_| {}) else { return };
+    assert!(error.contains("rank 1 has not come to a collective within 50ms"), "{error}");
+    // Its thread has ended, which the threads that meet are told.
+    let Some(error) = first_error(Placement::Together, PATIENCE, |_| {}) else { return };
+    assert!(error.contains("rank 1 has left"), "{error}");
 }

@@ -254,7 +254,7 @@ fn element_bytes(dtype: DType) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
+    use std::sync::{Arc, Mutex};
 
     use dsa80_cuda::{Launch, Limits};
     use dsa80_reference::Error;
@@ -267,7 +267,7 @@ mod tests {
     struct Memory(Limits);
 
     impl Device for Memory {
-        type Buffer = Mutex<Vec<u8>>;
+        type Buffer = Arc<Mutex<Vec<u8>>>;
         type Graph = ();
 
         fn limits(&self) -> &Limits {
@@ -275,7 +275,7 @@ mod tests {
         }
 
         fn alloc(&self, _name: &str, bytes: usize) -> Result<Self::Buffer> {
-            Ok(Mutex::new(vec![0; bytes]))
+            Ok(Arc::new(Mutex::new(vec![0; bytes])))
         }
 
         fn write(&self, buffer: &Self::Buffer, offset: usize, bytes: &[u8]) -> Result<()> {

@@ -1,6 +1,7 @@
 //! What is timed: one module a kernel, one case a shape.
 
 mod absorb;
+mod all_reduce;
 mod embed;
 mod indexer_logits;
 mod latent_rope;
@@ -98,6 +99,7 @@ pub(crate) fn all() -> Vec<Case> {
         moe_int4::cases(),
         repack_int4::cases(),
         linear_int4::cases(),
+        all_reduce::cases(),
     ]
     .into_iter()
     .flatten()
