@@ -301,3 +301,57 @@ impl<K: Kernels> Moe<K> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use dsa80_reference::cpu::{Cpu, CpuTensor};
+    use dsa80_reference::{DType, DeviceTensor};
+    use half::bf16;
+
+    use super::*;
+
+    const COLUMNS: usize = 3;
+
+    fn weight(rows: usize, is_bf16: bool, first: f32) -> HostTensor {
+        let numbers: Vec<f32> = (0..rows * COLUMNS).map(|i| first + i as f32).collect();
+        let shape = [rows, COLUMNS];
+        if is_bf16 {
+            HostTensor::bf16(shape, numbers.into_iter().map(bf16::from_f32).collect())
+        } else {
+            HostTensor::f32(shape, numbers)
+        }
+    }
+
+    #[test]
+    fn neighbours_of_one_type_are_joined_and_all_are_what_each_would_be() {
+        let kernels = Cpu::<f64>::new();
+        let mut x: CpuTensor<f64> = kernels.alloc(DType::Act, &[2, COLUMNS]).unwrap();
+        kernels.write(&[1.0, -2.0, 0.5, 3.0, 0.25, -1.0], &mut x).unwrap();
+        for (types, runs) in [
+            (&[true, true][..], &[2][..]),
+            (&[true, true, true, true, true], &[4, 1]),
+            (&[true, false, false, true], &[1, 2, 1]),
+        ] {
+            let weights: Vec<HostTensor> = types
+                .iter()
+                .enumerate()
+                .map(|(i, &is_bf16)| weight(i + 1, is_bf16, 7.0 * i as f32))
+                .collect();
+            let hosts = weights.iter().cloned().map(HostLinear::Dense).collect();
+            let all = Projections::upload(&kernels, hosts).unwrap();
+            let counts: Vec<usize> =
+                all.0.iter().map(|run| if let Run::Joined(_, count) = run { *count } else { 1 }).collect();
+            assert_eq!(counts, runs);
+            for count in 1..=types.len() {
+                let mut outs: Vec<CpuTensor<f64>> =
+                    (0..count).map(|i| kernels.alloc(DType::Float, &[2, i + 1]).unwrap()).collect();
+                all.apply(&kernels, &x, &mut outs.iter_mut().collect::<Vec<_>>()).unwrap();
+                for (out, weight) in outs.iter().zip(&weights) {
+                    let mut expected = kernels.alloc(DType::Float, out.shape()).unwrap();
+                    kernels.linear(&x, &kernels.upload(weight.clone()).unwrap(), &mut expected).unwrap();
+                    assert_eq!(kernels.read(out).unwrap(), kernels.read(&expected).unwrap());
+                }
+            }
+        }
+    }
+}

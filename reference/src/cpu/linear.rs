@@ -58,6 +58,9 @@ pub(super) fn rows_product<F: Real>(
     let finish = |value| if rounds { cpu.act(value) } else { value };
     let elements = of_weight.start * in_features..of_weight.end * in_features;
     let out = out.reals_mut(kernel, name)?;
+    if out.is_empty() {
+        return Ok(());
+    }
     match &weight.storage {
         Storage::Bf16(w) => {
             matmul(x, &Dense { elements: &w[elements], out_features, in_features }, out, finish)
