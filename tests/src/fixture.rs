@@ -128,25 +128,21 @@ impl Fixture {
     }
 }
 
-fn as_tokens(values: &[i32]) -> Vec<u32> {
+pub(crate) fn as_tokens(values: &[i32]) -> Vec<u32> {
     values.iter().map(|&value| value as u32).collect()
 }
 
 fn words(tensors: &SafeTensors<'_>, name: &str, dtype: Dtype) -> Result<Vec<[u8; 4]>> {
-    let tensor = tensors.tensor(name).with_context(|| format!("golden.safetensors: {name}"))?;
-    ensure!(
-        tensor.dtype() == dtype,
-        "golden.safetensors: {name} is {:?}, expected {dtype:?}",
-        tensor.dtype()
-    );
+    let tensor = tensors.tensor(name).with_context(|| format!("tensor {name}"))?;
+    ensure!(tensor.dtype() == dtype, "tensor {name} is {:?}, expected {dtype:?}", tensor.dtype());
     Ok(tensor.data().chunks_exact(4).map(|word| [word[0], word[1], word[2], word[3]]).collect())
 }
 
-fn i32s(tensors: &SafeTensors<'_>, name: &str) -> Result<Vec<i32>> {
+pub(crate) fn i32s(tensors: &SafeTensors<'_>, name: &str) -> Result<Vec<i32>> {
     Ok(words(tensors, name, Dtype::I32)?.into_iter().map(i32::from_le_bytes).collect())
 }
 
-fn f32s(tensors: &SafeTensors<'_>, name: &str) -> Result<Vec<f64>> {
+pub(crate) fn f32s(tensors: &SafeTensors<'_>, name: &str) -> Result<Vec<f64>> {
     Ok(words(tensors, name, Dtype::F32)?
         .into_iter()
         .map(|word| f64::from(f32::from_le_bytes(word)))

@@ -10,6 +10,7 @@ pub mod layers;
 pub mod naive;
 pub mod parity;
 pub mod plain_read;
+pub mod pool;
 pub mod prompt;
 pub mod random_model;
 pub mod server;

@@ -14,7 +14,8 @@ use dsa80_reference::SequenceSlice;
 use dsa80_reference::cpu::{Cpu, Real, ThreadCommunicator};
 use dsa80_tests::distance::{LogprobDelta, argmax, largest, mean, share_within};
 use dsa80_tests::fixture::{self, Fixture};
-use dsa80_tests::judge::{self, BF16_BOUND, Bf16Distance, limits};
+use dsa80_tests::judge::{self, BF16_BOUND, limits};
+use dsa80_tests::pool::{PAGE_SIZE, Pool};
 use dsa80_tests::prompt::{self, Run};
 
 /// Two scores closer than this may change places in float32.
@@ -194,12 +195,22 @@ fn the_oracle_in_f64_is_hf_in_f64() {
 #[test]
 fn the_oracle_rounding_to_bf16_is_about_as_far_as_hf_in_bf16() {
     for fixture in fixture::all().unwrap() {
-        let mut rank = judge::load(Cpu::<f32>::rounding_to_bf16(), &fixture, 16).unwrap();
-        let pages = prompt::scattered_pages(&limits(&fixture, 16), 0);
-        let len = fixture.tokens.len();
-        let run = prompt::run(&mut rank, &fixture.tokens, &pages, 16, &prompt::pieces(len, len)).unwrap();
-        let distance = Bf16Distance::of(&fixture, "one piece", &run);
-        assert!(distance.within(BF16_BOUND), "{}: {distance:?}", fixture.name);
+        let mut rank = judge::load(Cpu::<f32>::rounding_to_bf16(), &fixture, PAGE_SIZE).unwrap();
+        let pool = Pool::open(&fixture).unwrap();
+        let distance = pool.distance(&mut rank, &fixture, pool.len()).unwrap();
+        distance.assert_within(BF16_BOUND, &fixture.name, "all prompts");
+    }
+}
+
+/// So what bf16 is judged by is right: two implementations say the same of it.
+#[test]
+fn the_oracle_in_f64_computes_what_hf_does_of_further_prompts() {
+    for fixture in fixture::all().unwrap() {
+        let mut rank = load::<f64>(&fixture, PAGE_SIZE);
+        let pool = Pool::open(&fixture).unwrap();
+        let worst = largest(&pool.deltas(&mut rank, &fixture, pool.len()).unwrap());
+        println!("{:>20}: worst {worst:.1e} in {} prompts", fixture.name, pool.len());
+        assert!(pool.len() >= 32 && worst <= 1e-6, "{}: {worst:e}", fixture.name);
     }
 }
 

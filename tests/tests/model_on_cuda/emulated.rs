@@ -6,10 +6,12 @@ use dsa80_model::engine::{SampleTarget, Step};
 use dsa80_reference::{Batch, SamplingParams, SequenceSlice};
 use dsa80_tests::distance::{argmax, log_softmax};
 use dsa80_tests::fixture::{self, Fixture};
-use dsa80_tests::judge::Bf16Distance;
 use dsa80_tests::{judge, prompt};
 
-use super::{emulated, layers};
+use super::{emulated, fixtures, layers};
+
+/// How many of the further prompts run in emulation, which is slow.
+const PROMPTS: usize = 8;
 
 /// The first tokens of every prompt: more than `index_topk` for most fixtures, so that the indexer chooses.
 #[test]
@@ -59,16 +61,9 @@ fn a_step_samples_from_its_logits() {
 }
 
 #[test]
-fn every_prompt_is_about_as_far_from_hf_as_hf_in_bf16() {
-    let mut distances = Vec::new();
+fn every_model_is_as_close_to_hf_as_hf_in_bf16() {
     for fixture in fixture::all().unwrap() {
         let Some(cuda) = emulated() else { return };
-        let mut rank = judge::load(cuda, &fixture, 16).unwrap();
-        let pages = prompt::scattered_pages(&judge::limits(&fixture, 16), 0);
-        let pieces = prompt::pieces(fixture.tokens.len(), 64);
-        let run = prompt::run(&mut rank, &fixture.tokens, &pages, 16, &pieces).unwrap();
-        let distance = Bf16Distance::of(&fixture, "in emulation", &run);
-        distances.push((fixture.name, distance));
+        fixtures::judge_pool(cuda, &fixture, PROMPTS);
     }
-    judge::assert_as_bf16("in emulation", &distances);
 }

@@ -1,34 +1,28 @@
 //! Every fixture against HF transformers in float64, on the scale of HF's own bfloat16.
 
-use std::collections::BTreeMap;
-use std::sync::Mutex;
-
+use dsa80_cuda::Cuda;
 use dsa80_tests::fixture::Fixture;
-use dsa80_tests::judge::{self, Bf16Distance, limits};
-use dsa80_tests::prompt::{self, Run};
+use dsa80_tests::judge::{self, BF16_BOUND, BF16_BOUND_OF_ONE_PROMPT, Bf16Distance, limits};
+use dsa80_tests::parity::TestDevice;
+use dsa80_tests::pool::{PAGE_SIZE, Pool};
+use dsa80_tests::prompt;
 
 use super::every_fixture_on_a_gpu;
 
-/// The distances of all fixtures, by the way in which the prompt was run.
-#[derive(Default)]
-struct Distances(Mutex<BTreeMap<String, Vec<(String, Bf16Distance)>>>);
+/// The first `count` of the fixture's further prompts, together.
+pub(super) fn judge_pool(cuda: Cuda<TestDevice>, fixture: &Fixture, count: usize) {
+    let mut rank = judge::load(cuda, fixture, PAGE_SIZE).unwrap();
+    let distance = Pool::open(fixture).unwrap().distance(&mut rank, fixture, count).unwrap();
+    distance.assert_within(BF16_BOUND, &fixture.name, "prompts together");
+}
 
-impl Distances {
-    fn add(&self, fixture: &Fixture, way: &str, run: &Run) {
-        let distance = Bf16Distance::of(fixture, way, run);
-        self.0.lock().unwrap().entry(way.to_owned()).or_default().push((fixture.name.clone(), distance));
-    }
-
-    fn judge(self) {
-        for (way, distances) in self.0.into_inner().unwrap() {
-            judge::assert_as_bf16(&way, &distances);
-        }
-    }
+#[test]
+fn all_prompts_together_are_as_close_to_hf_as_hf_in_bf16() {
+    every_fixture_on_a_gpu(|cuda, fixture| judge_pool(cuda, fixture, 32));
 }
 
 #[test]
 fn in_one_piece_in_chunks_and_token_by_token() {
-    let distances = Distances::default();
     every_fixture_on_a_gpu(|cuda, fixture| {
         let mut rank = judge::load(cuda, fixture, 16).unwrap();
         let len = fixture.tokens.len();
@@ -39,15 +33,14 @@ fn in_one_piece_in_chunks_and_token_by_token() {
             let pages = prompt::scattered_pages(&limits(fixture, 16), size % 3);
             let pieces = prompt::pieces(len, size);
             let run = prompt::run(&mut rank, &fixture.tokens, &pages, 16, &pieces).unwrap();
-            distances.add(fixture, way, &run);
+            let distance = Bf16Distance::of(fixture, way, &run);
+            distance.assert_within(BF16_BOUND_OF_ONE_PROMPT, &fixture.name, way);
         }
     });
-    distances.judge();
 }
 
 #[test]
 fn a_prefill_and_then_decodes_on_pages_of_every_size() {
-    let distances = Distances::default();
     every_fixture_on_a_gpu(|cuda, fixture| {
         let len = fixture.tokens.len();
         let mut cuda = Some(cuda);
@@ -58,10 +51,11 @@ fn a_prefill_and_then_decodes_on_pages_of_every_size() {
             pieces.extend((len / 2..len).map(|position| position..position + 1));
             let pages = prompt::scattered_pages(&limits(fixture, page_size), 1);
             let run = prompt::run(&mut rank, &fixture.tokens, &pages, page_size, &pieces).unwrap();
-            distances.add(fixture, &format!("pages of {page_size}"), &run);
+            let way = format!("pages of {page_size}");
+            let distance = Bf16Distance::of(fixture, &way, &run);
+            distance.assert_within(BF16_BOUND_OF_ONE_PROMPT, &fixture.name, &way);
         }
     });
-    distances.judge();
 }
 
 #[test]
