@@ -21,6 +21,8 @@ constexpr int TOKENS = TILE_TOKENS, TOKEN_TILES = TOKENS / 8;
 constexpr int K_TILES = TILE_K_TILES, STAGES = TILE_STAGES, UNITS = 64 / UNIT;
 // Row tiles whose results are written together.
 constexpr int BUNDLE = PACKED ? 2 : 1;
+// Of many tokens, rows of the next two tiles are read from shared memory while these are multiplied.
+constexpr bool AHEAD = TOKEN_TILES > 4;
 // A pair's item has one token.
 constexpr int X_ROWS = SORTED ? TOKENS : 1;
 constexpr int SCALE_CHUNKS = 8 * static_cast<int>(sizeof(Int4Scale<SCALE_TYPE>)) / 16;
@@ -223,6 +225,47 @@ DEVICE void add_products(float (&acc)[ROW_TILES][TOKEN_TILES][4], const uint32_t
         }
 }
 
+// What a unit takes of two tiles of tokens.
+struct TwoTiles {
+    uint4 b[2][UNIT / 32];
+
+    DEVICE void load(const uint4* const (&x)[2], int unit, int n, int last) {
+        const int tiles[2] = {n * 64, min(n + 1, last) * 64};
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+#pragma unroll
+            for (int h = 0; h < UNIT / 32; ++h) b[c][h] = x[unit * (UNIT / 32) + h][tiles[c]];
+    }
+
+    // Of the last two, the second may stand for none: its sums are not kept.
+    DEVICE void add(float (&acc)[ROW_TILES][TOKEN_TILES][4], const uint32_t (&a)[ROW_TILES][UNIT / 16][4],
+                    const float2 (&scale)[ROW_TILES], int n) const {
+        float part[2][ROW_TILES][4] = {};
+#pragma unroll
+        for (int h = 0; h < UNIT / 32; ++h)
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+#pragma unroll
+                for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+                    for (int c = 0; c < 2; ++c) {
+                        const uint32_t pair[2] = {i == 0 ? b[c][h].x : b[c][h].z, i == 0 ? b[c][h].y : b[c][h].w};
+                        mma_bf16(part[c][r], a[r][2 * h + i], pair);
+                    }
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+#pragma unroll
+            for (int r = 0; r < ROW_TILES; ++r) {
+                if (n + c >= TOKEN_TILES) break;
+                float(&sum)[4] = acc[r][n + c];
+                sum[0] = fmaf(part[c][r][0], scale[r].x, sum[0]);
+                sum[1] = fmaf(part[c][r][1], scale[r].x, sum[1]);
+                sum[2] = fmaf(part[c][r][2], scale[r].y, sum[2]);
+                sum[3] = fmaf(part[c][r][3], scale[r].y, sum[3]);
+            }
+    }
+};
+
 // Adds the products of one stage: acc[r][n] is row tile r against tokens 8 n to 8 n + 7.
 DEVICE void multiply(float (&acc)[ROW_TILES][TOKEN_TILES][4], const Stage& stage, int k_tiles, int count, int warp_m, int lane) {
     const int g = lane / 4, t = lane % 4;
@@ -236,6 +279,9 @@ DEVICE void multiply(float (&acc)[ROW_TILES][TOKEN_TILES][4], const Stage& stage
 #pragma unroll
         for (int unit = 0; unit < UNITS; ++unit) {
             constexpr int WORDS = UNIT / 16;
+            const int last = (count - 1) / 8;
+            TwoTiles two[2];
+            if constexpr (AHEAD) two[0].load(x, unit, 0, last);
             uint32_t a[ROW_TILES][WORDS][4];
             float2 scale[ROW_TILES];
 #pragma unroll
@@ -256,6 +302,11 @@ DEVICE void multiply(float (&acc)[ROW_TILES][TOKEN_TILES][4], const Stage& stage
 #pragma unroll
             for (int n = 0; n < TOKEN_TILES; n += 2) {
                 if (n > 0 && n * 8 >= count) break;
+                if constexpr (AHEAD) {
+                    if (n + 2 < TOKEN_TILES && n + 2 <= last) two[(n / 2 + 1) % 2].load(x, unit, n + 2, last);
+                    two[n / 2 % 2].add(acc, a, scale, n);
+                    continue;
+                }
                 if constexpr (TOKEN_TILES == 1) {
                     add_products<1>(acc, a, scale, x, unit, n);
                 } else if (n + 1 < TOKEN_TILES && n * 8 + 8 < count) {

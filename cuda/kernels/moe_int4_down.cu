@@ -2,20 +2,88 @@
 // token's experts in turn, whole rows each, and what they give is added up in the order of k.
 //
 // Constants: SCALE_TYPE, GROUP_SIZE, UNIT (inputs that surely share a scale: 32 or 64), ZEROS; TOP_K (at most that many experts a token).
-// Tile: TILE_WARPS, TILE_ROW_TILES, TILE_K_TILES (loaded at once).
+// Tile: TILE_WARPS, TILE_ROW_TILES, TILE_K_TILES (loaded at once), of TILE_BATCH row tiles of a warp.
 #include "int4.cuh"
 
 constexpr int WARPS = TILE_WARPS, THREADS = 32 * WARPS, ROW_TILES = TILE_ROW_TILES, K_TILES = TILE_K_TILES, UNITS = 64 / UNIT;
-constexpr int WORDS = UNIT / 16;
+constexpr int WORDS = UNIT / 16, BATCH = TILE_BATCH;
 
 struct Shared {
     float parts[TOP_K][ROW_TILES][16];
 };
 static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
 
+struct Weights {
+    const uint4* weight;
+    const void* scales;
+    const uint8_t* zeros;
+    int k_tiles, row_tiles, groups;
+};
+
+// K_TILES tiles of inputs of a row tile, and what they meet.
+struct Loaded {
+    uint4 four[K_TILES], x[K_TILES][2];
+    Int4Scale<SCALE_TYPE> scale[K_TILES][UNITS];
+    uint32_t zero[K_TILES][UNITS];
+
+    DEVICE void load_x(const uint16_t* activated, int columns, int first, int lane) {
+#pragma unroll
+        for (int j = 0; j < K_TILES; ++j)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int column = (first + j) * 64 + h * 32 + lane % 4 * 8;
+                x[j][h] = column < columns ? *reinterpret_cast<const uint4*>(activated + column) : make_uint4(0, 0, 0, 0);
+            }
+    }
+
+    DEVICE void load(const Weights& from, int64_t tile, int first, int lane) {
+#pragma unroll
+        for (int j = 0; j < K_TILES; ++j)
+            if (first + j < from.k_tiles) four[j] = load_once_16(from.weight + (tile * from.k_tiles + first + j) * 32 + lane);
+#pragma unroll
+        for (int j = 0; j < K_TILES; ++j) {
+            if (first + j >= from.k_tiles) break;
+#pragma unroll
+            for (int unit = 0; unit < UNITS; ++unit) {
+                const uint32_t input = (first + j) * 64 + unit * UNIT;
+                const int group = min(static_cast<int>(input / GROUP_SIZE), from.groups - 1);
+                const int64_t index = (tile * from.groups + group) * 8 + lane / 4;
+                scale[j][unit] = int4_scale<SCALE_TYPE>(from.scales, index);
+                if (ZEROS) zero[j][unit] = from.zeros[index];
+            }
+        }
+    }
+
+    // Adds the products to the sums of rows g and g + 8.
+    DEVICE void multiply(float (&acc)[2], int k_tiles, int first) const {
+#pragma unroll
+        for (int j = 0; j < K_TILES; ++j) {
+            if (first + j >= k_tiles) break;
+            const uint32_t words[4] = {four[j].x, four[j].y, four[j].z, four[j].w};
+#pragma unroll
+            for (int unit = 0; unit < UNITS; ++unit) {
+                const uint32_t low = ZEROS ? int4_offset(zero[j][unit]) : INT4_OFFSET_SYMMETRIC;
+                const uint32_t high = ZEROS ? int4_offset(zero[j][unit] >> 4) : INT4_OFFSET_SYMMETRIC;
+                float part[4] = {};
+#pragma unroll
+                for (int i = 0; i < WORDS; ++i) {
+                    uint32_t a[4];
+                    int4_fragment(words[unit * WORDS + i], low, high, a);
+                    const uint4 x16 = x[j][(unit * WORDS + i) / 2];
+                    const uint32_t pair[2] = {i % 2 == 0 ? x16.x : x16.z, i % 2 == 0 ? x16.y : x16.w};
+                    mma_bf16(part, a, pair);
+                }
+                const float2 by = scale[j][unit].widen();
+                acc[0] = fmaf(part[0], by.x, acc[0]);
+                acc[1] = fmaf(part[2], by.y, acc[1]);
+            }
+        }
+    }
+};
+
 // `x` [pairs, columns] bf16, columns a multiple of 8; `shared_rows` [tokens, hidden] bf16 or null; `out` [tokens, hidden] bf16. Pairs and
 // tokens count from `first_token`'s in `x` alone. An expert that does not exist gives nothing. Grid: tokens, row tiles / ROW_TILES.
-KERNEL void __launch_bounds__(THREADS, 1)
+KERNEL void __launch_bounds__(THREADS, BATCH > 1 && THREADS <= 128 ? 384 / THREADS : 1)
 moe_int4_down(const uint16_t* x, const uint4* weight, const void* scales, const uint8_t* zeros, const int32_t* topk_ids,
               const float* topk_weights, const uint16_t* shared_rows, uint16_t* out, int experts, int columns, int k_tiles, int row_tiles,
               int groups, int hidden, int top_k, int first_token) {
@@ -25,65 +93,43 @@ moe_int4_down(const uint16_t* x, const uint4* weight, const void* scales, const 
     const int first_row_tile = blockIdx.y * ROW_TILES;
     const int row = first_row_tile * 16 + threadIdx.x;
     const bool writes = threadIdx.x < ROW_TILES * 16 && row < hidden;
+    const Weights weights = {weight, scales, zeros, k_tiles, row_tiles, groups};
     const float beside = writes && shared_rows != nullptr ? bf16_to_float(shared_rows[token * hidden + row]) : 0.0f;
 
-    for (int job = warp; job < top_k * ROW_TILES; job += WARPS) {
-        const int k = job / ROW_TILES, r = job % ROW_TILES;
-        const int expert = topk_ids[token * top_k + k];
-        const float topk_weight = topk_weights[token * top_k + k];
-        float acc[4] = {};
-        if (expert >= 0 && expert < experts) {
-            const int64_t tile = static_cast<int64_t>(expert) * row_tiles + min(first_row_tile + r, row_tiles - 1);
-            const uint16_t* activated = x + (static_cast<int64_t>(blockIdx.x) * top_k + k) * columns;
-            for (int first = 0; first < k_tiles; first += K_TILES) {
-                uint4 four[K_TILES], b[K_TILES][2];
-                Int4Scale<SCALE_TYPE> scale[K_TILES][UNITS];
-                uint32_t zero[K_TILES][UNITS];
+    // A token's rows do not depend on its experts: they are under way first, and then the weights of all of a batch.
+    for (int first_job = warp; first_job < top_k * ROW_TILES; first_job += BATCH * WARPS) {
+        float acc[BATCH][2] = {}, topk_weight[BATCH];
+        int64_t tile[BATCH];
+        bool exists[BATCH];
+        Loaded loaded[BATCH];
+        const uint16_t* activated[BATCH];
 #pragma unroll
-                for (int j = 0; j < K_TILES; ++j)
-                    if (first + j < k_tiles) four[j] = load_once_16(weight + (tile * k_tiles + first + j) * 32 + lane);
-#pragma unroll
-                for (int j = 0; j < K_TILES; ++j) {
-                    if (first + j >= k_tiles) break;
-#pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        const int column = (first + j) * 64 + h * 32 + t * 8;
-                        b[j][h] = column < columns ? *reinterpret_cast<const uint4*>(activated + column) : make_uint4(0, 0, 0, 0);
-                    }
-#pragma unroll
-                    for (int unit = 0; unit < UNITS; ++unit) {
-                        const uint32_t input = (first + j) * 64 + unit * UNIT;
-                        const int group = min(static_cast<int>(input / GROUP_SIZE), groups - 1);
-                        const int64_t index = (tile * groups + group) * 8 + g;
-                        scale[j][unit] = int4_scale<SCALE_TYPE>(scales, index);
-                        if (ZEROS) zero[j][unit] = zeros[index];
-                    }
-                }
-#pragma unroll
-                for (int j = 0; j < K_TILES; ++j) {
-                    if (first + j >= k_tiles) break;
-                    const uint32_t words[4] = {four[j].x, four[j].y, four[j].z, four[j].w};
-#pragma unroll
-                    for (int unit = 0; unit < UNITS; ++unit) {
-                        const uint32_t low = ZEROS ? int4_offset(zero[j][unit]) : INT4_OFFSET_SYMMETRIC;
-                        const uint32_t high = ZEROS ? int4_offset(zero[j][unit] >> 4) : INT4_OFFSET_SYMMETRIC;
-                        float part[4] = {};
-#pragma unroll
-                        for (int i = 0; i < WORDS; ++i) {
-                            uint32_t a[4];
-                            int4_fragment(words[unit * WORDS + i], low, high, a);
-                            const uint4 x16 = b[j][(unit * WORDS + i) / 2];
-                            const uint32_t pair[2] = {i % 2 == 0 ? x16.x : x16.z, i % 2 == 0 ? x16.y : x16.w};
-                            mma_bf16(part, a, pair);
-                        }
-                        const float2 by = scale[j][unit].widen();
-                        acc[0] = fmaf(part[0], by.x, acc[0]);
-                        acc[2] = fmaf(part[2], by.y, acc[2]);
-                    }
-                }
-            }
+        for (int i = 0; i < BATCH; ++i) {
+            const int job = min(first_job + i * WARPS, top_k * ROW_TILES - 1), k = job / ROW_TILES;
+            activated[i] = x + (static_cast<int64_t>(blockIdx.x) * top_k + k) * columns;
+            loaded[i].load_x(activated[i], columns, 0, lane);
+            const int expert = topk_ids[token * top_k + k];
+            topk_weight[i] = topk_weights[token * top_k + k];
+            exists[i] = expert >= 0 && expert < experts;
+            tile[i] = static_cast<int64_t>(exists[i] ? expert : 0) * row_tiles;
+            tile[i] += min(first_row_tile + job % ROW_TILES, row_tiles - 1);
         }
-        if (t == 0) shared.parts[k][r][g] = topk_weight * acc[0], shared.parts[k][r][g + 8] = topk_weight * acc[2];
+        for (int first = 0; first < k_tiles; first += K_TILES) {
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                if (first > 0) loaded[i].load_x(activated[i], columns, first, lane);
+                loaded[i].load(weights, tile[i], first, lane);
+            }
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) loaded[i].multiply(acc[i], k_tiles, first);
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const int job = first_job + i * WARPS;
+            if (job >= top_k * ROW_TILES) break;
+            float(&part)[16] = shared.parts[job / ROW_TILES][job % ROW_TILES];
+            if (t == 0) part[g] = exists[i] ? topk_weight[i] * acc[i][0] : 0.0f, part[g + 8] = exists[i] ? topk_weight[i] * acc[i][1] : 0.0f;
+        }
     }
     __syncthreads();
 

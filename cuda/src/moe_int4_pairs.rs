@@ -4,7 +4,7 @@ use dsa80_reference::{DType, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::device::{Arg, Device, Launch, Limits, Program, ProgramEntry};
-use crate::int4::{Int4Shape, PackedInt4};
+use crate::int4::{Int4Shape, PackedInt4, TILE_INPUTS};
 use crate::moe_int4::{MoeInt4Dims, variants};
 use crate::moe_int4_grouped::{ProductTile, Variant, unit};
 use crate::tile::{Tile, require};
@@ -96,7 +96,13 @@ impl DownTile {
         top_k * self.row_tiles * 16 * size_of::<f32>()
     }
 
-    fn entry(self, shape: &Int4Shape, top_k: usize) -> ProgramEntry {
+    /// Row tiles of a warp that are loaded at once: two where blocks are few. Twice the scales of two would take too many registers.
+    fn batch(self, shape: &Int4Shape, tokens: usize, top_k: usize) -> usize {
+        let two = tokens == 1 && top_k * self.row_tiles > self.warps && unit(shape) == TILE_INPUTS;
+        if two { 2 } else { 1 }
+    }
+
+    fn entry(self, shape: &Int4Shape, tokens: usize, top_k: usize) -> ProgramEntry {
         let shared_bytes = self.shared_bytes(top_k);
         let defines = [
             ("SCALE_TYPE", shape.scale_type()),
@@ -107,6 +113,7 @@ impl DownTile {
             ("TILE_WARPS", self.warps),
             ("TILE_ROW_TILES", self.row_tiles),
             ("TILE_K_TILES", self.k_tiles),
+            ("TILE_BATCH", self.batch(shape, tokens, top_k)),
             ("TILE_SHARED_BYTES", shared_bytes),
         ];
         let zeros = if shape.zero_points { "" } else { "no " };
@@ -116,7 +123,8 @@ impl DownTile {
             threads: 32 * self.warps as u32,
             shared_bytes,
             variant: format!(
-                "a token's down, {}, {zeros}zero points, units of {}",
+                "down of {}, {}, {zeros}zero points, units of {}",
+                if tokens == 1 { "a token" } else { "tokens" },
                 shape.scales,
                 unit(shape)
             ),
@@ -128,7 +136,10 @@ impl DownTile {
 pub fn programs(tile: &MoeInt4PairsTile, dims: MoeInt4Dims) -> Vec<ProgramEntry> {
     variants(dims)
         .into_iter()
-        .flat_map(|dims| [tile.gate_up.entry(pairs_variant(dims.gate_up)), tile.down.entry(&dims.down, 8)])
+        .flat_map(|dims| {
+            let down = |tokens| tile.down.entry(&dims.down, tokens, 8);
+            [tile.gate_up.entry(pairs_variant(dims.gate_up)), down(1), down(2)]
+        })
         .collect()
 }
 
@@ -150,7 +161,7 @@ pub(crate) struct Down<'a, D: Device> {
 impl<D: Device> Down<'_, D> {
     pub(crate) fn launch(&self, device: &D) -> Result<()> {
         let shape = self.weight.shape();
-        let entry = self.tile.entry(shape, self.top_k);
+        let entry = self.tile.entry(shape, self.tokens, self.top_k);
         let blocks = shape.row_tiles().div_ceil(self.tile.row_tiles);
         let numbers = [
             self.weight.count(),

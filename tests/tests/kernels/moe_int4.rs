@@ -73,7 +73,7 @@ const VARIANTS: &[Variant] = &[
             scales: DType::F16,
             zero_points: false,
         },
-        16,
+        48,
         [[1, 1, 2, 2, 2, 1, 1], [1, 4, 1, 1, 2, 1, 1], [1, 1, 3, 1, 2, 2, 1]],
         [3, 2, 4],
     ),
@@ -238,6 +238,10 @@ fn planted_faults_are_seen() {
     catches(0, "moe_int4.cu", "acc[r][n][c] = 0.0f;", "acc[r][n][c] = acc[r][n][c];");
     // The halves of odd rows are not swapped where they are read.
     catches(2, "moe_int4.cu", "((t + 4) ^ (row & 1) << 2)", "(t + 4)");
+    // Of two tiles of tokens, the second is the first once more.
+    catches(1, "moe_int4.cu", "min(n + 1, last) * 64", "n * 64");
+    // The second of the row tiles that are loaded at once takes the first one's rows.
+    catches(1, "moe_int4_down.cu", "min(first_job + i * WARPS,", "min(first_job,");
     // The weights of the token before.
     let weight = "topk_weights[token * top_k + k]";
     catches(2, "moe_sum.cu", weight, "topk_weights[(token > 0 ? token - 1 : 0) * top_k + k]");
