@@ -119,7 +119,11 @@ fn say_what_is_used(gpu: &Gpu, config: &ModelConfig, options: &LaunchOptions) {
 }
 
 /// The limits, from what a GPU's memory holds before anything is on it.
-fn settle(gpu: &Gpu, checkpoint: &Arc<Checkpoint>, options: &LaunchOptions) -> Result<StepLimits, LaunchError> {
+fn settle(
+    gpu: &Gpu,
+    checkpoint: &Arc<Checkpoint>,
+    options: &LaunchOptions,
+) -> Result<StepLimits, LaunchError> {
     let (free, total) = gpu.memory()?;
     let memory = GpuMemory { total: total as u64, free: free as u64 };
     memory::settle(memory, gpu.limits().clone(), checkpoint, options)

@@ -203,8 +203,9 @@ impl<K: Kernels> Rank<K> {
     /// # Errors
     /// As for [`forward`](Self::forward).
     pub fn step_while(&mut self, step: &Step, meanwhile: &mut dyn FnMut()) -> Result<Vec<Sampled>> {
-        let sampled =
-            self.sampled_while(step, meanwhile).and_then(|sampled| self.communicator.check().map(|()| sampled));
+        let sampled = self
+            .sampled_while(step, meanwhile)
+            .and_then(|sampled| self.communicator.check().map(|()| sampled));
         if let Err(error) = &sampled {
             self.abort(&error.to_string());
         }

@@ -180,7 +180,8 @@ impl<K: Kernels> Run<K> {
                 HostLinear::Int4(_) => {}
             }
         }
-        let joined = if dense.is_empty() { kernels.random(&random)? } else { kernels.upload(stack(dense))? };
+        let joined =
+            if dense.is_empty() { kernels.random(&random)? } else { kernels.upload(stack(dense))? };
         Ok(Run::Joined(joined, count))
     }
 }

@@ -10,7 +10,7 @@ use dsa80_model::checkpoint::Checkpoint;
 use dsa80_model::runner::{INDEX_LOGITS, Rank};
 use dsa80_reference::{Communicator, DType};
 use dsa80_tests::fixture::{self, Fixture};
-use dsa80_tests::judge::{self, Bf16Distance};
+use dsa80_tests::judge::{self, BF16_BOUND_OF_ONE_PROMPT, Bf16Distance};
 use dsa80_tests::parity::{TestDevice, devices};
 use dsa80_tests::prompt::{self, Run};
 
@@ -48,14 +48,13 @@ fn run(fixture: &Fixture, devices: Vec<TestDevice>, placement: Placement) -> Run
 /// The fixture that can be cut into eight, in as many ranks as `ways` says.
 fn compare(ways: &[usize], placement: Placement, device: impl Fn(usize) -> Option<TestDevice>) {
     let fixture = Fixture::open(fixture::root().join("cases/int4_asym_g32_tp8")).unwrap();
-    let mut distances = Vec::new();
     for &ranks in ways {
         let Some(devices) = (0..ranks).map(&device).collect::<Option<Vec<_>>>() else { return };
         let run = run(&fixture, devices, placement);
         let way = format!("{ranks} ranks");
-        distances.push((fixture.name.clone(), Bf16Distance::of(&fixture, &way, &run)));
+        let distance = Bf16Distance::of(&fixture, &way, &run);
+        distance.assert_within(BF16_BOUND_OF_ONE_PROMPT, &fixture.name, &way);
     }
-    judge::assert_as_bf16("cut into ranks", &distances);
 }
 
 #[test]
