@@ -17,14 +17,13 @@
 DEVICE uint32_t int4_offset(uint32_t zero) { return 0xc300c300u | (zero & 0xfu) * 0x00010001u; }
 constexpr uint32_t INT4_OFFSET_SYMMETRIC = 0xc308c308u;
 
-// The fragment q - z of a word, exact: the nibbles become 128 + q, whose last mantissa bit is worth one. `low` and `high` are the
-// offsets of rows g and g + 8.
+// 128 + q of a[p]: the last mantissa bit of 128 is worth one.
+DEVICE uint32_t int4_biased(uint32_t word, int p) { return lop3<(0xf0 & 0xcc) | 0xaa>(word >> (4 * p), 0x000f000fu, 0x43004300u); }
+
+// The fragment q - z of a word, exact. `low` and `high` are the offsets of rows g and g + 8.
 DEVICE void int4_fragment(uint32_t word, uint32_t low, uint32_t high, uint32_t (&a)[4]) {
 #pragma unroll
-    for (int p = 0; p < 4; ++p) {
-        const uint32_t biased = lop3<(0xf0 & 0xcc) | 0xaa>(word >> (4 * p), 0x000f000fu, 0x43004300u);
-        a[p] = fma_bf16x2(biased, 0x3f803f80u, p % 2 == 0 ? low : high);
-    }
+    for (int p = 0; p < 4; ++p) a[p] = fma_bf16x2(int4_biased(word, p), 0x3f803f80u, p % 2 == 0 ? low : high);
 }
 
 // A pair of scales as it lies in memory, and widened: x is row g's, y row g + 8's.

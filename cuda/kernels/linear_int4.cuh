@@ -6,8 +6,8 @@
 //
 // Arithmetic: a product of an activation and q - z is exact in f32, a sum of them is not: with u = 2^-24, a group's sum of n products is
 // off by 2 n u of the sum of their magnitudes at most (the tensor core truncates); the scale adds 2 u, each addition over groups, warps
-// and splits u. In a SwiGLU the exponent is then off by 2 u |gate|, the exponential by that and 4 u, the reciprocal of the sum and two
-// products by 5 u more. A bf16 result is rounded once, at the end.
+// and splits u. Where sums change their unit instead, each change adds 4 u. In a SwiGLU the exponent is then off by 2 u |gate|, the
+// exponential by that and 4 u, the reciprocal of the sum and two products by 5 u more. A bf16 result is rounded once, at the end.
 #pragma once
 
 #include "int4.cuh"

@@ -22,10 +22,10 @@ pub struct LinearInt4WideTile {
     pub row_tiles: usize,
     /// Tiles of 8 tokens of a warp.
     pub token_tiles: usize,
-    /// Steps of 64 inputs whose activations are in shared memory.
+    /// Stages of shared memory.
     pub stages: usize,
-    /// Whether a warp unpacks a step's weight while the tensor core is busy with the step before.
-    pub ahead: bool,
+    /// Tiles of 64 inputs of a stage.
+    pub steps: usize,
     /// Blocks that a multiprocessor must have registers for.
     pub blocks: usize,
     /// Blocks a multiprocessor for which blocks share out the inputs; 0 if they never do.
@@ -43,7 +43,7 @@ impl Tile for LinearInt4WideTile {
             row_tiles: 2,
             token_tiles: 4,
             stages: 3,
-            ahead: false,
+            steps: 1,
             blocks: 1,
             split_blocks: 1,
         }
@@ -51,13 +51,14 @@ impl Tile for LinearInt4WideTile {
 
     fn candidates((): (), limits: &Limits) -> Vec<Self> {
         let mut tiles = vec![Self::safe(())];
-        for (warps_rows, warps_tokens, row_tiles, token_tiles, stages, ahead, blocks) in [
-            (4, 1, 2, 8, 3, false, 3),
-            (4, 1, 2, 8, 4, false, 3),
-            (4, 1, 2, 8, 3, true, 2),
-            (8, 1, 2, 8, 3, true, 1),
-            (8, 1, 2, 8, 4, false, 1),
-            (4, 2, 2, 4, 4, false, 2),
+        for (warps_rows, warps_tokens, row_tiles, token_tiles, stages, steps, blocks) in [
+            (4, 1, 2, 12, 3, 1, 2),
+            (4, 1, 2, 12, 2, 2, 2),
+            (4, 1, 2, 8, 3, 1, 3),
+            (4, 1, 2, 8, 2, 2, 3),
+            (4, 1, 3, 8, 2, 2, 2),
+            (4, 2, 2, 8, 2, 2, 1),
+            (4, 1, 2, 4, 3, 2, 2),
         ] {
             tiles.push(Self {
                 warps_rows,
@@ -65,9 +66,9 @@ impl Tile for LinearInt4WideTile {
                 row_tiles,
                 token_tiles,
                 stages,
-                ahead,
+                steps,
                 blocks,
-                split_blocks: 1,
+                split_blocks: blocks.min(2),
             });
         }
         tiles.retain(|tile| tile.validate((), limits).is_ok());
@@ -75,15 +76,16 @@ impl Tile for LinearInt4WideTile {
     }
 
     fn validate(&self, (): (), limits: &Limits) -> Result<()> {
-        let Self { warps_rows, warps_tokens, row_tiles, token_tiles, stages, blocks, split_blocks, .. } =
+        let Self { warps_rows, warps_tokens, row_tiles, token_tiles, stages, steps, blocks, split_blocks } =
             *self;
         let warps = warps_rows * warps_tokens;
         require(self, (1..=16).contains(&warps), || "a block has 1 to 16 warps".into())?;
         require(self, (1..=4).contains(&row_tiles), || "a warp has 1 to 4 tiles of features".into())?;
-        require(self, matches!(token_tiles, 2 | 4 | 8 | 16), || {
-            "a warp has 2, 4, 8 or 16 tiles of tokens".into()
+        require(self, matches!(token_tiles, 2 | 4 | 8 | 12 | 16), || {
+            "a warp has 2, 4, 8, 12 or 16 tiles of tokens".into()
         })?;
         require(self, (2..=8).contains(&stages), || "a block has 2 to 8 stages".into())?;
+        require(self, (1..=2).contains(&steps), || "a stage has 1 or 2 steps".into())?;
         require(self, split_blocks <= 2, || {
             "inputs are shared out for at most 2 blocks a multiprocessor".into()
         })?;
@@ -118,13 +120,14 @@ impl LinearInt4WideTile {
         if variant.is_plain() {
             return *self;
         }
-        Self { row_tiles: self.row_tiles.min(2), ahead: false, blocks: (self.blocks - 1).max(1), ..*self }
+        Self { row_tiles: self.row_tiles.min(2), blocks: (self.blocks - 1).max(1), ..*self }
     }
 
-    /// Stages of activations and scales.
+    /// Stages of activations, words, scales and zero points.
     fn shared_bytes_of(&self, scale_bytes: usize, groups_per_tile: usize) -> usize {
-        let scales = self.warps_rows * self.row_tiles * groups_per_tile * 8 * scale_bytes;
-        self.stages * (self.tokens() * 128 + scales).next_multiple_of(16)
+        let groups = groups_per_tile * 8 * (scale_bytes + size_of::<u8>());
+        let stage = self.tokens() * 128 + self.warps_rows * self.row_tiles * (512 + groups);
+        self.stages * self.steps * stage.next_multiple_of(16)
     }
 
     pub(crate) fn shared_bytes(&self, variant: Variant) -> usize {
@@ -138,7 +141,7 @@ impl LinearInt4WideTile {
             ("TILE_ROW_TILES", self.row_tiles),
             ("TILE_TOKEN_TILES", self.token_tiles),
             ("TILE_STAGES", self.stages),
-            ("TILE_AHEAD", usize::from(self.ahead)),
+            ("TILE_STEPS", self.steps),
             ("TILE_BLOCKS", self.blocks),
             ("TILE_SHARED_BYTES", self.shared_bytes(variant)),
         ];
@@ -149,7 +152,7 @@ impl LinearInt4WideTile {
         let rows = shape.row_tiles().div_ceil(self.warps_rows * self.row_tiles);
         let tokens = tokens.div_ceil(self.tokens());
         let most = self.split_blocks * limits.multiprocessors as usize;
-        Blocks::of(rows, tokens, shape.k_tiles(), most, self.stages)
+        Blocks::of(rows, tokens, shape.k_tiles(), most, self.stages * self.steps)
     }
 }
 
@@ -177,11 +180,12 @@ mod tests {
         let limits = Limits::a100();
         let safe = LinearInt4WideTile::safe(());
         let candidates = LinearInt4WideTile::candidates((), &limits);
-        assert!(candidates.contains(&safe) && candidates.len() == 7, "{candidates:?}");
+        assert!(candidates.contains(&safe) && candidates.len() == 8, "{candidates:?}");
         for (tile, reason) in [
             (LinearInt4WideTile { warps_rows: 9, ..safe }, "1 to 16 warps"),
             (LinearInt4WideTile { row_tiles: 5, ..safe }, "1 to 4 tiles of features"),
-            (LinearInt4WideTile { token_tiles: 3, ..safe }, "2, 4, 8 or 16 tiles of tokens"),
+            (LinearInt4WideTile { token_tiles: 3, ..safe }, "2, 4, 8, 12 or 16 tiles of tokens"),
+            (LinearInt4WideTile { steps: 3, ..safe }, "1 or 2 steps"),
             (LinearInt4WideTile { stages: 1, ..safe }, "2 to 8 stages"),
             (LinearInt4WideTile { blocks: 3, ..safe }, "registers"),
             (

@@ -39,6 +39,34 @@ pub struct SwiGluDense<D: Device> {
     intermediate: usize,
 }
 
+impl<D: Device> SwiGluDense<D> {
+    /// Of a weight whose rows are [`rows`](Self::rows), eight of the gate and the same eight of the up projection in turns.
+    ///
+    /// # Errors
+    /// Another number of rows.
+    pub fn of(weight: CudaTensor<D>, intermediate: usize) -> Result<Self> {
+        let [rows, columns] = weight.dims(UPLOAD, "weight")?;
+        let expected = Self::rows(intermediate);
+        weight.expect(UPLOAD, "weight", rows == expected, || format!("[{expected}, {columns}]"))?;
+        Ok(Self { weight, intermediate })
+    }
+
+    /// The rows that the weight of two projections of so many features has.
+    pub fn rows(intermediate: usize) -> usize {
+        2 * intermediate.next_multiple_of(ROWS)
+    }
+
+    /// The row of a feature of the gate (`half` is 0) or of the up projection (1).
+    pub fn row(feature: usize, half: usize) -> usize {
+        2 * ROWS * (feature / ROWS) + ROWS * half + feature % ROWS
+    }
+
+    /// The weight.
+    pub fn weight(&self) -> &CudaTensor<D> {
+        &self.weight
+    }
+}
+
 impl<D: Device> SwiGlu<D> {
     /// Uploads, and repacks what is INT4.
     ///
@@ -84,7 +112,7 @@ impl<D: Device> SwiGlu<D> {
             _ => HostData::F32(in_turns(&gate.to_f32(), &up.to_f32(), dims)),
         };
         [gate, up].into_iter().for_each(HostTensor::give_back);
-        let shape = vec![2 * dims.0.next_multiple_of(ROWS), dims.1];
+        let shape = vec![SwiGluDense::<D>::rows(dims.0), dims.1];
         let both = HostTensor { shape, data };
         let weight = crate::cuda::upload(device, &both)?;
         both.give_back();
@@ -97,7 +125,7 @@ impl<D: Device> SwiGlu<D> {
             return PackedInt4::random(device, tile, &[gate, up]).map(Self::Int4);
         };
         let (rows, columns) = (gate.out_features, gate.in_features);
-        let shape = [2 * rows.next_multiple_of(ROWS), columns];
+        let shape = [SwiGluDense::<D>::rows(rows), columns];
         let mut weight = CudaTensor::alloc(device, "gate and up", dtype, &shape)?;
         if !rows.is_multiple_of(ROWS) {
             device.write(weight.buffer(), 0, &vec![0; weight.len() * element_bytes(dtype)])?;

@@ -6,7 +6,8 @@ use dsa80_cuda::linear_int4::{
 };
 use dsa80_cuda::repack_int4::RepackInt4Tile;
 use dsa80_cuda::{Int4Shape, Limits, PackedInt4, Tile};
-use dsa80_reference::{DType, HostInt4, HostLinear, Kernels};
+use dsa80_reference::sampling::uniform;
+use dsa80_reference::{DType, HostInt4, HostLinear, HostTensor, Kernels};
 use dsa80_tests::emulator::Fault;
 use dsa80_tests::parity::{self, F32_UNIT, Interval, Pair, TestDevice, Values};
 use proptest::prelude::*;
@@ -52,7 +53,7 @@ const fn wide(
     row_tiles: usize,
     token_tiles: usize,
     stages: usize,
-    ahead: bool,
+    steps: usize,
     split_blocks: usize,
 ) -> Way {
     Way::Wide(LinearInt4WideTile {
@@ -61,7 +62,7 @@ const fn wide(
         row_tiles,
         token_tiles,
         stages,
-        ahead,
+        steps,
         blocks: 1,
         split_blocks,
     })
@@ -84,19 +85,19 @@ const FEW: &[Variant] = &[
 ];
 const WIDE: &[Variant] = &[
     Variant {
-        way: wide([1, 2], 2, 2, 2, false, 2),
+        way: wide([1, 2], 2, 2, 2, 1, 2),
         format: format(DType::Bf16, 32, true),
         inner: 288,
         out: DType::Act,
     },
     Variant {
-        way: wide([2, 1], 3, 2, 3, true, 0),
+        way: wide([2, 1], 3, 2, 3, 2, 0),
         format: format(DType::Bf16, 64, false),
         inner: 320,
         out: DType::Float,
     },
     Variant {
-        way: wide([1, 1], 1, 4, 2, false, 1),
+        way: wide([1, 1], 1, 4, 2, 2, 1),
         format: format(DType::F32, 96, true),
         inner: 220,
         out: DType::Act,
@@ -134,8 +135,29 @@ fn errors(x: &[f64], weight: &HostInt4) -> Vec<f64> {
 }
 
 fn run(device: &TestDevice, case: Case) {
-    let Case { variant: Variant { way, format, inner, out: dtype }, tokens, features, values, seed } = case;
-    let host = int4(features, inner, format, seed);
+    let Variant { format, inner, .. } = case.variant;
+    run_with(device, case, int4(case.features, inner, format, case.seed));
+}
+
+/// With scales of zero, and such that one group's products are next to nothing beside another's.
+fn run_far(device: &TestDevice, case: Case) {
+    let Variant { format, inner, .. } = case.variant;
+    let mut host = int4(case.features, inner, format, case.seed);
+    let far = |(i, scale)| {
+        let choice = uniform(case.seed, 4, i as u32) * FAR.len() as f32;
+        scale * FAR[choice as usize]
+    };
+    let scales = host.scales.to_f32().into_iter().enumerate().map(far).collect();
+    host.scales = HostTensor::f32(host.scales.shape.clone(), scales);
+    run_with(device, case, host);
+}
+
+/// What scales are multiplied with, as powers of two: a step in between is longer than a bf16 factor can make up for.
+const FAR: [f32; 6] =
+    [0.0, 1.0, 1.0, 1.0 / (1_u128 << 126) as f32, 1.0 / (1_u64 << 50) as f32, (1_u64 << 50) as f32];
+
+fn run_with(device: &TestDevice, case: Case, host: HostInt4) {
+    let Case { variant: Variant { way, inner, out: dtype, .. }, tokens, features, values, seed } = case;
     let x = Pair::new(device, "x", DType::Act, &[tokens, inner], &values.take(seed ^ 1, tokens * inner));
     let weight = PackedInt4::upload(device, &RepackInt4Tile { warps: 2 }, &host).unwrap();
     let tiles = way.tiles();
@@ -211,6 +233,13 @@ fn many_tokens_agree_with_the_oracle() {
     parity::check("linear_int4_wide", cases(select(WIDE), 70, 110), run);
 }
 
+#[test]
+fn scales_may_lie_far_apart() {
+    let variants = select(vec![FEW[2], WIDE[2], Variant { inner: 380, out: DType::Float, ..WIDE[2] }]);
+    let cases = cases(variants, 24, 40).prop_map(|case| Case { values: Values::Normal, ..case });
+    parity::check("linear_int4_far", cases, run_far);
+}
+
 /// Values whose products of two sums are numbers.
 const FOR_PRODUCTS: [Values; 5] =
     [Values::Normal, Values::Ties, Values::Negative, Values::Zeros, Values::Outliers];
@@ -277,7 +306,9 @@ fn planted_faults_are_seen() {
         ("linear_int4.cuh", wide_96, "64 * k_tile + 32 * part;", "64 * k_tile + 32 * part - 32;"),
         // Zero points are ignored.
         ("linear_int4.cu", few_32, "low = int4_offset(zeros), high", "high"),
-        ("linear_int4_wide.cu", wide_32, "ZERO_POINTS ? zeros[r][i / WORDS_PER_GROUP] : 0x88u", "0x88u"),
+        ("linear_int4_wide.cu", wide_32, "ZERO_POINTS ? step.zeros[row_tile + r][part][g] : 0x88u", "0x88u"),
+        // Sums keep the unit of the first group.
+        ("linear_int4_wide.cu", wide_32, "rows[r][i].unit = scale;", ""),
         // Barriers are missing.
         ("linear_int4.cu", few_32, "    __syncthreads();\n    const int splits", "    const int splits"),
         ("linear_int4_wide.cu", wide_32, "        __syncthreads();\n", ""),
@@ -306,12 +337,21 @@ fn planted_faults_are_seen() {
         (
             "linear_int4_wide.cu",
             wide_32,
+            "for (int split = 0; split < splits; ++split)",
             "for (int split = 1; split < splits; ++split)",
-            "for (int split = 2; split < splits; ++split)",
         ),
         ("linear_int4.cuh", few_32, "if (last) atomicExch(ticket, 0u);", ""),
     ] {
         parity::catches(Fault { file, find, replace }, cases(Just(variant), 24, 40), run);
+    }
+    for (find, replace) in [
+        // A scale of zero is the last one again; weights are not less where the unit is more.
+        ("factor = nothing ? 0 :", "factor ="),
+        ("exponent * 0x00800080u", "0x3f803f80u"),
+    ] {
+        let fault = Fault { file: "linear_int4_wide.cu", find, replace };
+        let cases = cases(Just(wide_96), 24, 40).prop_map(|case| Case { values: Values::Normal, ..case });
+        parity::catches(fault, cases, run_far);
     }
     // The gate's and the up projection's rows change places.
     let fault = Fault { file: "linear_int4.cuh", find: "swiglu(c.x, c.z)", replace: "swiglu(c.z, c.x)" };

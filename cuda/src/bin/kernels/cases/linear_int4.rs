@@ -22,17 +22,27 @@ struct Shape {
     weight: Int4Shape,
 }
 
-impl Shape {
-    /// The kernel and the class whose tile the case is about.
-    fn subject(self) -> (&'static str, &'static str) {
-        match self.tokens {
-            0..=8 => (LinearInt4Tile::KERNEL, "tokens_8"),
-            9..=16 => (LinearInt4Tile::KERNEL, "tokens_16"),
-            17..=32 => (LinearInt4Tile::KERNEL, "tokens_32"),
-            33..=256 => (LinearInt4WideTile::KERNEL, "medium"),
-            _ => (LinearInt4WideTile::KERNEL, "many"),
-        }
+/// The kernel and the class whose tile a step of so many tokens is launched with.
+pub(super) fn tokens_class(tokens: usize) -> (&'static str, &'static str) {
+    match tokens {
+        0..=8 => (LinearInt4Tile::KERNEL, "tokens_8"),
+        9..=16 => (LinearInt4Tile::KERNEL, "tokens_16"),
+        17..=32 => (LinearInt4Tile::KERNEL, "tokens_32"),
+        33..=256 => (LinearInt4WideTile::KERNEL, "medium"),
+        _ => (LinearInt4WideTile::KERNEL, "many"),
     }
+}
+
+/// Makes `tile` that of the class.
+pub(super) fn set_tile(tiles: &mut LinearInt4Tiles, tokens: usize, tile: &toml::Table) -> Result<()> {
+    match tokens_class(tokens).1 {
+        "tokens_8" => tiles.few_8 = typed(tile)?,
+        "tokens_16" => tiles.few_16 = typed(tile)?,
+        "tokens_32" => tiles.few_32 = typed(tile)?,
+        "medium" => tiles.medium = typed(tile)?,
+        _ => tiles.many = typed(tile)?,
+    }
+    Ok(())
 }
 
 struct Product {
@@ -82,7 +92,7 @@ pub(super) fn cases() -> Vec<Case> {
 
 fn case(what: &str, shape: Shape, goal_us: Option<f64>) -> Case {
     let Shape { tokens, weight: Int4Shape { in_features, out_features, group_size, .. } } = shape;
-    let (kernel, class) = shape.subject();
+    let (kernel, class) = tokens_class(tokens);
     Case {
         kernel,
         name: format!("{what} {in_features} -> {out_features}, M={tokens}, g{group_size}"),
@@ -136,7 +146,7 @@ impl Product {
 }
 
 /// Some features of a weight, as a weight of their own.
-fn features_of(whole: &HostInt4, features: &[usize]) -> HostInt4 {
+pub(super) fn features_of(whole: &HostInt4, features: &[usize]) -> HostInt4 {
     let (words, groups) = (whole.words_per_row(), whole.groups());
     let scales = whole.scales.to_f32();
     let mut zero_points = whole.zero_points.as_ref().map(|_| vec![0; features.len().div_ceil(8) * groups]);
@@ -163,13 +173,7 @@ fn features_of(whole: &HostInt4, features: &[usize]) -> HostInt4 {
 
 impl Run for Product {
     fn set_tile(&mut self, gpu: &Gpu, tile: &toml::Table) -> Result<()> {
-        match self.shape.subject().1 {
-            "tokens_8" => self.tiles.few_8 = typed(tile)?,
-            "tokens_16" => self.tiles.few_16 = typed(tile)?,
-            "tokens_32" => self.tiles.few_32 = typed(tile)?,
-            "medium" => self.tiles.medium = typed(tile)?,
-            _ => self.tiles.many = typed(tile)?,
-        }
+        set_tile(&mut self.tiles, self.shape.tokens, tile)?;
         self.workspace = LinearInt4Workspace::alloc(gpu, &self.tiles)?;
         Ok(())
     }

@@ -8,6 +8,7 @@ mod latent_rope;
 mod layer_norm_rope;
 mod linear;
 mod linear_int4;
+mod linear_split;
 mod lm_head;
 mod moe_int4;
 mod plain;
@@ -21,6 +22,7 @@ mod rows;
 mod sample;
 mod silu_mul;
 mod sparse_mla;
+mod swiglu;
 mod top_k;
 
 use dsa80_cuda::{Cost, Gpu, Tiles};
@@ -99,6 +101,8 @@ pub(crate) fn all() -> Vec<Case> {
         moe_int4::cases(),
         repack_int4::cases(),
         linear_int4::cases(),
+        swiglu::cases(),
+        linear_split::cases(),
         all_reduce::cases(),
     ]
     .into_iter()
