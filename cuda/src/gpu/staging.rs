@@ -1,6 +1,6 @@
 //! Large copies to a GPU through pinned memory: a copy to a slot by a few threads while the device fetches the slot before it.
 //!
-//! The driver copies pageable memory the same way, with one thread and smaller slots: a third as fast where that was measured.
+//! The driver takes pageable memory through slots of its own, by one thread.
 
 use std::sync::Arc;
 
