@@ -135,6 +135,29 @@ pub struct Launch<'a, B> {
     pub args: &'a [Arg<'a, B>],
 }
 
+/// A product of bf16 matrices whose rows are dense and aligned to 16 bytes: `out[t, o] = weight[o] . x[t]`.
+#[derive(Debug)]
+pub struct Gemm<'a, B> {
+    /// Who asks, for errors.
+    pub kernel: &'static str,
+    /// `[tokens, columns]`.
+    pub x: &'a B,
+    /// `[at least first_row + features, columns]`.
+    pub weight: &'a B,
+    /// The row of the weight that is the first feature.
+    pub first_row: usize,
+    /// `[tokens, features]`, bf16 or f32.
+    pub out: &'a B,
+    /// Whether the outputs are f32.
+    pub floats: bool,
+    /// Rows of `x`.
+    pub tokens: usize,
+    /// Columns of `x` and of the weight.
+    pub columns: usize,
+    /// Columns of `out`.
+    pub features: usize,
+}
+
 /// Memory and launches, in the order of one stream.
 pub trait Device: Send {
     /// Device memory. Kernels write through it: it is shared like a pointer, and freed with its last clone.
@@ -181,6 +204,15 @@ pub trait Device: Send {
     /// # Errors
     /// The device failed.
     fn replay(&self, graph: &Self::Graph) -> Result<()>;
+
+    /// Launches the product by the device's own library, in the order of the stream, with sums in f32. False where there is no such
+    /// library, or none for this shape: then nothing was launched. After a first launch of the same shape it can be captured in a graph.
+    ///
+    /// # Errors
+    /// The library refuses, or would have to be loaded while launches are captured.
+    fn gemm(&self, _product: &Gemm<'_, Self::Buffer>) -> Result<bool> {
+        Ok(false)
+    }
 }
 
 /// A device that several share: a backend, and the communicator that launches between its launches.
@@ -214,5 +246,9 @@ impl<D: Device + Sync> Device for Arc<D> {
 
     fn replay(&self, graph: &D::Graph) -> Result<()> {
         (**self).replay(graph)
+    }
+
+    fn gemm(&self, product: &Gemm<'_, D::Buffer>) -> Result<bool> {
+        (**self).gemm(product)
     }
 }

@@ -62,7 +62,7 @@ pub use batch::CudaBatch;
 pub use communicator::{PeerCommunicator, Placement};
 pub use counting::Counting;
 pub use cuda::{Cuda, RankOnGpu};
-pub use device::{Arg, Device, Launch, Limits, Program, ProgramEntry};
+pub use device::{Arg, Device, Gemm, Launch, Limits, Program, ProgramEntry};
 pub use gpu::{Gpu, GpuBuffer};
 pub use int4::{HostPackedInt4, Int4Rows, Int4Shape, PackedInt4};
 pub use probe::{CudaDevice, ProbeError, devices};

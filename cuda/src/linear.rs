@@ -1,8 +1,8 @@
-//! `linear`: products with a dense weight, of few tokens (`linear_few.cu`) and of many (`linear.cu`).
+//! `linear`: products with a dense weight, of few tokens (`linear_few.cu`) and of many (`linear.cu`, or the device's own library).
 
 use dsa80_reference::{DType, DeviceTensor, Result};
 
-use crate::device::{Arg, Device, Launch};
+use crate::device::{Arg, Device, Gemm, Launch};
 use crate::linear_few::{self, LinearFewTile};
 use crate::linear_many::{self, LinearTile};
 use crate::rows::WEIGHTS;
@@ -22,6 +22,8 @@ pub struct LinearTiles {
     pub middle: LinearTile,
     /// More.
     pub many: LinearTile,
+    /// Whether the device's own library takes more than 32 tokens and a bf16 weight, where it has one.
+    pub library: bool,
 }
 
 /// Tokens that the tile for a middling number of them takes at most.
@@ -78,6 +80,7 @@ impl LinearTiles {
             up_to_32: Tile::safe(LinearTokens::UpTo32),
             middle: Tile::safe(LinearTokens::Middle),
             many: Tile::safe(LinearTokens::Many),
+            library: true,
         }
     }
 }
@@ -99,7 +102,7 @@ impl<D: Device> LinearWorkspace<D> {
     /// Memory runs out.
     pub fn alloc(device: &D, tiles: &LinearTiles) -> Result<Self> {
         let limits = device.limits();
-        let LinearTiles { up_to_8, up_to_32, middle, many } = tiles;
+        let LinearTiles { up_to_8, up_to_32, middle, many, .. } = tiles;
         let needs = [
             up_to_8.needs(limits, LinearTokens::UpTo8),
             up_to_32.needs(limits, LinearTokens::UpTo32),
@@ -199,12 +202,44 @@ impl<'a, D: Device> Product<'a, D> {
         if self.tokens == 0 || self.features == 0 {
             return Ok(());
         }
+        if tiles.library && self.launch_library(device)? {
+            return Ok(());
+        }
         match LinearTokens::of(self.tokens) {
             LinearTokens::UpTo8 => self.launch_few(device, &tiles.up_to_8, workspace),
             LinearTokens::UpTo32 => self.launch_few(device, &tiles.up_to_32, workspace),
             LinearTokens::Middle => self.launch_many(device, &tiles.middle, workspace),
             LinearTokens::Many => self.launch_many(device, &tiles.many, workspace),
         }
+    }
+
+    /// Launches by the device's own library; false where that has nothing for it, and what it launched then counts for nothing.
+    fn launch_library(&self, device: &D) -> Result<bool> {
+        let few = matches!(LinearTokens::of(self.tokens), LinearTokens::UpTo8 | LinearTokens::UpTo32);
+        let plain = self.rows.is_none() && !self.swiglu && self.weight.dtype() == DType::Bf16;
+        if few || !plain {
+            return Ok(false);
+        }
+        let mut first_row = 0;
+        for out in self.outs.into_iter().flatten() {
+            let features = out.shape()[1];
+            let product = Gemm {
+                kernel: self.kernel,
+                x: self.x.buffer(),
+                weight: self.weight.buffer(),
+                first_row,
+                out: out.buffer(),
+                floats: out.dtype() == DType::Float,
+                tokens: self.tokens,
+                columns: self.columns,
+                features,
+            };
+            if features > 0 && !device.gemm(&product)? {
+                return Ok(false);
+            }
+            first_row += features;
+        }
+        Ok(true)
     }
 
     /// Whether every row is whole vectors of 16 bytes.

@@ -210,7 +210,7 @@ impl Tiles {
             .map(|tokens| self.tile(tokens.class(), tokens, limits));
         let [middle, many] = [LinearTokens::Middle, LinearTokens::Many]
             .map(|tokens| self.tile(tokens.class(), tokens, limits));
-        LinearTiles { up_to_8, up_to_32, middle, many }
+        LinearTiles { up_to_8, up_to_32, middle, many, ..LinearTiles::safe() }
     }
 
     /// The tile of `absorb_query` and `absorb_output`, for few tokens and for many.

@@ -7,6 +7,7 @@ use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptu
 use cudarc::driver::{CudaEvent, CudaGraph};
 use dsa80_reference::Result;
 
+use super::cublaslt::CublasLt;
 use super::{Gpu, Modules, driver_message, refuse};
 
 /// Captured launches. They read and write the buffers that they were captured with, which must outlive the graph.
@@ -14,6 +15,7 @@ pub struct Graph {
     graph: CudaGraph,
     // What it launches stays loaded.
     _modules: Arc<Modules>,
+    _cublaslt: Option<Arc<CublasLt>>,
 }
 
 // SAFETY: a graph has one owner, and the driver asks no more than that two threads do not use it at a time.
@@ -55,7 +57,7 @@ impl Gpu {
         let graph =
             graph.map_err(failed)?.ok_or_else(|| refuse("nothing was launched to be captured".into()))?;
         graph.upload().map_err(failed)?;
-        Ok(Graph { graph, _modules: self.modules.clone() })
+        Ok(Graph { graph, _modules: self.modules.clone(), _cublaslt: self.cublaslt.get().cloned().flatten() })
     }
 
     /// Microseconds of each of `times` runs of `work`, queued one after the other so that the GPU never waits for the host. Waits.

@@ -2,7 +2,9 @@
 
 mod cache;
 mod compiler;
+mod cublaslt;
 mod graph;
+mod libraries;
 mod memory;
 mod nvrtc;
 mod peers;
@@ -13,7 +15,7 @@ use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
@@ -21,11 +23,12 @@ use dsa80_reference::{Error, Result};
 
 pub use self::cache::Compiled;
 pub use self::compiler::Compiler;
+use self::cublaslt::{CublasLt, Pointers, Shape};
 pub use self::graph::Graph;
 pub use self::memory::GpuBuffer;
 pub use self::resources::Resources;
 use self::staging::Staging;
-use crate::device::{Arg, Device, Launch, Limits, Program};
+use crate::device::{Arg, Device, Gemm, Launch, Limits, Program};
 use crate::probe::{self, ProbeError};
 use crate::sources::Sources;
 
@@ -41,6 +44,8 @@ pub struct Gpu {
     capturing: AtomicBool,
     /// Made by the first large copy.
     staging: Mutex<Option<Staging>>,
+    // Loaded with the first product that it may take.
+    cublaslt: OnceLock<Option<Arc<CublasLt>>>,
     stream: Arc<CudaStream>,
     context: Arc<CudaContext>,
 }
@@ -144,6 +149,7 @@ impl Gpu {
             history: Mutex::default(),
             capturing: AtomicBool::new(false),
             staging: Mutex::default(),
+            cublaslt: OnceLock::new(),
             stream,
             context,
         })
@@ -244,6 +250,26 @@ impl Gpu {
         module.functions.retain(|known| known.entry != launch.entry);
         module.functions.push(function);
         Ok(function)
+    }
+
+    /// NVIDIA's library of products, where there is one.
+    fn cublaslt(&self) -> Result<Option<&Arc<CublasLt>>> {
+        if let Some(known) = self.cublaslt.get() {
+            return Ok(known.as_ref());
+        }
+        self.refuse_in_capture("loaded", "cuBLASLt")?;
+        let major = self.driver_version.split('.').next().and_then(|major| major.parse().ok());
+        let loaded = CublasLt::load(&self.context, major)?.map(Arc::new);
+        Ok(self.cublaslt.get_or_init(|| loaded).as_ref())
+    }
+
+    /// Whether products of many tokens are those of NVIDIA's library.
+    ///
+    /// # Errors
+    /// The library is there and does not work.
+    pub fn has_gemm(&self) -> Result<bool> {
+        self.bind()?;
+        self.cublaslt().map(|library| library.is_some())
     }
 
     /// What a captured graph would do at the wrong time, or not at all.
@@ -375,6 +401,34 @@ impl Device for Gpu {
 
     fn replay(&self, graph: &Graph) -> Result<()> {
         graph.launch()
+    }
+
+    fn gemm(&self, product: &Gemm<'_, GpuBuffer>) -> Result<bool> {
+        self.bind()?;
+        let Some(library) = self.cublaslt()? else { return Ok(false) };
+        let &Gemm { kernel, first_row, floats, tokens, columns, features, .. } = product;
+        let (row_bytes, out_bytes) = (2 * columns, if floats { 4 } else { 2 });
+        let pointers = Pointers {
+            x: product.x.range(0, tokens * row_bytes)?,
+            weight: product.weight.range(first_row * row_bytes, features * row_bytes)?,
+            out: product.out.range(0, tokens * features * out_bytes)?,
+        };
+        if !columns.is_multiple_of(8) || !(features * out_bytes).is_multiple_of(16) {
+            return Ok(false);
+        }
+        let shape = Shape { tokens, columns, features, floats };
+        // SAFETY: the ranges were compared with the buffers; allocations are aligned to 256 bytes, rows to 16.
+        let launched = unsafe { library.multiply(shape, pointers, self.stream.cu_stream().cast()) }.map_err(
+            |error| Error::Launch {
+                kernel,
+                shape: format!("{tokens} x {columns} -> {features}"),
+                message: error.to_string(),
+            },
+        )?;
+        if launched {
+            lock(&self.history).last = Some((kernel, "cublasLtMatmul"));
+        }
+        Ok(launched)
     }
 }
 

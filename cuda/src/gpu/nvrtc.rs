@@ -4,10 +4,12 @@
 //! changed since CUDA 11.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use dsa80_reference::{Error, Result};
 use libloading::Library;
+
+use super::libraries::candidates;
 
 type Program = *mut c_void;
 type Status = c_int;
@@ -52,7 +54,7 @@ impl Nvrtc {
     /// Loads the library; of several, the one whose major version is `preferred`, which a driver of that version surely runs.
     pub(crate) fn load(preferred: Option<u32>) -> Result<Self> {
         let mut failures = Vec::new();
-        for candidate in candidates(preferred) {
+        for candidate in candidates("DSA80_NVRTC", "nvrtc", preferred) {
             // SAFETY: loading runs the library's initialisers; the names are those of NVIDIA's compiler alone.
             match unsafe { Library::new(&candidate) } {
                 Ok(library) => return Self::bind(library, &candidate),
@@ -174,26 +176,6 @@ impl Drop for Owned<'_> {
             unsafe { (self.nvrtc.destroy)(&raw mut self.program) };
         }
     }
-}
-
-/// `DSA80_NVRTC`, then the loader's search path, then the toolkit's folder.
-fn candidates(preferred: Option<u32>) -> Vec<PathBuf> {
-    if let Some(path) = std::env::var_os("DSA80_NVRTC") {
-        return vec![path.into()];
-    }
-    let majors = if preferred == Some(12) { [12, 13] } else { [13, 12] };
-    let names: Vec<String> = if cfg!(windows) {
-        majors.iter().map(|major| format!("nvrtc64_{major}0_0.dll")).collect()
-    } else {
-        let versioned = majors.iter().map(|major| format!("libnvrtc.so.{major}"));
-        versioned.chain(["libnvrtc.so".to_owned()]).collect()
-    };
-    let toolkits = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
-    let folders = toolkits.chain([PathBuf::from("/usr/local/cuda")]).map(|toolkit| toolkit.join("lib64"));
-    let in_folders: Vec<PathBuf> = folders
-        .flat_map(|folder| names.iter().map(move |name| folder.join(name)).collect::<Vec<_>>())
-        .collect();
-    names.into_iter().map(PathBuf::from).chain(in_folders).collect()
 }
 
 fn missing(detail: &str) -> Error {

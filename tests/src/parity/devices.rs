@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::sync::Once;
 
-use dsa80_cuda::{Arg, Device, Gpu, Launch, Limits, Sources};
+use dsa80_cuda::{Arg, Device, Gemm, Gpu, Launch, Limits, Sources};
 use dsa80_reference::Result;
 
 use super::compare::assert_same;
@@ -117,6 +117,13 @@ impl Device for TestDevice {
             (TestDevice::Gpu(device), TestGraph::Gpu(graph)) => device.replay(graph),
             _ => panic!("a graph of another device"),
         }
+    }
+
+    fn gemm(&self, product: &Gemm<'_, TestBuffer>) -> Result<bool> {
+        let TestDevice::Gpu(gpu) = self else { return Ok(false) };
+        let &Gemm { kernel, x, weight, first_row, out, floats, tokens, columns, features } = product;
+        let (x, weight, out) = (x.on_gpu(), weight.on_gpu(), out.on_gpu());
+        gpu.gemm(&Gemm { kernel, x, weight, first_row, out, floats, tokens, columns, features })
     }
 }
 

@@ -23,6 +23,8 @@ pub(crate) struct Variant {
     weight: DType,
     few: LinearFewTile,
     many: LinearTile,
+    /// Whether the device's own library takes it, where there is one.
+    library: bool,
 }
 
 const FEW: LinearFewTile = LinearFewTile { warps: 2, row_tiles: 1, halves: 2, stages: 3, blocks: 1 };
@@ -43,7 +45,7 @@ const fn few(
     [warps, row_tiles, halves, stages]: [usize; 4],
 ) -> Variant {
     let few = LinearFewTile { warps, row_tiles, halves, stages, blocks: 1 };
-    Variant { tokens, columns, features: 70, weight, few, many: MANY }
+    Variant { tokens, columns, features: 70, weight, few, many: MANY, library: false }
 }
 
 const fn many(
@@ -55,7 +57,7 @@ const fn many(
     let ahead = stages == 2;
     let many =
         LinearTile { tokens: tile_tokens, features, token_warps, feature_warps, stages, blocks: 1, ahead };
-    Variant { tokens, columns, features: 150, weight, few: FEW, many }
+    Variant { tokens, columns, features: 150, weight, few: FEW, many, library: false }
 }
 
 /// The middling weight, with one block an output and with several that share it.
@@ -191,11 +193,11 @@ impl Inputs {
 
 /// Tiles for small shapes, whose programs these tests compile anyway.
 pub(crate) fn small_tiles() -> LinearTiles {
-    LinearTiles { up_to_8: WHOLE.few, up_to_32: SHARED.few, middle: TILES.many, many: TILES.many }
+    LinearTiles { up_to_32: SHARED.few, middle: TILES.many, many: TILES.many, ..tiles(&WHOLE) }
 }
 
-fn tiles(variant: &Variant) -> LinearTiles {
-    LinearTiles { up_to_8: variant.few, up_to_32: variant.few, middle: variant.many, many: variant.many }
+fn tiles(&Variant { few, many, library, .. }: &Variant) -> LinearTiles {
+    LinearTiles { up_to_8: few, up_to_32: few, middle: many, many, library }
 }
 
 pub(crate) fn run(device: &TestDevice, case: Case, gathers: bool) {
@@ -244,6 +246,7 @@ fn agrees_with_the_oracle_at_size_with_every_tile() {
             weight: DType::Bf16,
             few,
             many: MANY,
+            library: false,
         })
     };
     let many = |class, tokens: (usize, usize)| {
@@ -254,6 +257,7 @@ fn agrees_with_the_oracle_at_size_with_every_tile() {
             weight: DType::Bf16,
             few: FEW,
             many,
+            library: false,
         })
     };
     let variants = prop_oneof![
@@ -282,6 +286,40 @@ fn agrees_with_the_oracle_at_size_with_every_tile() {
                 seed: 3,
             };
             run(device, case, false);
+        }
+    });
+}
+
+/// Of a GPU's own library: sizes that it takes, and some that it does not.
+#[test]
+fn agrees_with_the_oracle_by_the_library() {
+    let safe = LinearTiles::safe();
+    let tokens = select(vec![(33, 128), (129, 300)]);
+    let sizes = select(vec![((6144, 8), 704), ((2048, 512), 2624), ((300, 1), 70)]);
+    let variants = (tokens, sizes).prop_map(move |(tokens, (columns, features))| Variant {
+        tokens,
+        columns,
+        features,
+        many: safe.many,
+        library: true,
+        ..WHOLE
+    });
+    parity::check_on_gpu("linear_by_library", cases(variants), |device, mut case| {
+        // Most features are not whole vectors, and go another way.
+        if case.seed % 4 != 0 {
+            case.features = case.features.next_multiple_of(8);
+        }
+        run(device, case, false);
+    });
+    parity::large_cases(|device| {
+        let values = Values::Normal;
+        for (tokens, columns, features) in [(1024, 6144, 2624), (128, 2048, 6144), (64, 2048, 2048)] {
+            for floats in [false, true] {
+                let variant = Variant { many: safe.many, library: true, ..WHOLE };
+                let case =
+                    Case { variant, tokens, columns, features, floats, weight_power: -4, values, seed: 3 };
+                run(device, case, false);
+            }
         }
     });
 }
@@ -350,8 +388,9 @@ fn misfits_are_named() {
         expect(run(&x, &tensor(DType::Bf16, &[8, 0]), out()), &["`weight`", "at least one column"]);
         expect(run(&x, &weight, tensor(DType::Act, &[2, 9])), &["`out`", "[2, 8]"]);
         expect(run(&x, &weight, tensor(DType::Index, &[2, 8])), &["`out` holds indices"]);
-        let other = LinearTiles { middle: LinearTile { tokens: 128, token_warps: 4, ..MANY }, ..tiles };
-        let small = LinearTiles { up_to_8: FEW, up_to_32: FEW, middle: MANY, many: MANY };
+        let middle = LinearTile { tokens: 128, token_warps: 4, ..MANY };
+        let other = LinearTiles { middle, library: false, ..tiles };
+        let small = LinearTiles { up_to_8: FEW, up_to_32: FEW, middle: MANY, many: MANY, library: false };
         let workspace = LinearWorkspace::alloc(device, &small).unwrap();
         let (x, weight) = (tensor(DType::Act, &[40, 1280]), tensor(DType::Bf16, &[8, 1280]));
         let mut out = tensor(DType::Act, &[40, 8]);

@@ -8,7 +8,7 @@ use dsa80_cuda::gpu::Launched;
 use dsa80_cuda::{Cost, Device, Gpu, Tiles};
 
 use crate::args::{Machine, Select};
-use crate::cases::{self, Case};
+use crate::cases::{self, Case, LIBRARY};
 use crate::ceilings::Ceilings;
 use crate::measure::time_calls;
 use crate::report::{CaseResult, Environment, LaunchResult, Report, goal_here};
@@ -39,6 +39,10 @@ pub(crate) fn run(
     };
     let mut failures = Vec::new();
     for case in &selected {
+        if case.kernel == LIBRARY && !gpu.has_gemm()? {
+            eprintln!("{} {}: left out, the library is not there", case.kernel, case.name);
+            continue;
+        }
         let start = Instant::now();
         let replays = if quick { QUICK_REPLAYS } else { REPLAYS };
         let result = bench_case(&gpu, case, &tiles, &report.ceilings, replays);

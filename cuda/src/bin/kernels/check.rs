@@ -4,7 +4,7 @@ use anyhow::bail;
 use dsa80_cuda::{Device, Gpu, Tiles};
 
 use crate::args::{Machine, Select};
-use crate::cases::{self, Run};
+use crate::cases::{self, LIBRARY, Run};
 use crate::oracle::Accuracy;
 use crate::resources::tile_words;
 use crate::table::Table;
@@ -21,8 +21,11 @@ pub(crate) fn run(machine: &Machine, select: &Select, all_tiles: bool) -> anyhow
     let mut table = Table::new(["kernel", "case", "rel. L2", "limit", "worst", "rows", "", "tile"]);
     let mut failures = Vec::new();
     for case in &selected {
+        if case.kernel == LIBRARY && !gpu.has_gemm()? {
+            continue;
+        }
         let mut tiles = vec![cases::tile(case, &pinned)?];
-        if all_tiles {
+        if all_tiles && case.kernel != LIBRARY {
             let candidates = cases::registered(case)?.candidates(case.class, gpu.limits());
             tiles.extend(candidates.map_err(anyhow::Error::msg)?);
         }

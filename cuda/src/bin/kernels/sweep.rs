@@ -9,7 +9,7 @@ use dsa80_cuda::{Device, Gpu, Limits, ProgramEntry, Tiles};
 
 use crate::NoMachine;
 use crate::args::{Machine, Select};
-use crate::cases::{self, Case};
+use crate::cases::{self, Case, LIBRARY};
 use crate::measure::time_calls;
 use crate::report::microseconds;
 use crate::resources::{compile_all, tile_words, unfit_for_a100};
@@ -30,7 +30,7 @@ struct Timed {
 #[expect(clippy::print_stdout, reason = "the table is the command's result")]
 pub(crate) fn run(machine: &Machine, select: &Select, folder: &Path, dry_run: bool) -> anyhow::Result<()> {
     let mut selected = cases::all();
-    selected.retain(|case| select.takes(case.kernel, &case.name));
+    selected.retain(|case| case.kernel != LIBRARY && select.takes(case.kernel, &case.name));
     if selected.is_empty() {
         bail!("no case is selected");
     }

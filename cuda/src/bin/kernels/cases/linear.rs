@@ -6,7 +6,7 @@ use dsa80_cuda::linear_many::LinearTile;
 use dsa80_cuda::{Cost, CudaTensor, Device, Gpu, Tile, Tiles, lm_head};
 use dsa80_reference::{DType, Kernels, Result};
 
-use super::{Case, Run, copies, typed};
+use super::{Case, LIBRARY, Run, copies, typed};
 use crate::inputs;
 use crate::oracle::{self, Accuracy, Memo, half_ulp_bf16, oracle, spread};
 
@@ -38,6 +38,8 @@ struct Set {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Which {
     Linear,
+    /// `linear`, by NVIDIA's library.
+    Library,
     LmHead,
 }
 
@@ -50,6 +52,7 @@ pub(super) fn case(
 ) -> Case {
     let class = LinearTokens::of(tokens);
     let tiles_of = match class {
+        _ if kernel == Which::Library => LIBRARY,
         LinearTokens::UpTo8 | LinearTokens::UpTo32 => LinearFewTile::KERNEL,
         LinearTokens::Middle | LinearTokens::Many => LinearTile::KERNEL,
     };
@@ -72,12 +75,16 @@ pub(super) fn cases() -> Vec<Case> {
         ("q_b", 2048, 2048, [4.0, 4.5, 13.5]),
         ("o_proj", 2048, 6144, [7.5, 8.5, 35.7]),
     ] {
-        for (tokens, goal_us) in [(1, Some(one)), (8, None), (32, Some(few)), (128, None), (1024, Some(many))]
-        {
+        for (tokens, goal_us) in [(1, Some(one)), (8, None), (32, Some(few)), (128, None), (1024, None)] {
             cases.push(case(what, [tokens, columns, features], goal_us, Which::Linear));
         }
+        for (tokens, goal_us) in [(128, None), (1024, Some(many))] {
+            cases.push(case(what, [tokens, columns, features], goal_us, Which::Library));
+        }
     }
-    cases.push(case("q_a|kv_a", [8192, 6144, 2624], None, Which::Linear));
+    for kernel in [Which::Linear, Which::Library] {
+        cases.push(case("q_a|kv_a", [8192, 6144, 2624], None, kernel));
+    }
     cases
 }
 
@@ -92,7 +99,7 @@ impl Product {
                 Ok(Set {
                     x: inputs::normal(gpu, "x", DType::Act, &[tokens, columns], 2 * seed, 1.0)?,
                     rows: match kernel {
-                        Which::Linear => None,
+                        Which::Linear | Which::Library => None,
                         Which::LmHead => Some(inputs::indices(gpu, "rows", &[tokens], &all)?),
                     },
                     weight: inputs::normal(
@@ -107,7 +114,7 @@ impl Product {
                 })
             })
             .collect::<Result<_>>()?;
-        let tiles = tiles.linear(gpu.limits());
+        let tiles = LinearTiles { library: kernel == Which::Library, ..tiles.linear(gpu.limits()) };
         let workspace = LinearWorkspace::alloc(gpu, &tiles)?;
         Ok(Self { tiles, workspace, tokens, columns, features, out, sets, expected: Memo::default() })
     }
@@ -115,6 +122,9 @@ impl Product {
 
 impl Run for Product {
     fn set_tile(&mut self, gpu: &Gpu, tile: &toml::Table) -> Result<()> {
+        if self.tiles.library {
+            return Ok(());
+        }
         match LinearTokens::of(self.tokens) {
             LinearTokens::UpTo8 => self.tiles.up_to_8 = typed(tile)?,
             LinearTokens::UpTo32 => self.tiles.up_to_32 = typed(tile)?,

@@ -30,6 +30,9 @@ use dsa80_reference::{Error, Result};
 
 use crate::oracle::Accuracy;
 
+/// What cases are called that NVIDIA's library computes: they have no tile, and are left out where it is missing.
+pub(crate) const LIBRARY: &str = "cublaslt";
+
 /// A shape of a kernel.
 pub(crate) struct Case {
     pub(crate) kernel: &'static str,
@@ -132,6 +135,9 @@ fn typed<T: dsa80_cuda::Tile>(tile: &toml::Table) -> Result<T> {
 
 /// The tile that `tiles` has for a case, or the safe one.
 pub(crate) fn tile(case: &Case, tiles: &Tiles) -> anyhow::Result<toml::Table> {
+    if case.kernel == LIBRARY {
+        return Ok(toml::Table::new());
+    }
     if let Some(pinned) = tiles.pinned(case.kernel, case.class) {
         return Ok(pinned.tile.clone());
     }
@@ -157,8 +163,11 @@ mod tests {
     fn cases_are_registered_and_named_once() {
         let cases = all();
         for (i, case) in cases.iter().enumerate() {
-            let classes = registered(case).unwrap().classes;
-            assert!(classes.contains(&case.class), "{}: {} is not in {classes:?}", case.kernel, case.class);
+            if case.kernel != LIBRARY {
+                let classes = registered(case).unwrap().classes;
+                let (kernel, class) = (case.kernel, case.class);
+                assert!(classes.contains(&class), "{kernel}: {class} is not in {classes:?}");
+            }
             let same = |other: &&Case| other.kernel == case.kernel && other.name == case.name;
             assert!(cases[..i].iter().find(same).is_none(), "{} {} twice", case.kernel, case.name);
         }
