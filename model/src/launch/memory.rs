@@ -250,7 +250,7 @@ mod tests {
         // Enough for the weights, and for little more than the reserve.
         let needs = Needs::rehearse(a100(), &checkpoint, &options).unwrap();
         let page = page_bytes(checkpoint.config(), &options, ACT_BYTES) as u64;
-        let total = needs.weights + needs.workspace + RESERVE + 10 * page + page / 2;
+        let total = needs.weights + needs.workspace + needs.graphs + RESERVE + 10 * page + page / 2;
         let tight = GpuMemory { total, free: total };
         let all = LaunchOptions { gpu_memory_utilization: 1.0, ..options };
         assert_eq!(settle(tight, a100(), &checkpoint, &all).unwrap().num_pages, 10);

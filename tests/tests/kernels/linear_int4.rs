@@ -296,6 +296,19 @@ fn agrees_with_the_oracle_at_size_with_every_tile() {
 }
 
 #[test]
+fn agrees_with_the_oracle_on_the_longest_prefill() {
+    let variant = Variant {
+        way: Way::Wide(LinearInt4WideTile::candidates((), &Limits::a100())[0]),
+        format: format(DType::Bf16, 32, true),
+        inner: 1024,
+        out: DType::Act,
+    };
+    parity::large_cases(|device| {
+        run(device, Case { variant, tokens: 8192, features: 72, values: Values::Normal, seed: 8 });
+    });
+}
+
+#[test]
 fn planted_faults_are_seen() {
     let (few_32, few_128, wide_32, wide_96) = (FEW[0], FEW[1], WIDE[0], WIDE[2]);
     for (file, variant, find, replace) in [

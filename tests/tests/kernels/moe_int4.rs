@@ -206,6 +206,25 @@ fn agrees_with_the_oracle_at_size() {
     });
 }
 
+#[test]
+fn agrees_with_the_oracle_on_the_longest_prefill() {
+    let groups = (128, 32);
+    let layer =
+        Layer { hidden: 256, intermediate: 32, experts: 256, groups, scales: DType::Bf16, zero_points: true };
+    let shape = (layer.hidden, layer.intermediate);
+    let dims = MoeInt4Dims::new(shape, 32, layer.scales, layer.zero_points, MoeLoad::Many);
+    let limits = Limits::a100();
+    let pairs = MoeInt4PairsTile::candidates(dims, &limits)[0];
+    let variant = Variant { layer, pairs, sorted: MoeInt4Tile::candidates(dims, &limits)[0] };
+    parity::large_cases(|device| {
+        for routing in [Routing::Any, Routing::Skewed, Routing::One] {
+            let values = Values::Normal;
+            let step = Step { tokens: 8192, top_k: 8, routing, values, shared: true, seed: 8 };
+            run(device, Case { variant, way: Way::Sorted, step });
+        }
+    });
+}
+
 /// With the one of the variants that the fault lies in: a fault costs as many compilations as there are variants.
 #[test]
 fn planted_faults_are_seen() {
