@@ -98,7 +98,7 @@ impl Device for Counting {
         Ok(())
     }
 
-    fn capture(&self, launches: impl FnOnce() -> Result<()>) -> Result<()> {
+    fn capture(&self, mut launches: impl FnMut() -> Result<()>) -> Result<()> {
         launches()
     }
 

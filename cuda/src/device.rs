@@ -197,7 +197,7 @@ pub trait Device: Send {
     ///
     /// # Errors
     /// `launches` failed, or did more than launch.
-    fn capture(&self, launches: impl FnOnce() -> Result<()>) -> Result<Self::Graph>;
+    fn capture(&self, launches: impl FnMut() -> Result<()>) -> Result<Self::Graph>;
 
     /// Launches all that was captured, on the memory that it was captured with; does not wait.
     ///
@@ -240,7 +240,7 @@ impl<D: Device + Sync> Device for Arc<D> {
         (**self).launch(launch)
     }
 
-    fn capture(&self, launches: impl FnOnce() -> Result<()>) -> Result<D::Graph> {
+    fn capture(&self, launches: impl FnMut() -> Result<()>) -> Result<D::Graph> {
         (**self).capture(launches)
     }
 

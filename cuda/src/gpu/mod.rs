@@ -395,7 +395,7 @@ impl Device for Gpu {
         Ok(())
     }
 
-    fn capture(&self, launches: impl FnOnce() -> Result<()>) -> Result<Graph> {
+    fn capture(&self, launches: impl FnMut() -> Result<()>) -> Result<Graph> {
         Gpu::capture(self, launches)
     }
 

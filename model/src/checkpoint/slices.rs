@@ -73,7 +73,7 @@ fn read_rows(
         let mut rows = out.chunks_exact_mut(run).enumerate();
         return rows.try_for_each(|(row, out)| tensor.read(start + row * pitch, out));
     }
-    let rows = (SPAN / pitch).max(1);
+    let rows = (SPAN / pitch).min(out.len() / run).max(1);
     let mut span = vec![0; rows * pitch];
     for (block, out) in out.chunks_mut(rows * run).enumerate() {
         let used = (out.len() / run - 1) * pitch + run;

@@ -217,7 +217,7 @@ impl Device for Emulator {
         kernel.run(&shape, &arguments).map_err(place)
     }
 
-    fn capture(&self, launches: impl FnOnce() -> Result<()>) -> Result<EmulatedGraph> {
+    fn capture(&self, mut launches: impl FnMut() -> Result<()>) -> Result<EmulatedGraph> {
         self.refuse_in_capture("captured", "a graph")?;
         *lock(&self.capture) = Some(Vec::new());
         let launched = launches();

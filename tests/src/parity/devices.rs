@@ -104,7 +104,7 @@ impl Device for TestDevice {
         }
     }
 
-    fn capture(&self, launches: impl FnOnce() -> Result<()>) -> Result<TestGraph> {
+    fn capture(&self, launches: impl FnMut() -> Result<()>) -> Result<TestGraph> {
         match self {
             TestDevice::Emulator(device) => device.capture(launches).map(TestGraph::Emulator),
             TestDevice::Gpu(device) => device.capture(launches).map(TestGraph::Gpu),

@@ -58,7 +58,7 @@ impl Device for Dry {
         Ok(())
     }
 
-    fn capture(&self, launches: impl FnOnce() -> Result<()>) -> Result<()> {
+    fn capture(&self, mut launches: impl FnMut() -> Result<()>) -> Result<()> {
         launches()
     }
 

@@ -118,7 +118,8 @@ fn a_rank_that_gives_up_ends_the_wait_of_the_others_with_its_reason() {
 #[test]
 fn a_rank_that_does_not_come_is_named() {
     let patience = Duration::from_millis(50);
-    let Some(error) = first_error(Placement::Apart, patience, |_| {}) else { return };
+    let stays_away = |_: &dyn Communicator<_>| std::thread::sleep(Duration::from_secs(1));
+    let Some(error) = first_error(Placement::Apart, patience, stays_away) else { return };
     assert!(error.contains("rank 1 has not come to a collective within 50ms"), "{error}");
     // Its thread has ended, which the threads that meet are told.
     let Some(error) = first_error(Placement::Together, PATIENCE, |_| {}) else { return };

@@ -292,7 +292,7 @@ mod tests {
             Err(Error::Backend { backend: "memory", message: "launches nothing".into() })
         }
 
-        fn capture(&self, launches: impl FnOnce() -> Result<()>) -> Result<()> {
+        fn capture(&self, mut launches: impl FnMut() -> Result<()>) -> Result<()> {
             launches()
         }
 
