@@ -8,7 +8,8 @@
 
 // The tile's rows of a head's rotary columns, WIDTH neighbouring ones at a time.
 template <int WIDTH>
-DEVICE void turn_columns(const uint16_t* x, const float* cos_sin, uint16_t* out, int rows, int rotary, int64_t x_stride, int64_t out_stride) {
+DEVICE void turn_columns(const uint16_t* x, const float* cos_sin, uint16_t* out, int rows, int rotary, int64_t x_stride,
+                         int64_t out_stride) {
     const int pieces = rotary / WIDTH;
     for (int i = threadIdx.x; i < rows * pieces; i += THREADS) {
         const int64_t row = i / pieces;

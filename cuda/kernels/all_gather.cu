@@ -1,7 +1,7 @@
 // The ranks' shards side by side in every row, or one rank's tensor on all (BROADCAST).
 //
-// Every rank pushes what it has to the others; see exchange.cuh. Several ranks can be rows of one launch (blockIdx.y), whose blocks must all
-// be resident at once.
+// Every rank pushes what it has to the others; see exchange.cuh. Several ranks can be rows of one launch (blockIdx.y), whose blocks must
+// all be resident at once.
 //
 // Constants: those of exchange.cuh; ELEMENT_BYTES, 2 or 4; VECTOR elements of a load, 16 bytes or one; BROADCAST.
 #include "exchange.cuh"

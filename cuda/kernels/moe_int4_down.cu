@@ -128,7 +128,10 @@ moe_int4_down(const uint16_t* x, const uint4* weight, const void* scales, const 
             const int job = first_job + i * WARPS;
             if (job >= top_k * ROW_TILES) break;
             float(&part)[16] = shared.parts[job / ROW_TILES][job % ROW_TILES];
-            if (t == 0) part[g] = exists[i] ? topk_weight[i] * acc[i][0] : 0.0f, part[g + 8] = exists[i] ? topk_weight[i] * acc[i][1] : 0.0f;
+            if (t == 0) {
+                part[g] = exists[i] ? topk_weight[i] * acc[i][0] : 0.0f;
+                part[g + 8] = exists[i] ? topk_weight[i] * acc[i][1] : 0.0f;
+            }
         }
     }
     __syncthreads();
