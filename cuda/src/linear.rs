@@ -23,7 +23,7 @@ pub struct LinearTiles {
     /// More.
     pub many: LinearTile,
     /// Whether the device's own library takes more than 32 tokens and a bf16 weight, where it has one.
-    pub library: bool,
+    pub gemm: bool,
 }
 
 /// Tokens that the tile for a middling number of them takes at most.
@@ -80,7 +80,7 @@ impl LinearTiles {
             up_to_32: Tile::safe(LinearTokens::UpTo32),
             middle: Tile::safe(LinearTokens::Middle),
             many: Tile::safe(LinearTokens::Many),
-            library: true,
+            gemm: true,
         }
     }
 }
@@ -202,7 +202,7 @@ impl<'a, D: Device> Product<'a, D> {
         if self.tokens == 0 || self.features == 0 {
             return Ok(());
         }
-        if tiles.library && self.launch_library(device)? {
+        if tiles.gemm && self.launch_library(device)? {
             return Ok(());
         }
         match LinearTokens::of(self.tokens) {

@@ -190,7 +190,8 @@ impl<K: Kernels> Run<K> {
 fn joins(first: &HostLinear, second: &HostLinear) -> bool {
     match (first, second) {
         (HostLinear::Dense(first), HostLinear::Dense(second)) => {
-            first.dtype() == second.dtype() && first.shape.last() == second.shape.last()
+            let two = first.shape.len() == 2 && second.shape.len() == 2;
+            two && first.dtype() == second.dtype() && first.shape[1] == second.shape[1]
         }
         (HostLinear::Random(first), HostLinear::Random(second)) => {
             matches!(first.format, RandomFormat::Dense(_))

@@ -225,6 +225,9 @@ pub fn gpus() -> Vec<Gpu> {
         return Vec::new();
     }
     let gpus: Vec<Gpu> = (0..).map_while(|ordinal| Gpu::open(ordinal, sources()).ok()).collect();
+    if gpus.len() < 2 {
+        tell(&format!("left out: several GPUs (there are {}, and it takes two)", gpus.len()));
+    }
     match gpus.iter().try_for_each(|gpu| gpus.iter().try_for_each(|other| gpu.reach(other))) {
         Ok(()) => gpus,
         Err(reason) => {

@@ -24,7 +24,7 @@ pub(crate) struct Variant {
     few: LinearFewTile,
     many: LinearTile,
     /// Whether the device's own library takes it, where there is one.
-    library: bool,
+    gemm: bool,
 }
 
 const FEW: LinearFewTile = LinearFewTile { warps: 2, row_tiles: 1, halves: 2, stages: 3, blocks: 1 };
@@ -45,7 +45,7 @@ const fn few(
     [warps, row_tiles, halves, stages]: [usize; 4],
 ) -> Variant {
     let few = LinearFewTile { warps, row_tiles, halves, stages, blocks: 1 };
-    Variant { tokens, columns, features: 70, weight, few, many: MANY, library: false }
+    Variant { tokens, columns, features: 70, weight, few, many: MANY, gemm: false }
 }
 
 const fn many(
@@ -57,7 +57,7 @@ const fn many(
     let ahead = stages == 2;
     let many =
         LinearTile { tokens: tile_tokens, features, token_warps, feature_warps, stages, blocks: 1, ahead };
-    Variant { tokens, columns, features: 150, weight, few: FEW, many, library: false }
+    Variant { tokens, columns, features: 150, weight, few: FEW, many, gemm: false }
 }
 
 /// The middling weight, with one block an output and with several that share it.
@@ -196,8 +196,8 @@ pub(crate) fn small_tiles() -> LinearTiles {
     LinearTiles { up_to_32: SHARED.few, middle: TILES.many, many: TILES.many, ..tiles(&WHOLE) }
 }
 
-fn tiles(&Variant { few, many, library, .. }: &Variant) -> LinearTiles {
-    LinearTiles { up_to_8: few, up_to_32: few, middle: many, many, library }
+fn tiles(&Variant { few, many, gemm, .. }: &Variant) -> LinearTiles {
+    LinearTiles { up_to_8: few, up_to_32: few, middle: many, many, gemm }
 }
 
 pub(crate) fn run(device: &TestDevice, case: Case, gathers: bool) {
@@ -246,7 +246,7 @@ fn agrees_with_the_oracle_at_size_with_every_tile() {
             weight: DType::Bf16,
             few,
             many: MANY,
-            library: false,
+            gemm: false,
         })
     };
     let many = |class, tokens: (usize, usize)| {
@@ -257,7 +257,7 @@ fn agrees_with_the_oracle_at_size_with_every_tile() {
             weight: DType::Bf16,
             few: FEW,
             many,
-            library: false,
+            gemm: false,
         })
     };
     let variants = prop_oneof![
@@ -301,7 +301,7 @@ fn agrees_with_the_oracle_by_the_library() {
         columns,
         features,
         many: safe.many,
-        library: true,
+        gemm: true,
         ..WHOLE
     });
     parity::check_on_gpu("linear_by_library", cases(variants), |device, mut case| {
@@ -315,7 +315,7 @@ fn agrees_with_the_oracle_by_the_library() {
         let values = Values::Normal;
         for (tokens, columns, features) in [(1024, 6144, 2624), (128, 2048, 6144), (64, 2048, 2048)] {
             for floats in [false, true] {
-                let variant = Variant { many: safe.many, library: true, ..WHOLE };
+                let variant = Variant { many: safe.many, gemm: true, ..WHOLE };
                 let case =
                     Case { variant, tokens, columns, features, floats, weight_power: -4, values, seed: 3 };
                 run(device, case, false);
@@ -389,8 +389,8 @@ fn misfits_are_named() {
         expect(run(&x, &weight, tensor(DType::Act, &[2, 9])), &["`out`", "[2, 8]"]);
         expect(run(&x, &weight, tensor(DType::Index, &[2, 8])), &["`out` holds indices"]);
         let middle = LinearTile { tokens: 128, token_warps: 4, ..MANY };
-        let other = LinearTiles { middle, library: false, ..tiles };
-        let small = LinearTiles { up_to_8: FEW, up_to_32: FEW, middle: MANY, many: MANY, library: false };
+        let other = LinearTiles { middle, gemm: false, ..tiles };
+        let small = LinearTiles { up_to_8: FEW, up_to_32: FEW, middle: MANY, many: MANY, gemm: false };
         let workspace = LinearWorkspace::alloc(device, &small).unwrap();
         let (x, weight) = (tensor(DType::Act, &[40, 1280]), tensor(DType::Bf16, &[8, 1280]));
         let mut out = tensor(DType::Act, &[40, 8]);

@@ -60,7 +60,7 @@ fn run(device: &TestDevice, case: Case, tiles: &LinearTiles) {
     });
 
     // The same sums as those of one output; a library may add them up in another order.
-    let whole = (below == 0 && !tiles.library).then(|| {
+    let whole = (below == 0 && !tiles.gemm).then(|| {
         let mut whole = parity::poisoned(device, "whole", DType::Float, &[tokens, features]);
         linear(device, tiles, &workspace, &x.device, &weight.device, &mut whole).unwrap();
         parity::read(device, &whole)
@@ -122,8 +122,8 @@ fn agrees_with_the_oracle_at_size() {
             }
         });
     parity::check_on_gpu("linear_split_at_size", cases, |device, case| {
-        for library in [false, true] {
-            run(device, case.clone(), &LinearTiles { library, ..LinearTiles::safe() });
+        for gemm in [false, true] {
+            run(device, case.clone(), &LinearTiles { gemm, ..LinearTiles::safe() });
         }
     });
 }

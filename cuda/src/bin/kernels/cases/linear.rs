@@ -114,7 +114,7 @@ impl Product {
                 })
             })
             .collect::<Result<_>>()?;
-        let tiles = LinearTiles { library: kernel == Which::Library, ..tiles.linear(gpu.limits()) };
+        let tiles = LinearTiles { gemm: kernel == Which::Library, ..tiles.linear(gpu.limits()) };
         let workspace = LinearWorkspace::alloc(gpu, &tiles)?;
         Ok(Self { tiles, workspace, tokens, columns, features, out, sets, expected: Memo::default() })
     }
@@ -122,7 +122,7 @@ impl Product {
 
 impl Run for Product {
     fn set_tile(&mut self, gpu: &Gpu, tile: &toml::Table) -> Result<()> {
-        if self.tiles.library {
+        if self.tiles.gemm {
             return Ok(());
         }
         match LinearTokens::of(self.tokens) {

@@ -71,7 +71,7 @@ impl Product {
                 })
             })
             .collect::<Result<_>>()?;
-        let tiles = LinearTiles { library: false, ..tiles.linear(gpu.limits()) };
+        let tiles = LinearTiles { gemm: false, ..tiles.linear(gpu.limits()) };
         let workspace = LinearWorkspace::alloc(gpu, &tiles)?;
         Ok(Self { tiles, workspace, tokens, columns, features, sets, expected: Memo::default() })
     }

@@ -89,7 +89,7 @@ fn dense(gpu: &Gpu, tiles: &Tiles, shape: Shape) -> Result<Weights> {
         let weight = inputs::normal(gpu, "weight", DType::Bf16, &rows, 2 * seed + 1, 0.02)?;
         SwiGluDense::of(weight, features)
     });
-    let tiles = LinearTiles { library: false, ..tiles.linear(gpu.limits()) };
+    let tiles = LinearTiles { gemm: false, ..tiles.linear(gpu.limits()) };
     Ok(Weights::Dense(tiles, LinearWorkspace::alloc(gpu, &tiles)?, sets.collect::<Result<_>>()?))
 }
 
