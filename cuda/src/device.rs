@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use dsa80_reference::Result;
+use dsa80_reference::{RecordedKernel, Result, host_times};
 
 /// What a device offers a block, as far as tiles are validated against it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,6 +90,12 @@ impl Program {
     /// The kernel's name: the source's, without its ending.
     pub fn kernel(&self) -> &'static str {
         self.source.strip_suffix(".cu").unwrap_or(self.source)
+    }
+
+    /// What tables call an entry of it: the entry alone where that names the kernel.
+    pub fn name_of(&self, entry: &str) -> String {
+        let kernel = self.kernel();
+        if entry.starts_with(kernel) { entry.to_owned() } else { format!("{kernel}: {entry}") }
     }
 
     /// The constants as `NAME=value`, for errors and tables.
@@ -205,6 +211,27 @@ pub trait Device: Send {
     /// The device failed.
     fn replay(&self, graph: &Self::Graph) -> Result<()>;
 
+    /// Captures the launches of every kernel, on every shape, by themselves, in the order of their first. None on a device that has no use
+    /// for it.
+    ///
+    /// # Errors
+    /// As for [`capture`](Self::capture).
+    fn capture_kernels(
+        &self,
+        _launches: impl FnMut() -> Result<()>,
+    ) -> Result<Vec<RecordedKernel<Self::Graph>>> {
+        Ok(Vec::new())
+    }
+
+    /// Microseconds of each of `times` replays, one after the other. Waits for the last. Unless a device has a clock of its own, it does not
+    /// run ahead of the host.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn time_replays(&self, graph: &Self::Graph, times: usize) -> Result<Vec<f64>> {
+        host_times(times, || self.replay(graph))
+    }
+
     /// Launches the product by the device's own library, in the order of the stream, with sums in f32. False where there is no such
     /// library, or none for this shape: then nothing was launched. After a first launch of the same shape it can be captured in a graph.
     ///
@@ -246,6 +273,14 @@ impl<D: Device + Sync> Device for Arc<D> {
 
     fn replay(&self, graph: &D::Graph) -> Result<()> {
         (**self).replay(graph)
+    }
+
+    fn capture_kernels(&self, launches: impl FnMut() -> Result<()>) -> Result<Vec<RecordedKernel<D::Graph>>> {
+        (**self).capture_kernels(launches)
+    }
+
+    fn time_replays(&self, graph: &D::Graph, times: usize) -> Result<Vec<f64>> {
+        (**self).time_replays(graph, times)
     }
 
     fn gemm(&self, product: &Gemm<'_, D::Buffer>) -> Result<bool> {

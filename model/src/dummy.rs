@@ -17,6 +17,9 @@ use crate::config::ModelConfig;
 use crate::runner::WeightSource;
 use crate::weights::{HostAttention, HostEnds, HostIndexer, HostLayer, HostMlp, HostMoe, HostSwiGlu};
 
+/// `config.json` of GLM-5.2 as cyankiwi/GLM-5.2-AWQ-INT4 has it: experts in INT4, asymmetric, in groups of 32; all else in bf16.
+pub const GLM_5_2: &str = include_str!("glm_5_2.json");
+
 /// What is added to the residual stream is a quarter of it, so that no layer makes activations grow, and one rounding more or less stays
 /// one.
 const ADDED: f32 = 0.25;

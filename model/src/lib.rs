@@ -6,6 +6,7 @@ pub mod dummy;
 pub mod engine;
 mod error;
 pub mod launch;
+pub mod measure;
 pub mod plan;
 pub mod runner;
 pub mod weights;

@@ -23,6 +23,7 @@
 //! DeepSeek-V3.2 report for the lightning indexer; where a method differs, it says so.
 
 use std::ops::Range;
+use std::time::Instant;
 
 use crate::batch::Batch;
 use crate::error::Result;
@@ -67,6 +68,19 @@ pub struct IndexKeys<'a, T> {
     pub layout: RopeLayout,
     /// The indexer's cache.
     pub cache: &'a mut T,
+}
+
+/// The launches of one kernel, on one shape, among those of a step.
+#[derive(Debug)]
+pub struct RecordedKernel<G> {
+    /// The kernel.
+    pub name: String,
+    /// The shape, in words.
+    pub shape: String,
+    /// How many there are.
+    pub launches: usize,
+    /// All of them, and nothing else.
+    pub graph: G,
 }
 
 /// Where `sample` writes. All tensors have one row per sampled row.
@@ -239,6 +253,26 @@ pub trait Kernels: Send + Sized {
     /// # Errors
     /// The device failed.
     fn replay(&self, graph: &Self::Graph) -> Result<()>;
+
+    /// Records the launches of every kernel among `launches` by themselves, in the order of their first: what a kernel takes of a step, on
+    /// what the last step has left. `launches` must have been [recorded](Self::record) before. None on a backend that has no graphs.
+    ///
+    /// # Errors
+    /// As for [`record`](Self::record).
+    fn record_kernels(
+        &self,
+        _launches: impl FnMut() -> Result<()>,
+    ) -> Result<Vec<RecordedKernel<Self::Graph>>> {
+        Ok(Vec::new())
+    }
+
+    /// Microseconds of each of `times` replays, one after the other, by the device's clock where it has one. Waits for the device.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn time_replays(&self, graph: &Self::Graph, times: usize) -> Result<Vec<f64>> {
+        host_times(times, || self.replay(graph))
+    }
 
     // Kernels.
 
@@ -540,4 +574,17 @@ pub trait Kernels: Send + Sized {
         plan: &Self::SamplePlan,
         out: &mut SampleOutput<Self::Tensor>,
     ) -> Result<()>;
+}
+
+/// Microseconds of each of `times` runs of `work`, which waits for what it starts, by the host's clock.
+///
+/// # Errors
+/// `work` failed.
+pub fn host_times(times: usize, mut work: impl FnMut() -> Result<()>) -> Result<Vec<f64>> {
+    (0..times)
+        .map(|_| {
+            let started = Instant::now();
+            work().map(|()| started.elapsed().as_secs_f64() * 1e6)
+        })
+        .collect()
 }

@@ -19,7 +19,7 @@ pub mod tensor;
 pub use batch::{Batch, SequenceSlice};
 pub use communicator::Communicator;
 pub use error::{Error, Result};
-pub use kernels::{IndexKeys, Kernels, RopeLayout, RouterParams, SampleOutput};
+pub use kernels::{IndexKeys, Kernels, RecordedKernel, RopeLayout, RouterParams, SampleOutput, host_times};
 pub use lone_rank::LoneRank;
 pub use random::{RandomFormat, RandomLinear, RandomTensor};
 pub use rendezvous::Rendezvous;

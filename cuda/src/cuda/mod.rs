@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use dsa80_reference::{
     Batch, DType, DeviceTensor, Error, HostExpert, HostInt4, HostLinear, HostTensor, IndexKeys, Kernels,
-    RandomLinear, RandomTensor, Result, RopeLayout, RouterParams, SampleOutput, SampleRow,
+    RandomLinear, RandomTensor, RecordedKernel, Result, RopeLayout, RouterParams, SampleOutput, SampleRow,
 };
 
 use self::chosen::Chosen;
@@ -137,6 +137,11 @@ impl<D: Device> Cuda<D> {
         &self.device
     }
 
+    /// The device, without the backend.
+    pub fn into_device(self) -> D {
+        self.device
+    }
+
     /// Launches a dense product, whose workspace serves any size.
     fn with_linear(
         &self,
@@ -253,6 +258,14 @@ impl<D: Device> Kernels for Cuda<D> {
 
     fn replay(&self, graph: &D::Graph) -> Result<()> {
         self.device.replay(graph)
+    }
+
+    fn record_kernels(&self, launches: impl FnMut() -> Result<()>) -> Result<Vec<RecordedKernel<D::Graph>>> {
+        self.device.capture_kernels(launches)
+    }
+
+    fn time_replays(&self, graph: &D::Graph, times: usize) -> Result<Vec<f64>> {
+        self.device.time_replays(graph, times)
     }
 
     fn alloc_sample_plan(&self, max_rows: usize, vocab_size: usize) -> Result<SamplePlan<D>> {

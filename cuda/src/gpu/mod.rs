@@ -9,6 +9,7 @@ mod memory;
 mod nvrtc;
 mod peers;
 mod resources;
+mod sieve;
 mod staging;
 
 use std::collections::HashMap;
@@ -19,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
-use dsa80_reference::{Error, Result};
+use dsa80_reference::{Error, RecordedKernel, Result};
 
 pub use self::cache::Compiled;
 pub use self::compiler::Compiler;
@@ -27,6 +28,7 @@ use self::cublaslt::{CublasLt, Pointers, Shape};
 pub use self::graph::Graph;
 pub use self::memory::GpuBuffer;
 pub use self::resources::Resources;
+use self::sieve::Sieve;
 use self::staging::Staging;
 use crate::device::{Arg, Device, Gemm, Launch, Limits, Program};
 use crate::probe::{self, ProbeError};
@@ -55,6 +57,7 @@ pub struct Gpu {
 struct History {
     last: Option<(&'static str, &'static str)>,
     recorded: Option<Vec<Launched>>,
+    sieve: Option<Sieve>,
 }
 
 /// A launch, as results carry it.
@@ -346,6 +349,9 @@ impl Device for Gpu {
     fn launch(&self, launch: &Launch<'_, GpuBuffer>) -> Result<()> {
         self.bind()?;
         let function = self.function(launch)?;
+        if self.leaves_out(|| (launch.program.name_of(launch.entry), launch.shape.clone())) {
+            return Ok(());
+        }
         let refused = |message| launch_error(launch.program, launch.shape.clone(), message);
         let mut values = [0_u64; MAX_ARGS];
         let mut given = Parameters { count: launch.args.len(), bytes: [0; MAX_ARGS] };
@@ -403,6 +409,14 @@ impl Device for Gpu {
         graph.launch()
     }
 
+    fn capture_kernels(&self, launches: impl FnMut() -> Result<()>) -> Result<Vec<RecordedKernel<Graph>>> {
+        Gpu::capture_kernels(self, launches)
+    }
+
+    fn time_replays(&self, graph: &Graph, times: usize) -> Result<Vec<f64>> {
+        self.time(times, || graph.launch())
+    }
+
     fn gemm(&self, product: &Gemm<'_, GpuBuffer>) -> Result<bool> {
         self.bind()?;
         let Some(library) = self.cublaslt()? else { return Ok(false) };
@@ -417,14 +431,14 @@ impl Device for Gpu {
             return Ok(false);
         }
         let shape = Shape { tokens, columns, features, floats };
+        let words = || format!("{tokens} x {columns} -> {features}");
+        if let Some(launched) = self.leaves_out_product(|| (format!("{kernel}: cublasLtMatmul"), words())) {
+            return Ok(launched);
+        }
         // SAFETY: the ranges were compared with the buffers; allocations are aligned to 256 bytes, rows to 16.
-        let launched = unsafe { library.multiply(shape, pointers, self.stream.cu_stream().cast()) }.map_err(
-            |error| Error::Launch {
-                kernel,
-                shape: format!("{tokens} x {columns} -> {features}"),
-                message: error.to_string(),
-            },
-        )?;
+        let launched = unsafe { library.multiply(shape, pointers, self.stream.cu_stream().cast()) }
+            .map_err(|error| Error::Launch { kernel, shape: words(), message: error.to_string() })?;
+        self.has_answered(launched);
         if launched {
             lock(&self.history).last = Some((kernel, "cublasLtMatmul"));
         }

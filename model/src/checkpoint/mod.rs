@@ -220,6 +220,11 @@ impl Checkpoint {
         self.tensors.get(name)?.float().ok()
     }
 
+    /// Threads that read a layer.
+    pub fn readers(&self) -> usize {
+        self.readers
+    }
+
     /// Bytes of all weights files, headers included.
     pub fn file_bytes(&self) -> u64 {
         self.tensors.file_bytes()

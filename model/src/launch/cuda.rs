@@ -119,7 +119,7 @@ fn say_what_is_used(gpu: &Gpu, config: &ModelConfig, options: &LaunchOptions) {
 }
 
 /// The limits, from what a GPU's memory holds before anything is on it.
-fn settle(
+pub(super) fn settle(
     gpu: &Gpu,
     checkpoint: &Arc<Checkpoint>,
     options: &LaunchOptions,

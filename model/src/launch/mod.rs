@@ -1,5 +1,6 @@
 //! From a checkpoint to a running engine.
 
+mod alone;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod limits;
@@ -11,6 +12,7 @@ use std::sync::Arc;
 
 use dsa80_reference::cpu::{Cpu, ThreadCommunicator};
 
+pub use self::alone::{Alone, launch_alone};
 pub use self::options::{Device, KvCacheDtype, LaunchOptions, LoadFormat};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
@@ -95,11 +97,7 @@ fn on_the_best(
 
 /// The oracle in f32, a thread for every rank.
 fn on_cpu(checkpoint: &Arc<Checkpoint>, options: &LaunchOptions) -> Result<Box<dyn StepModel>, LaunchError> {
-    if options.kv_cache_dtype == KvCacheDtype::Bf16 {
-        return Err(LaunchError::Options(
-            "--kv-cache-dtype bf16 is for a GPU; on the CPU use auto (f32) or fp8".into(),
-        ));
-    }
+    check_cpu_cache(options)?;
     let memory = limits::CacheMemory {
         bytes: options.kv_cache_bytes.unwrap_or(CPU_CACHE_BYTES),
         act_bytes: size_of::<f32>(),
@@ -113,6 +111,15 @@ fn on_cpu(checkpoint: &Arc<Checkpoint>, options: &LaunchOptions) -> Result<Box<d
         .collect();
     let weights: Arc<dyn WeightSource> = Arc::clone(checkpoint) as _;
     Ok(Box::new(RankGroup::load(ranks, &weights, limits)?))
+}
+
+fn check_cpu_cache(options: &LaunchOptions) -> Result<(), LaunchError> {
+    if options.kv_cache_dtype == KvCacheDtype::Bf16 {
+        return Err(LaunchError::Options(
+            "--kv-cache-dtype bf16 is for a GPU; on the CPU use auto (f32) or fp8".into(),
+        ));
+    }
+    Ok(())
 }
 
 fn say_what_is_loaded(config: &ModelConfig, options: &LaunchOptions, limits: &StepLimits) {

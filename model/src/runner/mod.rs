@@ -18,6 +18,6 @@ pub(crate) use cache::CacheWidths;
 pub use graphs::decode_graphs;
 pub use group::{RankGroup, RankParts};
 pub use probe::Probe;
-pub use rank::{INDEX_LOGITS, Rank};
+pub use rank::{INDEX_LOGITS, Rank, RecordedStep};
 pub use source::WeightSource;
 pub(crate) use workspace::MAX_LOGPROBS;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use dsa80_reference::{Batch, Communicator, Kernels, Result, SampleRow, SamplingParams};
+use dsa80_reference::{Batch, Communicator, Kernels, RecordedKernel, Result, SampleRow, SamplingParams};
 
 use super::cache::Caches;
 use super::forward::{Forward, LogitRows, lm_head};
@@ -34,6 +34,15 @@ pub struct Rank<K: Kernels> {
     device_batch: K::Batch,
     sample_plan: K::SamplePlan,
     graphs: DecodeGraphs<K>,
+}
+
+/// A step that was recorded to be timed.
+#[derive(Debug)]
+pub struct RecordedStep<G> {
+    /// All of it.
+    pub whole: G,
+    /// The launches of each of its kernels.
+    pub kernels: Vec<RecordedKernel<G>>,
 }
 
 impl<K: Kernels> Rank<K> {
@@ -136,6 +145,46 @@ impl<K: Kernels> Rank<K> {
                 _ => Ok(()),
             }
         })
+    }
+
+    /// Runs `step` and records it just as it is, as a whole and kernel by kernel, to be timed; [`step`](Self::step) replays none of it. Of its
+    /// targets, 64 at most, each row's best token is chosen. `None` on a backend that has no graphs.
+    ///
+    /// # Errors
+    /// As for [`forward`](Self::forward).
+    pub fn record_step(&mut self, step: &Step) -> Result<Option<RecordedStep<K::Graph>>> {
+        let Step { batch, targets } = step;
+        let rows: Vec<i32> = targets.iter().map(|target| target.row as i32).collect();
+        let kernels = &self.kernels;
+        kernels.upload_batch(batch, &mut self.device_batch)?;
+        kernels.upload_sample_plan(&vec![UNASKED; rows.len()], &mut self.sample_plan)?;
+        self.workspace.set_logit_rows(rows.len(), 0)?;
+        kernels.write_index(&rows, &mut self.workspace.logit_rows)?;
+        let mut forward = Forward {
+            kernels,
+            communicator: &*self.communicator,
+            config: &self.config,
+            shape: &self.shape,
+            caches: &mut self.caches,
+            workspace: &mut self.workspace,
+            batch,
+            device_batch: &self.device_batch,
+            tokens: batch.num_tokens(),
+        };
+        let mut launches = || {
+            forward.run(&self.ends, &self.layers, None)?;
+            let (communicator, ws) = (forward.communicator, &mut *forward.workspace);
+            if rows.is_empty() {
+                return Ok(());
+            }
+            lm_head(kernels, communicator, &self.ends, ws, LogitRows::Listed)?;
+            match communicator.rank() {
+                0 => kernels.sample_plan(&ws.logits, &self.sample_plan, &mut ws.sampled),
+                _ => Ok(()),
+            }
+        };
+        let Some(whole) = kernels.record(&mut launches)? else { return Ok(None) };
+        Ok(Some(RecordedStep { whole, kernels: kernels.record_kernels(launches)? }))
     }
 
     /// The backend.

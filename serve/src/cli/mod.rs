@@ -1,6 +1,7 @@
-//! The command line: `dsa80 serve`, `dsa80 generate`, `dsa80 inspect`.
+//! The command line: `dsa80 serve`, `dsa80 generate`, `dsa80 inspect`, `dsa80 bench`.
 
 mod args;
+mod bench;
 mod generate;
 mod inspect;
 mod load;
@@ -34,6 +35,8 @@ enum Command {
     Generate(Box<generate::GenerateArgs>),
     /// Say what a checkpoint holds and what it needs, without loading it.
     Inspect(inspect::InspectArgs),
+    /// Measure steps, collectives and loading on this machine.
+    Bench(bench::BenchArgs),
 }
 
 /// Runs what the command line asks for.
@@ -53,5 +56,6 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Serve(args) => serve::run(*args),
         Command::Generate(args) => generate::run(*args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Bench(args) => bench::run(args),
     }
 }

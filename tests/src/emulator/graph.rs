@@ -68,6 +68,11 @@ impl Captured {
         }
     }
 
+    /// The kernel and the shape.
+    pub(super) fn key(&self) -> (String, String) {
+        (self.program.name_of(self.entry), self.shape.clone())
+    }
+
     pub(super) fn launch(&self, emulator: &Emulator) -> Result<()> {
         let args: Vec<Arg<'_, EmulatedBuffer>> = self.args.iter().map(CapturedArg::arg).collect();
         emulator.launch(&Launch {

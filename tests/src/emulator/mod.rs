@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dsa80_cuda::{Arg, Device, Launch, Limits, Program, Sources};
-use dsa80_reference::{Error, Result};
+use dsa80_reference::{Error, RecordedKernel, Result};
 
 use compile::Unit;
 use graph::Captured;
@@ -228,6 +228,29 @@ impl Device for Emulator {
     fn replay(&self, graph: &EmulatedGraph) -> Result<()> {
         self.refuse_in_capture("replayed", "a graph")?;
         graph.0.iter().try_for_each(|captured| captured.launch(self))
+    }
+
+    fn capture_kernels(
+        &self,
+        launches: impl FnMut() -> Result<()>,
+    ) -> Result<Vec<RecordedKernel<EmulatedGraph>>> {
+        let EmulatedGraph(captured) = self.capture(launches)?;
+        let mut kernels: Vec<RecordedKernel<EmulatedGraph>> = Vec::new();
+        for launch in captured {
+            let (name, shape) = launch.key();
+            let known = kernels.iter_mut().find(|kernel| kernel.name == name && kernel.shape == shape);
+            match known {
+                Some(kernel) => {
+                    kernel.launches += 1;
+                    kernel.graph.0.push(launch);
+                }
+                None => {
+                    let graph = EmulatedGraph(vec![launch]);
+                    kernels.push(RecordedKernel { name, shape, launches: 1, graph });
+                }
+            }
+        }
+        Ok(kernels)
     }
 }
 

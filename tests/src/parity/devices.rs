@@ -4,7 +4,7 @@ use std::io::Write;
 use std::sync::Once;
 
 use dsa80_cuda::{Arg, Device, Gemm, Gpu, Launch, Limits, Sources};
-use dsa80_reference::Result;
+use dsa80_reference::{RecordedKernel, Result};
 
 use super::compare::assert_same;
 use crate::emulator::{Emulator, Fault};
@@ -117,6 +117,26 @@ impl Device for TestDevice {
             (TestDevice::Gpu(device), TestGraph::Gpu(graph)) => device.replay(graph),
             _ => panic!("a graph of another device"),
         }
+    }
+
+    fn capture_kernels(
+        &self,
+        launches: impl FnMut() -> Result<()>,
+    ) -> Result<Vec<RecordedKernel<TestGraph>>> {
+        fn wrap<G>(kernel: RecordedKernel<G>, graph: fn(G) -> TestGraph) -> RecordedKernel<TestGraph> {
+            let RecordedKernel { name, shape, launches, graph: captured } = kernel;
+            RecordedKernel { name, shape, launches, graph: graph(captured) }
+        }
+        Ok(match self {
+            TestDevice::Emulator(device) => {
+                let kernels = device.capture_kernels(launches)?.into_iter();
+                kernels.map(|kernel| wrap(kernel, TestGraph::Emulator)).collect()
+            }
+            TestDevice::Gpu(device) => {
+                let kernels = Device::capture_kernels(device, launches)?.into_iter();
+                kernels.map(|kernel| wrap(kernel, TestGraph::Gpu)).collect()
+            }
+        })
     }
 
     fn gemm(&self, product: &Gemm<'_, TestBuffer>) -> Result<bool> {

@@ -9,9 +9,9 @@ use dsa80_cuda::{Cost, Device, Gpu, Tiles};
 
 use crate::args::{Machine, Select};
 use crate::cases::{self, Case, LIBRARY};
-use crate::ceilings::Ceilings;
-use crate::measure::time_calls;
 use crate::report::{CaseResult, Environment, LaunchResult, Report, goal_here};
+use dsa80_cuda::ceilings::Ceilings;
+use dsa80_cuda::measure::time_calls;
 
 const REPLAYS: usize = 30;
 const QUICK_REPLAYS: usize = 20;

@@ -6,11 +6,11 @@ use anyhow::Context;
 use dsa80_cuda::{Cost, Device, Gpu};
 use serde::{Deserialize, Serialize};
 
-use crate::ceilings::Ceilings;
-use crate::measure::Timing;
 use crate::oracle::Accuracy;
 use crate::resources::tile_words;
 use crate::table::Table;
+use dsa80_cuda::ceilings::Ceilings;
+use dsa80_cuda::measure::Timing;
 
 /// A run of `bench`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -10,10 +10,10 @@ use dsa80_cuda::{Device, Gpu, Limits, ProgramEntry, Tiles};
 use crate::NoMachine;
 use crate::args::{Machine, Select};
 use crate::cases::{self, Case, LIBRARY};
-use crate::measure::time_calls;
 use crate::report::microseconds;
 use crate::resources::{compile_all, tile_words, unfit_for_a100};
 use crate::table::Table;
+use dsa80_cuda::measure::time_calls;
 
 const REPLAYS: usize = 20;
 

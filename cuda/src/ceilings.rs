@@ -1,22 +1,23 @@
 //! What the machine reaches at best, in the same run.
 
-use dsa80_cuda::{Arg, Device, Gpu, GpuBuffer, Launch, Program};
 use dsa80_reference::Result;
 use serde::{Deserialize, Serialize};
 
+use crate::device::{Arg, Device, Launch, Program};
+use crate::gpu::{Gpu, GpuBuffer};
 use crate::measure::time_calls;
 
 /// The machine's limits as simple kernels reach them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Ceilings {
+pub struct Ceilings {
     /// Streaming reads of device memory.
-    pub(crate) read_gb_s: f64,
+    pub read_gb_s: f64,
     /// Copies, reads and writes counted.
-    pub(crate) copy_gb_s: f64,
+    pub copy_gb_s: f64,
     /// `mma.sync` m16n8k16 of bf16, operands in registers.
-    pub(crate) mma_tflop_s: f64,
+    pub mma_tflop_s: f64,
     /// A launch of nothing in a graph.
-    pub(crate) launch_us: f64,
+    pub launch_us: f64,
 }
 
 const BYTES: usize = 1 << 30;
@@ -24,7 +25,11 @@ const MMA_ROUNDS: i32 = 4096;
 const MMA_WARPS: u32 = 8;
 
 impl Ceilings {
-    pub(crate) fn measure(gpu: &Gpu) -> Result<Self> {
+    /// Measures them; takes 2 GiB of memory while it does.
+    ///
+    /// # Errors
+    /// Memory runs out; the driver refuses.
+    pub fn measure(gpu: &Gpu) -> Result<Self> {
         let multiprocessors = gpu.limits().multiprocessors;
         let (input, output) = (gpu.alloc("ceiling input", BYTES)?, gpu.alloc("ceiling output", BYTES)?);
         gpu.fill(&input, 0)?;

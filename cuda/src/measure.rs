@@ -1,25 +1,31 @@
 //! How long a call takes: captured in one graph, replayed.
 
-use dsa80_cuda::Gpu;
 use dsa80_reference::Result;
 use serde::{Deserialize, Serialize};
 
+use crate::gpu::Gpu;
+
 /// Microseconds of a call over the replays of one graph.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Timing {
-    pub(crate) median_us: f64,
-    pub(crate) p10_us: f64,
-    pub(crate) p90_us: f64,
+pub struct Timing {
+    /// The median.
+    pub median_us: f64,
+    /// One in ten is shorter.
+    pub p10_us: f64,
+    /// One in ten is longer.
+    pub p90_us: f64,
     /// Calls in the graph.
-    pub(crate) calls: usize,
-    pub(crate) replays: usize,
+    pub calls: usize,
+    /// Replays of the graph.
+    pub replays: usize,
 }
 
 /// A graph is at least this long, so that what lies between two replays does not count.
 const GRAPH_US: f64 = 1000.0;
 
 impl Timing {
-    pub(crate) fn of(mut times: Vec<f64>, calls: usize) -> Self {
+    /// From the times of a graph's replays.
+    pub fn of(mut times: Vec<f64>, calls: usize) -> Self {
         times.sort_by(f64::total_cmp);
         let at = |share: f64| {
             let place = (share * (times.len().saturating_sub(1)) as f64).round() as usize;
@@ -30,7 +36,10 @@ impl Timing {
 }
 
 /// Times `launch(copy)` over all `copies`, in turn.
-pub(crate) fn time_calls(
+///
+/// # Errors
+/// `launch` failed, or did what cannot be captured.
+pub fn time_calls(
     gpu: &Gpu,
     copies: usize,
     replays: usize,

@@ -1,0 +1,86 @@
+//! Where and of what results are.
+
+use dsa80_model::measure::GpuFacts;
+use serde::{Deserialize, Serialize};
+
+/// What a result needs beside it to be compared with another.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Environment {
+    /// This program's version.
+    pub(super) dsa80: String,
+    /// The commit, where it was given.
+    pub(super) git: Option<String>,
+    pub(super) date: String,
+    /// The command line.
+    pub(super) command: String,
+    pub(super) cpu: String,
+    /// Threads that the CPU runs at once for this process.
+    pub(super) cpu_threads: usize,
+    pub(super) host_memory_bytes: Option<u64>,
+    /// Nothing where no GPU took part.
+    pub(super) gpu: Option<GpuFacts>,
+}
+
+impl Environment {
+    pub(super) fn of(gpu: Option<GpuFacts>, git: Option<&str>) -> Self {
+        let arguments: Vec<String> = std::env::args().skip(1).collect();
+        Self {
+            dsa80: env!("CARGO_PKG_VERSION").to_owned(),
+            git: git.map(str::to_owned),
+            date: jiff::Timestamp::now().strftime("%Y-%m-%d %H:%M UTC").to_string(),
+            command: format!("dsa80 {}", arguments.join(" ")),
+            cpu: field("/proc/cpuinfo", "model name").unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
+            cpu_threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            host_memory_bytes: field("/proc/meminfo", "MemTotal").and_then(|text| kibibytes(&text)),
+            gpu,
+        }
+    }
+
+    /// In one line.
+    pub(super) fn words(&self) -> String {
+        let Self { dsa80, date, cpu, cpu_threads, gpu, .. } = self;
+        let on = match gpu {
+            Some(GpuFacts { name, cuda, nvrtc, read_gb_s, mma_tflop_s, .. }) => {
+                let ceiling = |value: Option<f64>, unit: &str| {
+                    value.map_or_else(|| format!("not measured {unit}"), |value| format!("{value:.0} {unit}"))
+                };
+                let (read, mma) = (ceiling(*read_gb_s, "GB/s"), ceiling(*mma_tflop_s, "TFLOP/s"));
+                format!(
+                    "{name}, CUDA {cuda}, NVRTC {nvrtc}; ceilings in the same run: read {read}, mma.sync {mma}"
+                )
+            }
+            None => format!("{cpu}, {cpu_threads} threads"),
+        };
+        format!("dsa80 {dsa80}, {date}, {on}")
+    }
+}
+
+/// What stands after `name` and a colon in one of the kernel's tables.
+pub(super) fn field(path: &str, name: &str) -> Option<String> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let line = text.lines().find(|line| line.starts_with(name))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}
+
+/// `123 kB` in bytes.
+pub(super) fn kibibytes(text: &str) -> Option<u64> {
+    Some(text.strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_as_the_kernel_writes_them() {
+        assert_eq!([kibibytes("16 kB"), kibibytes("16"), kibibytes("x kB")], [Some(16 << 10), None, None]);
+    }
+
+    #[test]
+    fn an_environment_comes_back_from_its_file() {
+        let environment = Environment::of(None, Some("abc"));
+        let text = serde_json::to_string(&environment).unwrap();
+        assert_eq!(serde_json::from_str::<Environment>(&text).unwrap(), environment);
+        assert!(environment.words().contains("threads"), "{}", environment.words());
+    }
+}

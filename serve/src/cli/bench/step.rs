@@ -1,0 +1,280 @@
+//! `dsa80 bench step`
+
+mod cases;
+mod report;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::bail;
+use clap::Args;
+use dsa80_model::checkpoint::Checkpoint;
+use dsa80_model::dummy::{DummyWeights, GLM_5_2};
+use dsa80_model::launch::{Alone, Device, KvCacheDtype, LaunchOptions, launch_alone};
+use dsa80_model::measure::{ReadBytes, StepTimes, cache_bytes_per_token, flops};
+use dsa80_model::plan::Plan;
+
+use self::cases::{Case, Kind, SEGMENT};
+pub(super) use self::report::{CaseReport, KernelReport, StepReport, StepSettings};
+use super::environment::Environment;
+use super::spread::Spread;
+use super::{ReportArgs, print};
+use crate::cli::size;
+
+#[derive(Debug, Args)]
+pub(super) struct StepArgs {
+    /// A folder with a config.json, whose model is measured with random weights; without it, GLM-5.2 in INT4.
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+
+    /// Where to run it: auto, cpu or cuda.
+    #[arg(long, default_value = "auto")]
+    device: Device,
+
+    /// Tensor-parallel ranks, of which one is measured.
+    #[arg(long, value_name = "N", default_value_t = 8, visible_alias = "tensor-parallel-size")]
+    tp: usize,
+
+    /// Which one; rank 0 alone chooses tokens.
+    #[arg(long, value_name = "RANK", default_value_t = 0)]
+    rank: usize,
+
+    /// Sequences of a decode step, 64 at most; 0 for no decode.
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1,8,32")]
+    batch: Vec<usize>,
+
+    /// Tokens that every sequence has in its context, the new ones included.
+    #[arg(long, value_name = "TOKENS,...", value_delimiter = ',', default_value = "8192")]
+    context: Vec<usize>,
+
+    /// New tokens of a prefill step, the last of a context; 0 for no prefill.
+    #[arg(long, value_name = "TOKENS,...", value_delimiter = ',', default_value = "4096")]
+    chunk: Vec<usize>,
+
+    /// What the caches are stored in: auto (bf16 on a GPU, f32 on the CPU), bf16 or fp8.
+    #[arg(long, default_value = "auto")]
+    kv_cache_dtype: KvCacheDtype,
+
+    /// Tokens in a page of the caches.
+    #[arg(long, value_name = "TOKENS", default_value_t = 64, visible_alias = "block-size")]
+    page_size: usize,
+
+    /// The share of a GPU's memory to use.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.95)]
+    gpu_memory_utilization: f64,
+
+    /// Memory for the caches of all ranks, such as 512M or 4G; by default what is left.
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    kv_cache_memory: Option<usize>,
+
+    /// How often every step is made.
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..))]
+    runs: u16,
+
+    /// Do not time the kernels one by one.
+    #[arg(long)]
+    no_kernels: bool,
+
+    #[command(flatten)]
+    report: ReportArgs,
+}
+
+/// Sequences that the engine samples at once.
+const MOST_SEQUENCES: usize = 64;
+
+pub(super) fn run(args: StepArgs) -> anyhow::Result<()> {
+    let checkpoint = Arc::new(args.checkpoint()?);
+    let config = checkpoint.config();
+    let wanted = args.cases(config.max_position_embeddings)?;
+    let plan = Plan::from_checkpoint(&checkpoint, args.tp)?;
+    let started = Instant::now();
+    let weights = DummyWeights::like(&checkpoint);
+    let Alone { mut rank, gpu } =
+        launch_alone(&checkpoint, &weights, &args.launch_options(&wanted), args.rank, true)?;
+    let limits = rank.limits();
+    let environment = Environment::of(gpu, args.report.git.as_deref());
+    let mut report = StepReport {
+        settings: StepSettings {
+            model: args.model.as_ref().map_or_else(|| "GLM-5.2".to_owned(), |dir| dir.display().to_string()),
+            tp: args.tp,
+            rank: args.rank,
+            num_hidden_layers: config.num_hidden_layers,
+            hidden_size: config.hidden_size,
+            vocab_size: config.vocab_size,
+            kv_cache_dtype: args.kv_cache_dtype.to_string(),
+            page_size: limits.page_size,
+            num_pages: limits.num_pages,
+            weight_bytes: plan.weights.total(),
+            cache_bytes_per_token: cache_bytes_per_token(config, &limits, rank.act_bytes()),
+        },
+        environment,
+        notes: notes(),
+        cases: Vec::new(),
+    };
+    print(&report.head(started.elapsed()))?;
+
+    let cases: Vec<Case> = wanted.iter().filter_map(|case| case.fit(&limits)).collect();
+    if cases.is_empty() {
+        bail!("the caches hold {} tokens, too few for any of the steps", limits.num_pages * limits.page_size);
+    }
+    let pages = cases.iter().map(|case| case.pages(&limits)).max().unwrap_or(0);
+    let started = Instant::now();
+    for batch in cases::fill(&limits, pages)? {
+        rank.fill(&batch)?;
+    }
+    for case in cases {
+        let step = case.step(&limits)?;
+        let seen = rank.see(&step.batch)?;
+        if report.cases.is_empty() {
+            // Only what has been looked at is certain to be there.
+            let tokens = pages * limits.page_size;
+            print(&format!(
+                "{tokens} tokens in the caches after {:.1} s\n",
+                started.elapsed().as_secs_f64()
+            ))?;
+        }
+        let sampled = step.targets.len();
+        let read = ReadBytes::of(config, &plan, &limits, rank.act_bytes(), &step.batch, &seen, sampled > 0);
+        let times = rank.time(&step, args.runs.into(), !args.no_kernels)?;
+        let experts = Spread::of(&seen.experts.values().map(|&n| n as f64).collect::<Vec<_>>(), 1.0);
+        let result = case_report(
+            &case,
+            &report.environment,
+            times,
+            CaseReport {
+                read,
+                flops: flops(config, args.tp, &step.batch, sampled),
+                experts_a_layer: experts.map(|spread| spread.median),
+                ..CaseReport::default()
+            },
+        );
+        print(&result.text(&report.environment))?;
+        report.cases.push(result);
+    }
+    args.report.write(&report)
+}
+
+impl StepArgs {
+    fn checkpoint(&self) -> anyhow::Result<Checkpoint> {
+        const SEED: u32 = 0;
+        Ok(match &self.model {
+            Some(dir) => Checkpoint::open_dummy(dir, SEED)?,
+            None if self.device == Device::Cpu => {
+                bail!(
+                    "a rank of GLM-5.2 is too large for the CPU; use --model DIR with a smaller model's config.json"
+                )
+            }
+            None => Checkpoint::from_static_dummy(&[("config.json", GLM_5_2.as_bytes())], SEED)?,
+        })
+    }
+
+    fn launch_options(&self, cases: &[Case]) -> LaunchOptions {
+        // Without a GPU the auto device is the CPU, for which GLM-5.2 is too large.
+        let device = if self.model.is_none() { Device::Cuda } else { self.device };
+        let tokens = cases.iter().map(|case| case.tokens()).max().unwrap_or(1).max(SEGMENT);
+        let sequences = cases.iter().map(|case| case.sequences).max().unwrap_or(1);
+        LaunchOptions {
+            device,
+            tp: self.tp,
+            max_model_len: cases.iter().map(|case| case.context).max(),
+            // The caches are filled by several sequences a step.
+            max_num_seqs: sequences.max(tokens / SEGMENT),
+            max_num_batched_tokens: tokens,
+            page_size: self.page_size,
+            kv_cache_bytes: self.kv_cache_memory,
+            kv_cache_dtype: self.kv_cache_dtype,
+            gpu_memory_utilization: self.gpu_memory_utilization,
+            ..LaunchOptions::default()
+        }
+    }
+
+    /// Decodes, then prefills, in the order they are given in.
+    fn cases(&self, longest: usize) -> anyhow::Result<Vec<Case>> {
+        let mut cases = Vec::new();
+        for &context in &self.context {
+            if context == 0 || context > longest {
+                bail!(
+                    "--context {context}: expected 1 to {longest} tokens, which is what the model was made for"
+                );
+            }
+            for &sequences in self.batch.iter().filter(|&&sequences| sequences > 0) {
+                if sequences > MOST_SEQUENCES {
+                    bail!("--batch {sequences}: a decode step has {MOST_SEQUENCES} sequences at most");
+                }
+                cases.push(Case { kind: Kind::Decode, sequences, context, wanted: context });
+            }
+        }
+        for &context in &self.context {
+            for &chunk in self.chunk.iter().filter(|&&chunk| chunk > 0) {
+                if chunk > context {
+                    bail!("--chunk {chunk} is longer than --context {context}, of which it is the end");
+                }
+                cases.push(Case { kind: Kind::Prefill { chunk }, sequences: 1, context, wanted: context });
+            }
+        }
+        if cases.is_empty() {
+            bail!("nothing to measure: --batch and --chunk are both 0");
+        }
+        Ok(cases)
+    }
+}
+
+/// What a reader of the results has to know.
+fn notes() -> Vec<String> {
+    [
+        "one rank alone with random weights: what collectives take, and what other ranks would add, is left out",
+        "every sequence has pages of its own; the caches were filled by prefilling segments of 512 tokens",
+        "device: the step's launches, just as they are, replayed from one graph, by the GPU's clock; step: as the engine makes it, by the \
+         host's clock, from the step to its tokens, decode from its graph, prefill launch by launch",
+        "a kernel's time is that of its launches alone, replayed from a graph of their own, on what the last step has left: what it shares \
+         with its neighbours (overlap, the L2, gaps) is the difference between their sum and the step",
+        "read: weights, experts that were chosen, rows that were selected, once each; activations are not counted",
+    ]
+    .map(str::to_owned)
+    .to_vec()
+}
+
+/// Puts the times to what is known of the step.
+fn case_report(case: &Case, environment: &Environment, times: StepTimes, rest: CaseReport) -> CaseReport {
+    const MILLI: f64 = 1e-3;
+    let StepTimes { step_us, host_us, device_us, kernels } = times;
+    let (step_ms, device_ms) = (Spread::of(&step_us, MILLI), Spread::of(&device_us, MILLI));
+    let ms = device_ms.or(step_ms).map_or(f64::NAN, |spread| spread.median);
+    let device_us = device_ms.map(|spread| spread.median / MILLI);
+    let kernels: Vec<KernelReport> = kernels
+        .into_iter()
+        .filter_map(|kernel| {
+            let us = Spread::of(&kernel.us, 1.0)?.median;
+            let share = us / device_us?;
+            Some(KernelReport {
+                name: kernel.name,
+                shape: kernel.shape,
+                launches: kernel.launches,
+                us,
+                share,
+            })
+        })
+        .collect();
+    let gpu = environment.gpu.as_ref();
+    let of_ceiling = |value: f64, ceiling: Option<f64>| ceiling.map(|ceiling| value / ceiling);
+    let (read_gb_s, tflop_s) = (rest.read.total() as f64 / ms / 1e6, rest.flops / ms / 1e9);
+    CaseReport {
+        kind: case.kind.name().to_owned(),
+        sequences: case.sequences,
+        context: case.context,
+        wanted_context: case.wanted,
+        tokens: case.tokens(),
+        tokens_per_s: case.tokens() as f64 / ms * 1e3,
+        step_ms,
+        host_us: Spread::of(&host_us, 1.0),
+        device_ms,
+        read_bytes: rest.read.total(),
+        read_gb_s,
+        read_share: of_ceiling(read_gb_s, gpu.and_then(|gpu| gpu.read_gb_s)),
+        mma_share: of_ceiling(tflop_s, gpu.and_then(|gpu| gpu.mma_tflop_s)),
+        kernels_ms: device_us.map(|_| kernels.iter().map(|kernel| kernel.us).sum::<f64>() * MILLI),
+        kernels,
+        ..rest
+    }
+}

@@ -1,0 +1,214 @@
+//! What was measured of steps: for a file, and for the eye.
+
+use std::time::Duration;
+
+use dsa80_model::measure::ReadBytes;
+use serde::{Deserialize, Serialize};
+
+use crate::cli::bench::environment::Environment;
+use crate::cli::bench::spread::{Spread, digits};
+use crate::cli::bench::table::Table;
+use crate::cli::size;
+
+/// A run of `bench step`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(in crate::cli::bench) struct StepReport {
+    pub(in crate::cli::bench) environment: Environment,
+    pub(in crate::cli::bench) settings: StepSettings,
+    pub(in crate::cli::bench) notes: Vec<String>,
+    pub(in crate::cli::bench) cases: Vec<CaseReport>,
+}
+
+/// What was measured.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(in crate::cli::bench) struct StepSettings {
+    pub(in crate::cli::bench) model: String,
+    pub(in crate::cli::bench) tp: usize,
+    pub(in crate::cli::bench) rank: usize,
+    pub(in crate::cli::bench) num_hidden_layers: usize,
+    pub(in crate::cli::bench) hidden_size: usize,
+    pub(in crate::cli::bench) vocab_size: usize,
+    pub(in crate::cli::bench) kv_cache_dtype: String,
+    pub(in crate::cli::bench) page_size: usize,
+    pub(in crate::cli::bench) num_pages: usize,
+    pub(in crate::cli::bench) weight_bytes: u64,
+    pub(in crate::cli::bench) cache_bytes_per_token: usize,
+}
+
+/// One step.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(in crate::cli::bench) struct CaseReport {
+    /// `decode` or `prefill`.
+    pub(in crate::cli::bench) kind: String,
+    pub(in crate::cli::bench) sequences: usize,
+    /// Tokens in every sequence's context, the new ones included.
+    pub(in crate::cli::bench) context: usize,
+    /// The same, as it was asked for: what the caches did not hold was cut.
+    pub(in crate::cli::bench) wanted_context: usize,
+    /// New tokens.
+    pub(in crate::cli::bench) tokens: usize,
+    /// Of the device where it has a clock, of the host elsewhere.
+    pub(in crate::cli::bench) tokens_per_s: f64,
+    /// From the step to its tokens, by the host's clock.
+    pub(in crate::cli::bench) step_ms: Option<Spread>,
+    /// What of that is the host's, in microseconds; of a decode that is replayed.
+    pub(in crate::cli::bench) host_us: Option<Spread>,
+    /// Replayed from a graph, by the device's clock.
+    pub(in crate::cli::bench) device_ms: Option<Spread>,
+    pub(in crate::cli::bench) read: ReadBytes,
+    pub(in crate::cli::bench) read_bytes: u64,
+    pub(in crate::cli::bench) read_gb_s: f64,
+    /// Of the measured ceiling.
+    pub(in crate::cli::bench) read_share: Option<f64>,
+    pub(in crate::cli::bench) flops: f64,
+    /// Of the measured ceiling of `mma.sync`.
+    pub(in crate::cli::bench) mma_share: Option<f64>,
+    /// Different experts of a sparse layer, the median over layers.
+    pub(in crate::cli::bench) experts_a_layer: Option<f64>,
+    /// The sum of the kernels' times.
+    pub(in crate::cli::bench) kernels_ms: Option<f64>,
+    pub(in crate::cli::bench) kernels: Vec<KernelReport>,
+}
+
+/// One kernel on one shape.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(in crate::cli::bench) struct KernelReport {
+    pub(in crate::cli::bench) name: String,
+    pub(in crate::cli::bench) shape: String,
+    pub(in crate::cli::bench) launches: usize,
+    /// Microseconds of all its launches.
+    pub(in crate::cli::bench) us: f64,
+    /// Of the step on the device.
+    pub(in crate::cli::bench) share: f64,
+}
+
+impl StepReport {
+    /// What stands over the cases.
+    pub(super) fn head(&self, loaded: Duration) -> String {
+        let StepSettings { model, tp, rank, num_hidden_layers, page_size, num_pages, .. } = &self.settings;
+        format!(
+            "{}\nrank {rank} of {tp} of {model}, {num_hidden_layers} layers, alone, random weights ({}), made in {:.1} s; caches of {} \
+             tokens in {} ({} B a token)\n",
+            self.environment.words(),
+            size::show(self.settings.weight_bytes),
+            loaded.as_secs_f64(),
+            num_pages * page_size,
+            self.settings.kv_cache_dtype,
+            self.settings.cache_bytes_per_token,
+        )
+    }
+}
+
+impl CaseReport {
+    /// In a few words: what it is.
+    pub(in crate::cli::bench) fn title(&self) -> String {
+        let Self { sequences, context, tokens, .. } = self;
+        match self.kind.as_str() {
+            "decode" => format!("decode, {sequences} sequences, context {context}"),
+            _ => format!("prefill, {tokens} new tokens, context {context}"),
+        }
+    }
+
+    /// For the terminal.
+    pub(super) fn text(&self, environment: &Environment) -> String {
+        let mut text = format!("\n{}: {} tokens/s\n", self.title(), digits(self.tokens_per_s));
+        if self.context < self.wanted_context {
+            text.push_str(&format!(
+                "  the caches do not hold {} tokens of context for each of them\n",
+                self.wanted_context
+            ));
+        }
+        let mut line = |name: &str, words: String| text.push_str(&format!("  {name:<8}{words}\n"));
+        if let Some(device) = self.device_ms {
+            line("device", format!("{} ms", device.words()));
+        }
+        if let Some(step) = self.step_ms {
+            let host = self
+                .host_us
+                .map_or_else(String::new, |host| format!(", {:.0} us of it the host's", host.median));
+            line("step", format!("{} ms{host}", step.words()));
+        }
+        line("read", self.read_words(environment));
+        if let Some(share) = self.mma_share {
+            line(
+                "mma",
+                format!("{:.1} TFLOP, {:.0} % of what mma.sync reaches", self.flops / 1e12, 100.0 * share),
+            );
+        }
+        text + &self.kernel_table()
+    }
+
+    fn read_words(&self, environment: &Environment) -> String {
+        let gb = |bytes: u64| bytes as f64 / 1e9;
+        let ReadBytes { weights, experts, lm_head, latents, index_keys } = self.read;
+        let of_ceiling = match (self.read_share, environment.gpu.as_ref().and_then(|gpu| gpu.read_gb_s)) {
+            (Some(share), Some(ceiling)) => format!(", {:.0} % of {ceiling:.0}", 100.0 * share),
+            _ => String::new(),
+        };
+        let a_layer = self.experts_a_layer.map_or_else(String::new, |count| format!(" ({count} a layer)"));
+        format!(
+            "{} GB = {} GB/s{of_ceiling}: weights {}, experts {}{a_layer}, lm_head {}, latents {}, index keys {}",
+            digits(gb(self.read_bytes)),
+            digits(self.read_gb_s),
+            digits(gb(weights)),
+            digits(gb(experts)),
+            digits(gb(lm_head)),
+            digits(gb(latents)),
+            digits(gb(index_keys)),
+        )
+    }
+
+    fn kernel_table(&self) -> String {
+        let (Some(sum), Some(device)) = (self.kernels_ms, self.device_ms) else { return String::new() };
+        if self.kernels.is_empty() {
+            return String::new();
+        }
+        let mut table = Table::new(2, ["kernel", "shape", "launches", "us", "each", "share"]);
+        let mut kernels: Vec<_> = self.kernels.iter().collect();
+        kernels.sort_by(|a, b| b.us.total_cmp(&a.us));
+        for KernelReport { name, shape, launches, us, share } in kernels {
+            table.row([
+                name.clone(),
+                shape.clone(),
+                launches.to_string(),
+                digits(*us),
+                digits(us / *launches as f64),
+                format!("{:.1} %", 100.0 * share),
+            ]);
+        }
+        let together = 100.0 * sum / device.median;
+        table.text("  ") + &format!("  together {} ms, {together:.1} % of the step\n", digits(sum))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_are_shown_longest_first_with_their_sum() {
+        let kernel = |name: &str, us, share| KernelReport {
+            name: name.into(),
+            shape: "1 x 8".into(),
+            launches: 2,
+            us,
+            share,
+        };
+        let case = CaseReport {
+            kind: "decode".into(),
+            sequences: 2,
+            context: 80,
+            wanted_context: 100,
+            tokens: 2,
+            tokens_per_s: 2000.0,
+            device_ms: Some(Spread { median: 1.0, p10: 0.9, p90: 1.25, runs: 20 }),
+            read_bytes: 1_500_000_000,
+            read_gb_s: 1500.0,
+            kernels_ms: Some(0.9),
+            kernels: vec![kernel("a", 300.0, 0.3), kernel("b", 600.0, 0.6)],
+            ..CaseReport::default()
+        };
+        let environment = Environment::of(None, None);
+        expect_test::expect![[""]].assert_eq(&case.text(&environment));
+    }
+}
