@@ -104,3 +104,79 @@ pub fn flops(config: &ModelConfig, tp: usize, batch: &Batch, sampled: usize) -> 
     let tokens: f64 = (0..batch.num_tokens()).map(of_token).sum();
     2.0 * (tokens + (sampled * c.hidden_size * c.vocab_size / tp) as f64)
 }
+
+#[cfg(test)]
+mod tests {
+    use dsa80_reference::SequenceSlice;
+
+    use super::*;
+    use crate::dummy::GLM_5_2;
+
+    fn limits() -> StepLimits {
+        StepLimits {
+            page_size: 64,
+            num_pages: 1 << 20,
+            cache_dtype: DType::Act,
+            max_batch_tokens: 4096,
+            max_batch_seqs: 32,
+            max_model_len: 1 << 20,
+            vocab_size: 154_880,
+            max_logprobs: 0,
+        }
+    }
+
+    fn decode(sequences: usize, context: usize) -> Batch {
+        let pages: Vec<u32> = (0..context.div_ceil(64) as u32).collect();
+        let slice = SequenceSlice { token_ids: &[1], computed_len: context - 1, pages: &pages };
+        Batch::new(64, &vec![slice; sequences]).unwrap()
+    }
+
+    /// A decode of GLM-5.2 in which every sequence selects all it may, and every token has experts of its own.
+    fn read(config: &ModelConfig, sequences: usize, context: usize) -> ReadBytes {
+        let plan = Plan::from_config(config, 8).unwrap();
+        let batch = decode(sequences, context);
+        let mut seen = Seen::of(&batch);
+        let experts = (sequences * config.num_experts_per_tok).min(config.n_routed_experts);
+        seen.experts.extend((3..78).map(|layer| (layer, experts)));
+        seen.rows.insert(0, sequences * context.min(config.index_topk));
+        ReadBytes::of(config, &plan, &limits(), 2, &batch, &seen, true)
+    }
+
+    #[test]
+    fn a_rank_of_eight_reads_nine_gigabytes_for_a_token() {
+        let config = ModelConfig::from_json(GLM_5_2).unwrap();
+        let one = read(&config, 1, 8192);
+        let gigabytes = one.total() as f64 / 1e9;
+        assert!((8.5..9.5).contains(&gigabytes), "{gigabytes}: {one:?}");
+        assert_eq!(one.latents, 78 * 2048 * 576 * 2);
+        assert_eq!(one.index_keys, 21 * 8192 * 128 * 2);
+        assert_eq!(one.lm_head, 154_880 * 6144 * 2 / 8);
+        // Eight of 256 experts of 3 x 6144 x 256 weights of 4 bits, with 20 bits for every 32 of them.
+        let expert = 3 * 6144 * 256_u64;
+        assert_eq!(one.experts, 75 * 8 * (expert / 2 + expert / 32 * 20 / 8));
+        let many = read(&config, 32, 8192);
+        assert_eq!((many.weights, many.experts), (one.weights, 32 * one.experts));
+    }
+
+    #[test]
+    fn what_is_selected_whole_is_not_scored() {
+        let config = ModelConfig::from_json(GLM_5_2).unwrap();
+        let (short, long) = (read(&config, 1, 2048), read(&config, 1, 2049));
+        assert_eq!(short.index_keys, 0);
+        assert!(long.index_keys > 0 && short.weights < long.weights);
+        assert_eq!(short.latents, 78 * 2048 * 576 * 2);
+    }
+
+    #[test]
+    fn a_token_is_multiplied_with_the_active_parameters() {
+        let config = ModelConfig::from_json(GLM_5_2).unwrap();
+        let active = Plan::from_config(&config, 1).unwrap().parameters.active as f64;
+        let whole = flops(&config, 1, &decode(1, 4096), 1);
+        let attended = 2.0 * (78 * 64 * 2048 * (576 + 512)) as f64 + 2.0 * (21 * 4096 * 32 * 128) as f64;
+        assert!(((whole - attended) / (2.0 * active) - 1.0).abs() < 0.01, "{whole} {active}");
+        let rank = flops(&config, 8, &decode(1, 4096), 1);
+        // Queries' and keys' first projections and the indexers are on every rank.
+        assert!((whole / 8.0..whole / 4.0).contains(&rank), "{rank} of {whole}");
+        assert_eq!(flops(&config, 8, &decode(2, 4096), 2), 2.0 * rank);
+    }
+}

@@ -133,7 +133,7 @@ impl Device for TestDevice {
                 kernels.map(|kernel| wrap(kernel, TestGraph::Emulator)).collect()
             }
             TestDevice::Gpu(device) => {
-                let kernels = Device::capture_kernels(device, launches)?.into_iter();
+                let kernels = device.capture_kernels(launches)?.into_iter();
                 kernels.map(|kernel| wrap(kernel, TestGraph::Gpu)).collect()
             }
         })

@@ -16,6 +16,7 @@ mod emulated;
 mod engine;
 mod fixtures;
 mod graphs;
+mod kernel_by_kernel;
 mod layers;
 mod loading;
 mod memory;
