@@ -172,7 +172,7 @@ mod tests {
         let config = ModelConfig::from_json(GLM_5_2).unwrap();
         let active = Plan::from_config(&config, 1).unwrap().parameters.active as f64;
         let whole = flops(&config, 1, &decode(1, 4096), 1);
-        let attended = 2.0 * (78 * 64 * 2048 * (576 + 512)) as f64 + 2.0 * (21 * 4096 * 32 * 128) as f64;
+        let attended = 2.0 * (78.0 * 64.0 * 2048.0 * (576.0 + 512.0) + 21.0 * 4096.0 * 32.0 * 128.0);
         assert!(((whole - attended) / (2.0 * active) - 1.0).abs() < 0.01, "{whole} {active}");
         let rank = flops(&config, 8, &decode(1, 4096), 1);
         // Queries' and keys' first projections and the indexers are on every rank.

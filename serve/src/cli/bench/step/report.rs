@@ -104,6 +104,7 @@ impl CaseReport {
     pub(in crate::cli::bench) fn title(&self) -> String {
         let Self { sequences, context, tokens, .. } = self;
         match self.kind.as_str() {
+            "decode" if *sequences == 1 => format!("decode, 1 sequence, context {context}"),
             "decode" => format!("decode, {sequences} sequences, context {context}"),
             _ => format!("prefill, {tokens} new tokens, context {context}"),
         }
@@ -209,6 +210,16 @@ mod tests {
             ..CaseReport::default()
         };
         let environment = Environment::of(None, None);
-        expect_test::expect![[""]].assert_eq(&case.text(&environment));
+        expect_test::expect![[r#"
+
+            decode, 2 sequences, context 80: 2000 tokens/s
+              the caches do not hold 100 tokens of context for each of them
+              device  1.000 (0.900 - 1.250) ms
+              read    1.500 GB = 1500 GB/s: weights 0.000, experts 0.000, lm_head 0.000, latents 0.000, index keys 0.000
+              kernel  shape  launches     us   each   share
+              b       1 x 8         2  600.0  300.0  60.0 %
+              a       1 x 8         2  300.0  150.0  30.0 %
+              together 0.900 ms, 90.0 % of the step
+        "#]].assert_eq(&case.text(&environment));
     }
 }
