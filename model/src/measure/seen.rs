@@ -46,6 +46,10 @@ impl Probe for Seen {
         false
     }
 
+    fn wants_hidden(&self) -> bool {
+        false
+    }
+
     fn experts(&mut self, layer: usize, ids: &mut [i32], _weights: &mut [f64]) -> bool {
         let different: std::collections::BTreeSet<i32> = ids.iter().copied().collect();
         self.experts.insert(layer, different.len());

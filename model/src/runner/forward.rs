@@ -75,7 +75,7 @@ impl<K: Kernels> Forward<'_, K> {
     }
 
     fn probe_hidden(&mut self, layer: usize, probe: &mut Option<&mut dyn Probe>) -> Result<()> {
-        if let Some(probe) = probe {
+        if let Some(probe) = probe.as_deref_mut().filter(|probe| probe.wants_hidden()) {
             probe.hidden(layer, &self.kernels.read(&self.workspace.residual)?);
         }
         Ok(())

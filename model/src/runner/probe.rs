@@ -20,6 +20,11 @@ pub trait Probe {
         false
     }
 
+    /// Whether [`hidden`](Self::hidden) is of interest: the device is read for it.
+    fn wants_hidden(&self) -> bool {
+        true
+    }
+
     /// The residual stream `[T, hidden]` that enters `layer`; `layer == num_hidden_layers` is what enters the
     /// final norm.
     fn hidden(&mut self, layer: usize, hidden: &[f64]) {
