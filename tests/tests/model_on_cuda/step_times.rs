@@ -1,13 +1,12 @@
-//! How long steps of GLM-5.2 take: two layers of a rank and the ends, and a whole rank. By hand, on a GPU: `--ignored --nocapture`.
+//! How long steps of two layers of a rank of GLM-5.2 and the ends take; `dsa80 bench step` times a whole rank. By hand, on a GPU: `--ignored --nocapture`.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dsa80_cuda::Cuda;
-use dsa80_model::dummy::DummyWeights;
-use dsa80_model::engine::{SampleTarget, Step, StepLimits};
-use dsa80_model::runner::{INDEX_LOGITS, Rank};
-use dsa80_reference::{Batch, DType, HostTensor, Kernels, LoneRank, SamplingParams, SequenceSlice};
+use dsa80_model::engine::{SampleTarget, Step};
+use dsa80_model::runner::Rank;
+use dsa80_reference::{Batch, DType, HostTensor, Kernels, SamplingParams, SequenceSlice};
 use dsa80_tests::glm;
 use dsa80_tests::parity::devices;
 use dsa80_tests::{judge, prompt};
@@ -32,17 +31,12 @@ fn milliseconds(rank: &mut Rank<Cuda>, sequences: usize, tokens: usize) -> f64 {
     (0..20).map(|_| step(rank)).fold(f64::INFINITY, f64::min)
 }
 
-/// A decode step of so many sequences that share their pages.
+/// A decode step of so many sequences that share their pages, each of which draws its next token, or takes the best.
 fn decode(sequences: usize, context: usize, temperature: f32) -> Step {
-    decode_on(&vec![(0..context.div_ceil(PAGE_SIZE) as u32).collect(); sequences], context, temperature)
-}
-
-/// A decode step of sequences on these pages, each of which draws its next token, or takes the best.
-fn decode_on(pages: &[Vec<u32>], context: usize, temperature: f32) -> Step {
-    let sequences = pages.len();
+    let pages: Vec<u32> = (0..context.div_ceil(PAGE_SIZE) as u32).collect();
     let tokens: Vec<u32> = (0..sequences as u32).map(|i| i * 7919 % 19360).collect();
     let slice =
-        |i: usize| SequenceSlice { token_ids: &tokens[i..=i], computed_len: context - 1, pages: &pages[i] };
+        |i: usize| SequenceSlice { token_ids: &tokens[i..=i], computed_len: context - 1, pages: &pages };
     let slices: Vec<_> = (0..sequences).map(slice).collect();
     let params = Arc::new(SamplingParams { temperature, top_p: 0.95, ..SamplingParams::default() });
     let target = |row| SampleTarget {
@@ -145,67 +139,6 @@ fn steps_of_a_shard_of_glm() {
         );
         let host = replayed.start + replayed.end;
         assert!(sequences > 32 || host < HOST_OF_32, "{host:.0} us of the host for {sequences} sequences");
-    }
-}
-
-/// One rank of eight of GLM-5.2 in full, with random weights; what other ranks would add is left out. Every sequence has pages of its own.
-#[test]
-#[ignore = "a measurement, for a GPU of 80 GB"]
-fn steps_of_a_rank_of_eight() {
-    const SEQUENCES: usize = 32;
-    const CONTEXT_OF_MANY: usize = 5632;
-    const CONTEXT_OF_ONE: usize = 8192;
-    const CHUNK: usize = 2048;
-    if devices::gpu().is_none() {
-        return;
-    }
-    let config = glm::whole();
-    let limits = StepLimits {
-        page_size: PAGE_SIZE,
-        num_pages: SEQUENCES * CONTEXT_OF_MANY / PAGE_SIZE,
-        cache_dtype: DType::Act,
-        max_batch_tokens: CHUNK,
-        max_batch_seqs: SEQUENCES,
-        max_model_len: CONTEXT_OF_ONE,
-        vocab_size: config.vocab_size,
-        max_logprobs: 20,
-    };
-    let (lone, weights) = (Box::new(LoneRank::new(0, 8).unwrap()), DummyWeights::new(config, 0));
-    let mut rank = Rank::load(Cuda::open().unwrap(), lone, &weights, &limits, INDEX_LOGITS).unwrap();
-    let pages_of = |sequence: usize, context: usize| -> Vec<u32> {
-        let first = sequence * CONTEXT_OF_MANY / PAGE_SIZE;
-        (first..first + context / PAGE_SIZE).map(|page| page as u32).collect()
-    };
-
-    let tokens: Vec<u32> = (0..CONTEXT_OF_ONE).map(|i| (i * 7919 % 19360) as u32).collect();
-    let chunk = |rank: &mut Rank<Cuda>, sequence: usize, start: usize, end: usize| {
-        let pages = pages_of(sequence, end.next_multiple_of(PAGE_SIZE));
-        let slice = SequenceSlice { token_ids: &tokens[start..end], computed_len: start, pages: &pages };
-        rank.forward(&Batch::new(PAGE_SIZE, &[slice]).unwrap(), None).unwrap();
-    };
-    for sequence in 0..SEQUENCES {
-        for start in (0..CONTEXT_OF_MANY).step_by(CHUNK) {
-            chunk(&mut rank, sequence, start, CONTEXT_OF_MANY.min(start + CHUNK));
-        }
-    }
-    let start = CONTEXT_OF_ONE - CHUNK;
-    for _ in 0..3 {
-        rank.kernels().device().synchronize().unwrap();
-        let started = Instant::now();
-        chunk(&mut rank, 0, start, CONTEXT_OF_ONE);
-        rank.kernels().device().synchronize().unwrap();
-        let ms = started.elapsed().as_secs_f64() * 1e3;
-        println!("{CHUNK} new tokens after {start}: {ms:.1} ms, {:.0} tokens/s", CHUNK as f64 / ms * 1e3);
-    }
-    let graphs = rank.record_graphs(&limits).unwrap();
-    println!("{graphs} graphs");
-    for (sequences, context) in [(1, CONTEXT_OF_ONE), (8, CONTEXT_OF_MANY), (32, CONTEXT_OF_MANY)] {
-        let pages: Vec<_> = (0..sequences).map(|sequence| pages_of(sequence, context)).collect();
-        // Greedy: logits of other ranks are not there, and a draw among what happens to stand in their place says nothing.
-        let Times { step, start, .. } = times(&mut rank, &decode_on(&pages, context, 0.0));
-        println!(
-            "{sequences:>2} sequences, context {context}: {step:.3} ms a step, the first {start:.0} us the host's"
-        );
     }
 }
 

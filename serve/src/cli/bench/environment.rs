@@ -41,13 +41,13 @@ impl Environment {
         let Self { dsa80, date, cpu, cpu_threads, gpu, .. } = self;
         let on = match gpu {
             Some(GpuFacts { name, cuda, nvrtc, read_gb_s, mma_tflop_s, .. }) => {
-                let ceiling = |value: Option<f64>, unit: &str| {
-                    value.map_or_else(|| format!("not measured {unit}"), |value| format!("{value:.0} {unit}"))
+                let ceilings = match (read_gb_s, mma_tflop_s) {
+                    (Some(read), Some(mma)) => {
+                        format!("; ceilings in the same run: read {read:.0} GB/s, mma.sync {mma:.0} TFLOP/s")
+                    }
+                    _ => String::new(),
                 };
-                let (read, mma) = (ceiling(*read_gb_s, "GB/s"), ceiling(*mma_tflop_s, "TFLOP/s"));
-                format!(
-                    "{name}, CUDA {cuda}, NVRTC {nvrtc}; ceilings in the same run: read {read}, mma.sync {mma}"
-                )
+                format!("{name}, CUDA {cuda}, NVRTC {nvrtc}{ceilings}")
             }
             None => format!("{cpu}, {cpu_threads} threads"),
         };

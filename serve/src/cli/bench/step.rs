@@ -119,12 +119,13 @@ pub(super) fn run(args: StepArgs) -> anyhow::Result<()> {
         bail!("the caches hold {} tokens, too few for any of the steps", limits.num_pages * limits.page_size);
     }
     let pages = cases.iter().map(|case| case.pages(&limits)).max().unwrap_or(0);
+    let vocabulary = cases::vocabulary(config.vocab_size, args.rank, args.tp);
     let started = Instant::now();
-    for batch in cases::fill(&limits, pages)? {
+    for batch in cases::fill(&limits, pages, &vocabulary)? {
         rank.fill(&batch)?;
     }
     for case in cases {
-        let step = case.step(&limits)?;
+        let step = case.step(&limits, &vocabulary)?;
         let seen = rank.see(&step.batch)?;
         if report.cases.is_empty() {
             // Only what has been looked at is certain to be there.
@@ -151,8 +152,10 @@ pub(super) fn run(args: StepArgs) -> anyhow::Result<()> {
         );
         print(&result.text(&report.environment))?;
         report.cases.push(result);
+        // What is measured stays, whatever becomes of the rest.
+        args.report.write(&report)?;
     }
-    args.report.write(&report)
+    Ok(())
 }
 
 impl StepArgs {

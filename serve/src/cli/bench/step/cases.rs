@@ -1,5 +1,7 @@
 //! The steps that are measured, and what stands in the caches before.
 
+use std::ops::Range;
+
 use dsa80_model::engine::{Step, StepLimits};
 use dsa80_model::measure::greedy_step;
 use dsa80_reference::{Batch, Result, SequenceSlice, random};
@@ -61,11 +63,11 @@ impl Case {
         self.sequences * self.pages_of_a_sequence(limits)
     }
 
-    /// The step, whose last tokens are wanted.
-    pub(super) fn step(&self, limits: &StepLimits) -> Result<Step> {
+    /// The step, whose last tokens are wanted; tokens are of `vocabulary`.
+    pub(super) fn step(&self, limits: &StepLimits, vocabulary: &Range<usize>) -> Result<Step> {
         let (each, new) = (self.pages_of_a_sequence(limits), self.tokens() / self.sequences);
         let tokens: Vec<Vec<u32>> =
-            (0..self.sequences).map(|sequence| tokens(new, sequence + 1, limits.vocab_size)).collect();
+            (0..self.sequences).map(|sequence| tokens(new, sequence + 1, vocabulary)).collect();
         let pages: Vec<u32> = (0..self.pages(limits)).map(|page| page as u32).collect();
         let slices: Vec<_> = tokens
             .iter()
@@ -77,15 +79,15 @@ impl Case {
     }
 }
 
-/// Batches that fill the first `pages` pages.
-pub(super) fn fill(limits: &StepLimits, pages: usize) -> Result<Vec<Batch>> {
+/// Batches that fill the first `pages` pages with tokens of `vocabulary`.
+pub(super) fn fill(limits: &StepLimits, pages: usize, vocabulary: &Range<usize>) -> Result<Vec<Batch>> {
     let size = limits.page_size;
     let each = (SEGMENT.min(limits.max_batch_tokens).min(limits.max_model_len) / size).max(1);
     let sequences = (limits.max_batch_tokens / (each * size)).clamp(1, limits.max_batch_seqs);
     let pages: Vec<u32> = (0..pages as u32).collect();
     let segments: Vec<(Vec<u32>, &[u32])> = pages
         .chunks(each)
-        .map(|pages| (tokens(pages.len() * size, pages[0] as usize + (1 << 20), limits.vocab_size), pages))
+        .map(|pages| (tokens(pages.len() * size, pages[0] as usize + (1 << 20), vocabulary), pages))
         .collect();
     let batch = |segments: &[(Vec<u32>, &[u32])]| {
         let slices: Vec<_> = segments
@@ -97,9 +99,17 @@ pub(super) fn fill(limits: &StepLimits, pages: usize) -> Result<Vec<Batch>> {
     segments.chunks(sequences).map(batch).collect()
 }
 
+/// Tokens whose embeddings a rank has. Alone, it makes zeros of all others, which would be alike: they would select the same rows and be
+/// sent to the same experts.
+pub(super) fn vocabulary(vocab_size: usize, rank: usize, tp: usize) -> Range<usize> {
+    let share = vocab_size / tp;
+    rank * share..(rank + 1) * share
+}
+
 /// Random tokens, other ones for another seed.
-fn tokens(count: usize, seed: usize, vocab_size: usize) -> Vec<u32> {
-    (0..count as u64).map(|i| random::word(i, seed as u32) % vocab_size as u32).collect()
+fn tokens(count: usize, seed: usize, vocabulary: &Range<usize>) -> Vec<u32> {
+    let token = |i| vocabulary.start + random::word(i, seed as u32) as usize % vocabulary.len().max(1);
+    (0..count as u64).map(|i| token(i) as u32).collect()
 }
 
 #[cfg(test)]
@@ -140,7 +150,7 @@ mod tests {
     #[test]
     fn every_sequence_of_a_decode_has_pages_of_its_own_and_wants_a_token() {
         let limits = limits();
-        let Step { batch, targets } = decode(3, 100).step(&limits).unwrap();
+        let Step { batch, targets } = decode(3, 100).step(&limits, &vocabulary(1000, 1, 4)).unwrap();
         assert_eq!(batch.context_lens, [100; 3]);
         let mut pages = batch.block_table.clone();
         pages.sort_unstable();
@@ -148,12 +158,13 @@ mod tests {
         assert_eq!(pages.len(), 3 * 7);
         assert_eq!(targets.iter().map(|target| target.row).collect::<Vec<_>>(), [0, 1, 2]);
         assert!(batch.token_ids[0] != batch.token_ids[1]);
+        assert!(batch.token_ids.iter().all(|token| (250..500).contains(token)), "{:?}", batch.token_ids);
     }
 
     #[test]
     fn a_prefill_is_the_end_of_its_context_and_wants_the_last_token() {
         let case = Case { kind: Kind::Prefill { chunk: 48 }, sequences: 1, context: 100, wanted: 100 };
-        let Step { batch, targets } = case.step(&limits()).unwrap();
+        let Step { batch, targets } = case.step(&limits(), &(0..1000)).unwrap();
         assert_eq!((batch.num_tokens(), batch.positions[0], batch.max_context_len), (48, 52, 100));
         assert_eq!((targets.len(), targets[0].row, targets[0].position), (1, 47, 100));
     }
@@ -161,7 +172,7 @@ mod tests {
     #[test]
     fn every_slot_of_the_pages_is_filled_once() {
         let limits = limits();
-        let batches = fill(&limits, 11).unwrap();
+        let batches = fill(&limits, 11, &(0..1000)).unwrap();
         assert!(batches.iter().all(|batch| batch.num_tokens() <= limits.max_batch_tokens));
         assert!(batches.iter().all(|batch| batch.num_seqs() <= limits.max_batch_seqs));
         let mut slots: Vec<i64> = batches.iter().flat_map(|batch| batch.slot_mapping.clone()).collect();

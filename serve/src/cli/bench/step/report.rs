@@ -170,7 +170,7 @@ impl CaseReport {
         for KernelReport { name, shape, launches, us, share } in kernels {
             table.row([
                 name.clone(),
-                shape.clone(),
+                beginning(shape),
                 launches.to_string(),
                 digits(*us),
                 digits(us / *launches as f64),
@@ -179,6 +179,15 @@ impl CaseReport {
         }
         let together = 100.0 * sum / device.median;
         table.text("  ") + &format!("  together {} ms, {together:.1} % of the step\n", digits(sum))
+    }
+}
+
+/// As much of a shape as a line has room for.
+fn beginning(shape: &str) -> String {
+    const MOST: usize = 72;
+    match shape.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{}..", &shape[..end]),
+        None => shape.to_owned(),
     }
 }
 
@@ -209,6 +218,8 @@ mod tests {
             kernels: vec![kernel("a", 300.0, 0.3), kernel("b", 600.0, 0.6)],
             ..CaseReport::default()
         };
+        assert_eq!(beginning(&"é".repeat(72)), "é".repeat(72));
+        assert_eq!(beginning(&"é".repeat(73)), "é".repeat(72) + "..");
         let environment = Environment::of(None, None);
         expect_test::expect![[r#"
 
