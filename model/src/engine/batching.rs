@@ -10,6 +10,9 @@ use super::sequence::Sequence;
 use super::stats::EngineStats;
 use super::step::{Sampled, Step, StepError};
 
+/// Stands for a token that is being sampled.
+const UNKNOWN: u32 = 0;
+
 /// The scheduler, the counters, and the events that are not sent yet.
 #[derive(Debug)]
 pub(super) struct Batching {
@@ -19,6 +22,8 @@ pub(super) struct Batching {
     /// Sequences that stopped counting against the waiting queue's bound since the last
     /// [`take_left_queue`](Self::take_left_queue).
     left_queue: usize,
+    /// The step after the one that is being made, if all who run go on: all but the tokens that are not known yet.
+    ahead: Option<Step>,
     outbox: Vec<(UnboundedSender<Event>, Event)>,
 }
 
@@ -26,7 +31,7 @@ impl Batching {
     /// Nothing waits, nothing runs.
     pub(super) fn new(scheduler: Scheduler, vocab_size: usize) -> Self {
         let counters = EngineStats::default();
-        Self { scheduler, vocab_size, counters, left_queue: 0, outbox: Vec::new() }
+        Self { scheduler, vocab_size, counters, left_queue: 0, ahead: None, outbox: Vec::new() }
     }
 
     /// Puts a new sequence at the end of the queue.
@@ -41,10 +46,56 @@ impl Batching {
 
     /// Drops sequences that nobody waits for and frees their pages.
     pub(super) fn drop_cancelled(&mut self) {
-        for sequence in self.scheduler.take_out(Sequence::is_cancelled) {
+        for sequence in self.take_out(Sequence::is_cancelled) {
             self.counters.cancelled += 1;
             self.left_queue += usize::from(!sequence.admitted);
         }
+    }
+
+    /// Takes sequences out of the schedule. Whatever was described ahead counted on all of them.
+    fn take_out(&mut self, gone: impl FnMut(&Sequence) -> bool) -> Vec<Sequence> {
+        let taken = self.scheduler.take_out(gone);
+        if !taken.is_empty() {
+            self.ahead = None;
+        }
+        taken
+    }
+
+    /// Describes the next step while the one that [`next_step`](Self::next_step) gave is being made, as far as it is known: if all go on, each
+    /// by the token that it is waiting for. Does nothing where that cannot be or pages are short.
+    pub(super) fn describe_ahead(&mut self) {
+        self.ahead = None;
+        let scheduler = &mut self.scheduler;
+        if scheduler.running.is_empty() || !scheduler.is_closed() || !scheduler.reserve_ahead() {
+            return;
+        }
+        let running = scheduler.running.iter();
+        let slices: Vec<_> = running
+            .clone()
+            .map(|sequence| SequenceSlice {
+                token_ids: &[UNKNOWN],
+                computed_len: sequence.len(),
+                pages: &sequence.pages,
+            })
+            .collect();
+        let targets = running.enumerate().map(|(row, sequence)| sequence.sampled_after(row, 1)).collect();
+        // What cannot be described is reported when its turn has come.
+        self.ahead =
+            Batch::new(scheduler.blocks.page_size(), &slices).ok().map(|batch| Step { batch, targets });
+    }
+
+    /// The step that was described ahead, with the tokens that were missing, if what it counted on came true.
+    fn take_ahead(&mut self) -> Option<Step> {
+        let mut step = self.ahead.take().filter(|_| self.scheduler.is_closed())?;
+        self.scheduler.schedule_decodes();
+        let places = step.batch.token_ids.iter_mut().zip(&mut step.targets);
+        for ((place, target), sequence) in places.zip(&self.scheduler.running) {
+            let (token, is_output) = sequence.last();
+            *place = token as i32;
+            target.output.extend(is_output.then_some(token));
+        }
+        self.counters.steps_ahead += 1;
+        Some(step)
     }
 
     /// Decides on the next step and describes it. `None` when no sequence is there.
@@ -54,6 +105,9 @@ impl Batching {
     pub(super) fn next_step(&mut self) -> Result<Option<Step>, StepError> {
         if self.is_idle() {
             return Ok(None);
+        }
+        if let Some(step) = self.take_ahead() {
+            return Ok(Some(step));
         }
         self.scheduler.schedule();
         self.welcome_newcomers();
@@ -125,7 +179,7 @@ impl Batching {
             }
             self.scheduler.publish(index);
         }
-        for sequence in self.scheduler.take_out(|sequence| sequence.finished.is_some()) {
+        for sequence in self.take_out(|sequence| sequence.finished.is_some()) {
             self.counters.finished += 1;
             if let Some(reason) = sequence.finished {
                 let usage = sequence.usage();
@@ -137,7 +191,7 @@ impl Batching {
 
     /// Ends every sequence with `message`.
     pub(super) fn fail_all(&mut self, message: &str) {
-        for sequence in self.scheduler.take_out(|_| true) {
+        for sequence in self.take_out(|_| true) {
             self.counters.failed += 1;
             self.left_queue += usize::from(!sequence.admitted);
             self.outbox.push((sequence.events, Event::Failed(message.into())));

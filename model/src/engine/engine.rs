@@ -249,10 +249,14 @@ impl Worker {
             let step = self.batching.next_step()?;
             self.publish();
             let Some(step) = step else { continue };
-            // What the last step gave is sent while the device makes the next: waking those who wait for it takes about as long as
-            // everything else that is done for a token.
+            // While the device makes this step, what the last one gave is sent (waking those who wait for it takes about as long as
+            // everything else that is done for a token), and the next one is described.
             let (targets, batching) = (step.targets.len(), &mut self.batching);
-            let sampled = self.model.step_while(Arc::new(step), &mut || batching.send_events())?;
+            let mut meanwhile = || {
+                batching.send_events();
+                batching.describe_ahead();
+            };
+            let sampled = self.model.step_while(Arc::new(step), &mut meanwhile)?;
             self.batching.complete(targets, sampled)?;
             self.publish();
         }

@@ -70,6 +70,26 @@ impl Scheduler {
         self.admit(budget);
     }
 
+    /// Whether everybody who runs can have a page for the token that comes after the step that is being made, if that step leaves everybody
+    /// decoding. Takes the pages: whoever goes on needs them, and whoever does not gives them back with the others.
+    pub(super) fn reserve_ahead(&mut self) -> bool {
+        let all_decode =
+            self.running.iter().zip(&self.chunks).all(|(sequence, &chunk)| sequence.decodes_after(chunk));
+        all_decode && (0..self.running.len()).all(|index| self.cover(index, self.running[index].len() + 1))
+    }
+
+    /// Whether [`schedule`](Self::schedule) would let nobody in: everybody who runs takes a row of the step.
+    pub(super) fn is_closed(&self) -> bool {
+        let most = self.max_running.min(self.max_batch_tokens);
+        self.waiting.is_empty() || self.running.len() >= most
+    }
+
+    /// A step of one token for everybody.
+    pub(super) fn schedule_decodes(&mut self) {
+        self.chunks.clear();
+        self.chunks.resize(self.running.len(), 1);
+    }
+
     /// Takes out the sequences for which `gone` holds, wherever they are, and frees their pages.
     pub(super) fn take_out(&mut self, mut gone: impl FnMut(&Sequence) -> bool) -> Vec<Sequence> {
         let mut taken = Vec::new();
@@ -121,15 +141,22 @@ impl Scheduler {
     /// Extends the block table towards `wanted` more tokens; returns how many of them it covers.
     fn grow(&mut self, index: usize, wanted: usize) -> usize {
         let page_size = self.blocks.page_size();
+        self.cover(index, self.running[index].num_computed + wanted);
+        let sequence = &self.running[index];
+        wanted.min(sequence.pages.len() * page_size - sequence.num_computed)
+    }
+
+    /// Extends the block table towards `tokens` tokens in all; whether it covers them.
+    fn cover(&mut self, index: usize, tokens: usize) -> bool {
+        let pages = tokens.div_ceil(self.blocks.page_size());
         let sequence = &mut self.running[index];
-        let pages = (sequence.num_computed + wanted).div_ceil(page_size);
         while sequence.pages.len() < pages {
             match self.blocks.allocate() {
                 Some(page) => sequence.pages.push(page),
-                None => break,
+                None => return false,
             }
         }
-        wanted.min(sequence.pages.len() * page_size - sequence.num_computed)
+        true
     }
 
     /// Sends the youngest running sequence back to the head of the queue.

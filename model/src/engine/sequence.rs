@@ -185,18 +185,34 @@ impl Sequence {
             });
         }
         if self.samples_after(chunk) {
-            let output = if self.penalised { &self.tokens[self.prompt_len()..] } else { &[] };
-            targets.push(SampleTarget {
-                row: first_row + chunk - 1,
-                params: Arc::clone(&self.params),
-                prompt: Arc::clone(&self.prompt),
-                output: output.to_vec(),
-                banned: self.stop.banned(self.generated()),
-                position: self.len() as u32,
-                forced: None,
-                logprobs: self.logprobs,
-            });
+            targets.push(self.sampled_after(first_row + chunk - 1, 0));
         }
+    }
+
+    /// What is wanted from `row` when `unknown` more tokens come before the one that is sampled there. They are not in
+    /// [`output`](SampleTarget::output).
+    pub(super) fn sampled_after(&self, row: usize, unknown: usize) -> SampleTarget {
+        let output = if self.penalised { &self.tokens[self.prompt_len()..] } else { &[] };
+        SampleTarget {
+            row,
+            params: Arc::clone(&self.params),
+            prompt: Arc::clone(&self.prompt),
+            output: output.to_vec(),
+            banned: self.stop.banned(self.generated() + unknown),
+            position: (self.len() + unknown) as u32,
+            forced: None,
+            logprobs: self.logprobs,
+        }
+    }
+
+    /// Whether, after the next `chunk` tokens, it is one token further and has that one to compute, unless the token ends it.
+    pub(super) fn decodes_after(&self, chunk: usize) -> bool {
+        chunk > 0 && self.samples_after(chunk) && !self.stop.is_last(self.generated() + 1)
+    }
+
+    /// The last token, which stands in the output of what is sampled next if a penalty is on.
+    pub(super) fn last(&self) -> (u32, bool) {
+        (self.tokens[self.tokens.len() - 1], self.penalised)
     }
 
     /// Takes in what came out of the targets that [`push_targets`](Self::push_targets) named for `chunk`, and

@@ -15,6 +15,8 @@ pub struct EngineStats {
     pub pages_cached: usize,
     /// Model steps made.
     pub steps: u64,
+    /// Those of them that were described, but for their tokens, while the step before was being made.
+    pub steps_ahead: u64,
     /// Prompt tokens computed (those found in the prefix cache not counted).
     pub prompt_tokens: u64,
     /// Prompt tokens found in the prefix cache.

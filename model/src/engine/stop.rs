@@ -44,12 +44,17 @@ impl StopConditions {
         Arc::clone(&self.nothing)
     }
 
+    /// Whether the `generated`-th token (counted from 1) is the last, whichever it is.
+    pub(super) fn is_last(&self, generated: usize) -> bool {
+        generated >= self.max_tokens
+    }
+
     /// Whether `token`, the `generated`-th one (counted from 1), was the last. A stop id that is also the
     /// last allowed token counts as a stop.
     pub(super) fn reached(&self, token: u32, generated: usize) -> Option<FinishReason> {
         if self.stop_ids.contains(&token) {
             Some(FinishReason::Stop)
-        } else if generated >= self.max_tokens {
+        } else if self.is_last(generated) {
             Some(FinishReason::Length)
         } else {
             None

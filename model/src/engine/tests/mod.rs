@@ -1,5 +1,6 @@
 //! The engine against a model that checks every step it is given.
 
+mod ahead;
 mod lifecycle;
 mod mock;
 mod random;
@@ -41,6 +42,8 @@ struct Bench {
     batching: Batching,
     model: MockModel,
     limits: StepLimits,
+    /// Whether steps are described ahead.
+    ahead: bool,
 }
 
 /// One submitted request.
@@ -58,7 +61,7 @@ impl Bench {
         let scheduler =
             Scheduler::new(limits.max_batch_tokens, limits.max_batch_seqs, prefix_caching, blocks);
         let batching = Batching::new(scheduler, limits.vocab_size);
-        Self { batching, model: MockModel::new(limits), limits }
+        Self { batching, model: MockModel::new(limits), limits, ahead: true }
     }
 
     fn submit(&mut self, request: Request) -> Client {
@@ -77,6 +80,9 @@ impl Bench {
             return false;
         };
         let targets = step.targets.len();
+        if self.ahead {
+            self.batching.describe_ahead();
+        }
         let sampled = self.model.step(Arc::new(step)).expect("the mock has no fault");
         self.batching.complete(targets, sampled).expect("the mock answers every target");
         self.batching.send_events();

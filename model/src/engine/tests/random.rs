@@ -65,9 +65,11 @@ proptest! {
     fn every_request_gets_its_own_tokens_and_no_page_is_lost(
         limits in any_limits(),
         prefix_caching in any::<bool>(),
+        ahead in any::<bool>(),
         ops in prop::collection::vec(any_op(), 1..40),
     ) {
         let mut bench = Bench::new(limits, prefix_caching);
+        bench.ahead = ahead;
         let mut clients: Vec<(Client, bool)> = Vec::new();
         for op in ops {
             match op {
