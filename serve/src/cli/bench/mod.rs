@@ -1,9 +1,10 @@
-//! `dsa80 bench`: what steps, collectives and loading take on this machine, and what that comes to on eight GPUs.
+//! `dsa80 bench`: what steps, collectives, loading and a server take, and what that comes to on eight GPUs.
 
 mod collectives;
 mod environment;
 mod load;
 mod project;
+mod serve;
 mod spread;
 mod step;
 mod table;
@@ -32,6 +33,8 @@ enum Bench {
     Collectives(collectives::CollectivesArgs),
     /// Loading a checkpoint for one rank, beside a plain read of the same files.
     Load(Box<load::LoadArgs>),
+    /// A server's latencies and throughput under load: any that speaks OpenAI's API.
+    Serve(Box<serve::ServeArgs>),
     /// A projection: what measured steps and collectives come to on eight GPUs of a kind.
     Project(project::ProjectArgs),
 }
@@ -53,6 +56,7 @@ pub(super) fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
         Bench::Step(args) => step::run(*args),
         Bench::Collectives(args) => collectives::run(args),
         Bench::Load(args) => load::run(*args),
+        Bench::Serve(args) => serve::run(&args),
         Bench::Project(args) => project::run(&args),
     }?;
     Ok(ExitCode::SUCCESS)
