@@ -52,7 +52,7 @@ pub(crate) async fn settled() -> Footprint {
         let now = Footprint::now();
         calm = if now.files < least.files { 0 } else { calm + 1 };
         least = now;
-        if calm >= 10 {
+        if calm >= 6 {
             break;
         }
     }

@@ -54,14 +54,14 @@ impl Dice {
             0..=13 => 1 + self.below(48),
             14..=17 => 40 + self.below(80),
             18 => 120 + self.below(60),
-            _ => 200 + self.below(160),
+            _ => 180 + self.below(40),
         }
     }
 
     fn max_tokens(&mut self) -> usize {
         match self.below(10) {
-            0..=7 => 1 + self.below(16),
-            8 => 16 + self.below(32),
+            0..=6 => 1 + self.below(16),
+            7..=8 => 16 + self.below(32),
             _ => 40 + self.below(60),
         }
     }
@@ -77,9 +77,9 @@ pub(crate) fn job(index: usize) -> Job {
     }
     let (prompt_len, max_tokens) = (dice.prompt_len(), dice.max_tokens());
     let choices = if dice.below(8) == 0 { 2 + dice.below(2) } else { 1 };
+    let (temperature, top_p) = ([0.0, 0.7, 1.0, 1.5][dice.below(4)], [1.0, 0.9][dice.below(2)]);
     let mut fields = json!({
-        "max_tokens": max_tokens, "n": choices, "seed": index,
-        "temperature": [0.0, 0.7, 1.0, 1.5][dice.below(4)], "top_p": [1.0, 0.9][dice.below(2)],
+        "max_tokens": max_tokens, "n": choices, "seed": index, "temperature": temperature, "top_p": top_p,
     });
     let mut add = |name: &str, value: Value| fields[name] = value;
     let runs_to_the_end = match dice.below(4) {

@@ -28,10 +28,10 @@ use footprint::Footprint;
 use job::Job;
 
 /// The longest context.
-const MAX_MODEL_LEN: usize = 512;
-const PAGE_SIZE: usize = 16;
-/// Little more than two of the longest contexts, for 24 sequences.
-const PAGES: usize = 72;
+const MAX_MODEL_LEN: usize = 320;
+const PAGE_SIZE: usize = 4;
+/// Little more than the longest context, for 24 sequences.
+const PAGES: usize = 84;
 /// Clients at a time; each may ask for three choices.
 const CLIENTS: usize = 40;
 /// The requests after which nothing may grow any more, and the pieces of the rest.

@@ -269,7 +269,7 @@ fn short(text: &str) -> String {
 }
 
 /// An error with its causes: reqwest's own words leave them out.
-fn chain(error: &dyn Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
+fn chain(error: &(dyn Error + 'static)) -> String {
+    let causes = std::iter::successors(Some(error), |&error| error.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
