@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use dsa80_reference::{RecordedKernel, Result, host_times};
+use dsa80_reference::buffers::HostMemory;
 
 /// What a device offers a block, as far as tiles are validated against it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -174,6 +175,11 @@ pub trait Device: Send {
     /// What tiles are validated against.
     fn limits(&self) -> &Limits;
 
+    /// Memory of the host that copies to the device are fastest from, if any is.
+    fn host_memory(&self) -> Option<Arc<dyn HostMemory>> {
+        None
+    }
+
     /// Allocates `bytes`; the contents are unspecified. `name` is what errors call it.
     ///
     /// # Errors
@@ -249,6 +255,10 @@ impl<D: Device + Sync> Device for Arc<D> {
 
     fn limits(&self) -> &Limits {
         (**self).limits()
+    }
+
+    fn host_memory(&self) -> Option<Arc<dyn HostMemory>> {
+        (**self).host_memory()
     }
 
     fn alloc(&self, name: &str, bytes: usize) -> Result<D::Buffer> {

@@ -143,7 +143,7 @@ impl Int4Shape {
                 return Err(refuse("zero_points", "none", "some"));
             }
             let groups = self.groups();
-            let zeros = weight.zero_points.as_ref().map(Vec::len);
+            let zeros = weight.zero_points.as_ref().map(|zeros| zeros.len());
             for (tensor, found, expected) in [
                 ("weight_packed", weight.weight_packed.len(), out_features * weight.words_per_row()),
                 ("scales", weight.scales.len(), out_features * groups),
@@ -275,9 +275,9 @@ impl Int4Shape {
             out_features: out,
             in_features: self.in_features,
             group_size: self.group_size,
-            weight_packed: vec![0; out * words],
+            weight_packed: vec![0; out * words].into(),
             scales: HostTensor { shape: vec![out, groups], data: zero_scales(self.scales, out * groups) },
-            zero_points: self.zero_points.then(|| vec![0; out.div_ceil(8) * groups]),
+            zero_points: self.zero_points.then(|| vec![0; out.div_ceil(8) * groups].into()),
         };
         let mut weights = vec![one; if self.rows == Int4Rows::One { 1 } else { 2 }];
         for (index, word) in packed.weight.iter().enumerate() {
@@ -329,9 +329,9 @@ fn push_scale(scales: &HostData, index: Option<usize>, out: &mut Vec<u8>) {
 
 fn zero_scales(dtype: DType, count: usize) -> HostData {
     match dtype {
-        DType::Bf16 => HostData::Bf16(vec![half::bf16::ZERO; count]),
-        DType::F16 => HostData::F16(vec![half::f16::ZERO; count]),
-        _ => HostData::F32(vec![0.0; count]),
+        DType::Bf16 => HostData::Bf16(vec![half::bf16::ZERO; count].into()),
+        DType::F16 => HostData::F16(vec![half::f16::ZERO; count].into()),
+        _ => HostData::F32(vec![0.0; count].into()),
     }
 }
 
@@ -551,9 +551,9 @@ mod tests {
         );
         let none = HostInt4 { group_size: 0, ..good.clone() };
         assert!(refused(&[&none]).contains("`group_size` is 0"));
-        let short = HostInt4 { weight_packed: vec![0; 191], ..good.clone() };
+        let short = HostInt4 { weight_packed: vec![0; 191].into(), ..good.clone() };
         assert_eq!(refused(&[&short]), "upload_int4: `weight_packed` has shape [191], expected [192]");
-        let zeros = HostInt4 { zero_points: Some(vec![0; 7]), ..good.clone() };
+        let zeros = HostInt4 { zero_points: Some(vec![0; 7].into()), ..good.clone() };
         assert_eq!(refused(&[&zeros]), "upload_int4: `zero_points` has shape [7], expected [6]");
         assert!(
             refused(&[&good, &host(8, 96, 32, DType::Bf16, true, 1)])

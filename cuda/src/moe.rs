@@ -138,7 +138,7 @@ fn dims(tensor: &'static str, weight: &HostLinear) -> Result<(usize, usize)> {
             if weight.group_size == 0 {
                 return Err(refuse("group_size", "at least 1", "0".into()));
             }
-            let (groups, zeros) = (weight.groups(), weight.zero_points.as_ref().map(Vec::len));
+            let (groups, zeros) = (weight.groups(), weight.zero_points.as_ref().map(|zeros| zeros.len()));
             for (tensor, found, expected) in [
                 ("weight_packed", weight.weight_packed.len(), out * weight.words_per_row()),
                 ("scales", weight.scales.len(), out * groups),

@@ -96,7 +96,6 @@ impl<D: Device> ExpertsInt4<D> {
             all.gate_up.upload_at(device, tile, &mut gate_up_staging, e, &[gate, up])?;
             all.down.upload_at(device, tile, &mut down_staging, e, &[down])?;
         }
-        experts.into_iter().for_each(HostExpert::give_back);
         Ok(all)
     }
 

@@ -3,9 +3,11 @@
 //!
 //! Rows of the weight are eight of the gate and the same eight of the up projection in turns, so that one thread gets both of a feature.
 
-use dsa80_reference::buffers::{self, Element};
+use bytemuck::Pod;
+use dsa80_reference::buffers;
 use dsa80_reference::{
-    DType, DeviceTensor, Error, HostData, HostLinear, HostTensor, RandomFormat, RandomLinear, Result,
+    DType, DeviceTensor, Error, HostArray, HostData, HostLinear, HostTensor, RandomFormat, RandomLinear,
+    Result,
 };
 
 use crate::device::Device;
@@ -101,7 +103,6 @@ impl<D: Device> SwiGlu<D> {
             && gate.scales.dtype() == up.scales.dtype()
         {
             let packed = PackedInt4::upload_gate_up(device, tile, gate, up)?;
-            [gate_proj, up_proj].into_iter().for_each(HostLinear::give_back);
             return Ok(Self::Int4(packed));
         }
         // Exact, but for f32 scales.
@@ -111,11 +112,10 @@ impl<D: Device> SwiGlu<D> {
             (HostData::F16(gate), HostData::F16(up)) => HostData::F16(in_turns(gate, up, dims)),
             _ => HostData::F32(in_turns(&gate.to_f32(), &up.to_f32(), dims)),
         };
-        [gate, up].into_iter().for_each(HostTensor::give_back);
+        drop((gate, up));
         let shape = vec![SwiGluDense::<D>::rows(dims.0), dims.1];
         let both = HostTensor { shape, data };
         let weight = crate::cuda::upload(device, &both)?;
-        both.give_back();
         Ok(Self::Dense(SwiGluDense { weight, intermediate: dims.0 }))
     }
 
@@ -139,7 +139,7 @@ impl<D: Device> SwiGlu<D> {
 }
 
 /// Eight rows of `gate`, eight of `up`, and so on; rows of zeros fill up the last eight.
-fn in_turns<T: Element + Copy + Default>(gate: &[T], up: &[T], (rows, columns): (usize, usize)) -> Vec<T> {
+fn in_turns<T: Pod + Default>(gate: &[T], up: &[T], (rows, columns): (usize, usize)) -> HostArray<T> {
     let mut all = buffers::take(2 * rows.next_multiple_of(ROWS) * columns);
     let pieces = [gate, up].map(|weight| weight.chunks((ROWS * columns).max(1)));
     let [mut gates, mut ups] = pieces;

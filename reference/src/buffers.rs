@@ -1,153 +1,191 @@
-//! Host arrays that are used again: while a model is loaded, the arrays of one layer are those of the layer before it. New memory costs the
-//! system more than reading a file into memory that is there.
+//! Host memory that is used again: while a model is loaded, the arrays of one layer are those of the layer before it. New memory costs the
+//! system more than reading a file into memory that is there, and memory that a device reaches costs more still.
 //!
-//! Whoever reads takes its arrays here; a backend that has copied one to its device gives it back. [`clear`] ends the loading.
+//! Between [`lend_from`] and the end of what it returns, [`take`] gives memory that comes back when its array is dropped.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::fmt::Debug;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use half::{bf16, f16};
+use bytemuck::Pod;
 
-use crate::tensor::{HostData, HostExpert, HostInt4, HostLinear, HostTensor};
+use crate::host_array::HostArray;
 
 /// Kept at most, in bytes: two layers of a rank of eight.
 const LIMIT: usize = 3 << 29;
 /// Smaller arrays are cheap to make.
 const SMALLEST: usize = 64 << 10;
 
-/// Arrays by their lengths.
-type ByLength<T> = HashMap<usize, Vec<Vec<T>>>;
+/// Where a backend's host memory comes from: what a file is read into, and the device copies from.
+pub trait HostMemory: Debug + Send + Sync {
+    /// As many bytes, with any contents; `None` where there are none left, and ordinary memory has to do.
+    fn alloc(&self, bytes: usize) -> Option<Box<dyn HostBlock>>;
+}
 
-#[derive(Debug, Default)]
-struct Kept {
+/// A piece of [`HostMemory`], aligned to 8 bytes.
+pub trait HostBlock: Send + Sync {
+    /// All of it.
+    fn bytes(&self) -> &[u8];
+
+    /// All of it.
+    fn bytes_mut(&mut self) -> &mut [u8];
+}
+
+/// Ordinary memory.
+struct Words {
+    words: Vec<u64>,
     bytes: usize,
-    u32: ByLength<u32>,
-    bf16: ByLength<bf16>,
-    f16: ByLength<f16>,
-    f32: ByLength<f32>,
 }
 
-static KEPT: Mutex<Option<Kept>> = Mutex::new(None);
-
-fn kept() -> MutexGuard<'static, Option<Kept>> {
-    // A panic elsewhere leaves arrays that are whole.
-    KEPT.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// An element of an array that is used again.
-pub trait Element: sealed::Element {}
-
-mod sealed {
-    pub trait Element: Copy + Default {
-        #[expect(private_interfaces, reason = "a sealed trait is not called from outside")]
-        fn arrays(kept: &mut super::Kept) -> &mut super::ByLength<Self>;
+impl Words {
+    fn new(bytes: usize) -> Self {
+        Self { words: vec![0; bytes.div_ceil(8)], bytes }
     }
 }
 
-macro_rules! elements {
-    ($($field:ident),*) => {$(
-        impl sealed::Element for $field {
-            #[expect(private_interfaces, reason = "a sealed trait is not called from outside")]
-            fn arrays(kept: &mut Kept) -> &mut ByLength<Self> {
-                &mut kept.$field
+impl HostBlock for Words {
+    fn bytes(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.words)[..self.bytes]
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.words)[..self.bytes]
+    }
+}
+
+/// What is kept while models are loaded.
+struct Lender {
+    source: Arc<dyn HostMemory>,
+    loadings: usize,
+    kept: HashMap<usize, Vec<Box<dyn HostBlock>>>,
+    kept_bytes: usize,
+}
+
+static LENDER: Mutex<Option<Lender>> = Mutex::new(None);
+
+fn lender() -> MutexGuard<'static, Option<Lender>> {
+    // A panic elsewhere leaves blocks that are whole.
+    LENDER.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Keeps [`buffers`](crate::buffers) lending; what is kept is freed when the last is dropped.
+#[derive(Debug)]
+#[must_use]
+pub struct Lending(());
+
+/// Lends memory of `source` from now on. Where ranks load at the same time they share the first one's.
+pub fn lend_from(source: Arc<dyn HostMemory>) -> Lending {
+    let none = Lender { source, loadings: 0, kept: HashMap::new(), kept_bytes: 0 };
+    lender().get_or_insert(none).loadings += 1;
+    Lending(())
+}
+
+impl Drop for Lending {
+    fn drop(&mut self) {
+        let mut lender = lender();
+        if let Some(lending) = &mut *lender {
+            lending.loadings -= 1;
+            if lending.loadings == 0 {
+                *lender = None;
             }
         }
-
-        impl Element for $field {}
-    )*};
+    }
 }
 
-elements!(u32, bf16, f16, f32);
+/// Memory that goes back when it is dropped.
+pub(crate) struct Lent(Option<Box<dyn HostBlock>>);
+
+impl Lent {
+    pub(crate) fn bytes(&self) -> &[u8] {
+        self.0.as_ref().map_or(&[], |block| block.bytes())
+    }
+
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        self.0.as_mut().map_or(&mut [], |block| block.bytes_mut())
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        let Some(block) = self.0.take() else { return };
+        let bytes = block.bytes().len();
+        // A block that is not kept is freed after the lock.
+        let mut lender = lender();
+        if let Some(lending) = &mut *lender
+            && lending.kept_bytes + bytes <= LIMIT
+        {
+            lending.kept_bytes += bytes;
+            lending.kept.entry(bytes).or_default().push(block);
+        }
+    }
+}
 
 /// An array of `len` elements with any contents, to be written over.
-pub fn take<T: Element>(len: usize) -> Vec<T> {
-    let known = kept().as_mut().and_then(|kept| {
-        let array = T::arrays(kept).get_mut(&len)?.pop()?;
-        kept.bytes -= len * size_of::<T>();
-        Some(array)
-    });
-    known.unwrap_or_else(|| vec![T::default(); len])
-}
-
-/// Keeps an array for the next who takes one of its length.
-pub fn give_back<T: Element>(array: Vec<T>) {
-    let bytes = array.len() * size_of::<T>();
-    let mut kept = kept();
-    let kept = kept.get_or_insert_default();
-    if bytes >= SMALLEST && kept.bytes + bytes <= LIMIT {
-        kept.bytes += bytes;
-        T::arrays(kept).entry(array.len()).or_default().push(array);
+pub fn take<T: Pod>(len: usize) -> HostArray<T> {
+    let bytes = len * size_of::<T>();
+    let mut lender = lender();
+    let Some(lending) = lender.as_mut().filter(|_| bytes >= SMALLEST) else {
+        drop(lender);
+        return vec![T::zeroed(); len].into();
+    };
+    let kept = lending.kept.get_mut(&bytes).and_then(Vec::pop);
+    if kept.is_some() {
+        lending.kept_bytes -= bytes;
     }
-}
-
-/// Frees what is kept.
-pub fn clear() {
-    *kept() = None;
-}
-
-impl HostTensor {
-    /// Keeps the elements' array for the next who takes one.
-    pub fn give_back(self) {
-        match self.data {
-            HostData::Bf16(array) => give_back(array),
-            HostData::F16(array) => give_back(array),
-            HostData::F32(array) => give_back(array),
-        }
-    }
-}
-
-impl HostInt4 {
-    /// Keeps the arrays for the next who takes some.
-    pub fn give_back(self) {
-        give_back(self.weight_packed);
-        self.scales.give_back();
-        if let Some(zero_points) = self.zero_points {
-            give_back(zero_points);
-        }
-    }
-}
-
-impl HostLinear {
-    /// Keeps the arrays for the next who takes some.
-    pub fn give_back(self) {
-        match self {
-            HostLinear::Dense(tensor) => tensor.give_back(),
-            HostLinear::Int4(weight) => weight.give_back(),
-            HostLinear::Random(_) => {}
-        }
-    }
-}
-
-impl HostExpert {
-    /// Keeps the arrays for the next who takes some.
-    pub fn give_back(self) {
-        [self.gate_proj, self.up_proj, self.down_proj].into_iter().for_each(HostLinear::give_back);
-    }
+    let source = Arc::clone(&lending.source);
+    drop(lender);
+    let block = kept.or_else(|| source.alloc(bytes)).unwrap_or_else(|| Box::new(Words::new(bytes)));
+    HostArray::lent(Lent(Some(block)))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use super::*;
 
-    /// One test: what is kept belongs to the process.
+    /// Has two blocks and no more.
+    #[derive(Debug, Default)]
+    struct Two(AtomicUsize);
+
+    impl HostMemory for Two {
+        fn alloc(&self, bytes: usize) -> Option<Box<dyn HostBlock>> {
+            (self.0.fetch_add(1, Ordering::Relaxed) < 2)
+                .then(|| Box::new(Words::new(bytes)) as Box<dyn HostBlock>)
+        }
+    }
+
+    /// One test: who lends belongs to the process.
     #[test]
-    fn an_array_comes_back_to_the_next_of_its_length_and_type() {
-        const LEN: usize = SMALLEST + 1;
+    fn memory_comes_back_to_the_next_of_its_length() {
+        const LEN: usize = SMALLEST / 4 + 1;
+        let own = take::<u32>(LEN);
+        let (first, own) = (own.as_ptr(), own.into_vec());
+        assert_eq!(own.as_ptr(), first, "a vector of its own is not copied");
+
+        let two = Arc::new(Two::default());
+        let lending = lend_from(two.clone());
         let mut array = take::<u32>(LEN);
-        assert_eq!(array, vec![0; LEN]);
         array.fill(7);
         let address = array.as_ptr();
-        give_back(array);
-        assert_eq!(take::<f32>(LEN), vec![0.0; LEN]);
-        assert_eq!(take::<u32>(LEN - 1), vec![0; LEN - 1]);
-        let again = take::<u32>(LEN);
-        assert_eq!((again.as_ptr(), again[LEN - 1]), (address, 7));
-        assert_eq!(take::<u32>(LEN)[0], 0);
-        // Small ones, and more than the limit, are not kept.
-        give_back(vec![1_u32; 10]);
-        assert_eq!(take::<u32>(10), [0; 10]);
-        give_back(again);
-        clear();
-        assert_eq!(take::<u32>(LEN)[0], 0);
+        drop(array);
+        // One of another type has the same bytes.
+        let again = take::<f32>(LEN);
+        assert_eq!((again.as_ptr().cast(), again[LEN - 1].to_bits()), (address, 7));
+        assert_eq!((two.0.load(Ordering::Relaxed), again.len()), (1, LEN));
+        // Small ones are not lent; where the source has none left, other memory has to do.
+        drop(take::<u32>(10));
+        let others = [take::<u32>(LEN), take::<u32>(LEN + 1)];
+        assert_eq!((two.0.load(Ordering::Relaxed), &others[1][..2]), (3, &[0, 0][..]));
+        assert_eq!(others[1].clone().into_vec(), vec![0; LEN + 1]);
+
+        // Until the last who loads is done.
+        let second = lend_from(Arc::new(Two::default()));
+        drop(lending);
+        drop(again);
+        assert_eq!(take::<u32>(LEN).as_ptr(), address);
+        drop(second);
+        drop(others);
+        assert!(LENDER.lock().unwrap().is_none());
     }
 }

@@ -24,8 +24,10 @@
 
 use std::ops::Range;
 use std::time::Instant;
+use std::sync::Arc;
 
 use crate::batch::Batch;
+use crate::buffers::HostMemory;
 use crate::error::Result;
 use crate::random::{self, RandomLinear, RandomTensor};
 use crate::sampling::SampleRow;
@@ -126,6 +128,11 @@ pub trait Kernels: Send + Sized {
     /// # Errors
     /// [`Error::Backend`](crate::Error::Backend) when memory runs out.
     fn alloc(&self, dtype: DType, shape: &[usize]) -> Result<Self::Tensor>;
+
+    /// Memory to read weights into that the device copies from at its best; `None` where any memory is as good.
+    fn host_memory(&self) -> Option<Arc<dyn HostMemory>> {
+        None
+    }
 
     /// Uploads a dense weight and keeps its type.
     ///

@@ -4,9 +4,11 @@
 //! `b = i % 4` (the lowest first) of word `i / 4` and is `centre + spread * (2 b - 255) / 256` in f32, rounded to its type. The words of an
 //! INT4 weight, and of its zero points, are words as they are.
 
+use bytemuck::Pod;
 use half::{bf16, f16};
 
 use crate::error::{Error, Result};
+use crate::host_array::HostArray;
 use crate::tensor::{DType, HostData, HostInt4, HostLinear, HostTensor};
 
 /// Word `place` of `seed`.
@@ -56,7 +58,7 @@ impl RandomTensor {
 
     /// The numbers.
     pub fn make(&self) -> HostTensor {
-        fn all<E: Copy + Default>(tensor: &RandomTensor, convert: impl Fn(f32) -> E) -> Vec<E> {
+        fn all<E: Pod + Default>(tensor: &RandomTensor, convert: impl Fn(f32) -> E) -> HostArray<E> {
             let table: [E; 256] = std::array::from_fn(|b| {
                 convert(tensor.centre + tensor.spread * ((2 * b as i32 - 255) as f32 / 256.0))
             });
@@ -66,7 +68,7 @@ impl RandomTensor {
                     *element = table[usize::from(byte)];
                 }
             }
-            elements
+            elements.into()
         }
         let data = match self.dtype {
             DType::Bf16 => HostData::Bf16(all(self, bf16::from_f32)),
@@ -199,16 +201,20 @@ pub(crate) fn stacked(tensors: &[RandomTensor]) -> Result<HostTensor> {
     let data = parts.next().map(|first| {
         parts.fold(first, |mut all, part| {
             match (&mut all, part) {
-                (HostData::Bf16(all), HostData::Bf16(part)) => all.extend(part),
-                (HostData::F16(all), HostData::F16(part)) => all.extend(part),
-                (HostData::F32(all), HostData::F32(part)) => all.extend(part),
+                (HostData::Bf16(all), HostData::Bf16(part)) => append(all, &part),
+                (HostData::F16(all), HostData::F16(part)) => append(all, &part),
+                (HostData::F32(all), HostData::F32(part)) => append(all, &part),
                 // `stacked_shape` refuses two types.
                 _ => {}
             }
             all
         })
     });
-    Ok(HostTensor { shape, data: data.unwrap_or(HostData::F32(Vec::new())) })
+    Ok(HostTensor { shape, data: data.unwrap_or(HostData::F32(Vec::new().into())) })
+}
+
+fn append<T: Pod>(all: &mut HostArray<T>, part: &[T]) {
+    *all = [&**all, part].concat().into();
 }
 
 /// What `random_int4` says of a dense weight.

@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 
+use crate::host_array::HostArray;
 use crate::random::RandomLinear;
 
 /// The element type of a tensor, as the kernel contract names it.
@@ -49,11 +50,11 @@ impl std::fmt::Display for DType {
 #[derive(Debug, Clone, PartialEq)]
 pub enum HostData {
     /// bfloat16 weights.
-    Bf16(Vec<bf16>),
+    Bf16(HostArray<bf16>),
     /// Half precision weights.
-    F16(Vec<f16>),
+    F16(HostArray<f16>),
     /// Single precision weights.
-    F32(Vec<f32>),
+    F32(HostArray<f32>),
 }
 
 /// A dense, row-major weight tensor in host memory, in the type the checkpoint stores.
@@ -68,12 +69,12 @@ pub struct HostTensor {
 impl HostTensor {
     /// An f32 tensor.
     pub fn f32(shape: impl Into<Vec<usize>>, data: Vec<f32>) -> Self {
-        Self { shape: shape.into(), data: HostData::F32(data) }
+        Self { shape: shape.into(), data: HostData::F32(data.into()) }
     }
 
     /// A bf16 tensor.
     pub fn bf16(shape: impl Into<Vec<usize>>, data: Vec<bf16>) -> Self {
-        Self { shape: shape.into(), data: HostData::Bf16(data) }
+        Self { shape: shape.into(), data: HostData::Bf16(data.into()) }
     }
 
     /// The element type.
@@ -104,7 +105,7 @@ impl HostTensor {
         match &self.data {
             HostData::Bf16(v) => v.iter().map(|x| x.to_f32()).collect(),
             HostData::F16(v) => v.iter().map(|x| x.to_f32()).collect(),
-            HostData::F32(v) => v.clone(),
+            HostData::F32(v) => v.to_vec(),
         }
     }
 }
@@ -125,12 +126,12 @@ pub struct HostInt4 {
     pub group_size: usize,
     /// `[out, ceil(in / 8)]`: nibble `j` (bits `4j..4j+3`) of word `c` is `q[o, 8c + j]`, in 0..=15. The
     /// unused nibbles of a padded last word are ignored.
-    pub weight_packed: Vec<u32>,
+    pub weight_packed: HostArray<u32>,
     /// `[out, ceil(in / group_size)]` in the checkpoint's own float type.
     pub scales: HostTensor,
     /// `[ceil(out / 8), groups]`: nibble `j` of row `r` is `z[8r + j, g]`. `None` means 8 everywhere
     /// (symmetric).
-    pub zero_points: Option<Vec<u32>>,
+    pub zero_points: Option<HostArray<u32>>,
 }
 
 impl HostInt4 {

@@ -9,7 +9,9 @@ mod memory;
 mod scratch;
 
 use std::ops::Range;
+use std::sync::Arc;
 
+use dsa80_reference::buffers::HostMemory;
 use dsa80_reference::{
     Batch, DType, DeviceTensor, Error, HostExpert, HostInt4, HostLinear, HostTensor, IndexKeys, Kernels,
     RandomLinear, RandomTensor, RecordedKernel, Result, RopeLayout, RouterParams, SampleOutput, SampleRow,
@@ -186,16 +188,16 @@ impl<D: Device> Kernels for Cuda<D> {
         memory::alloc(&self.device, dtype, shape)
     }
 
+    fn host_memory(&self) -> Option<Arc<dyn HostMemory>> {
+        self.device.host_memory()
+    }
+
     fn upload(&self, tensor: HostTensor) -> Result<CudaTensor<D>> {
-        let uploaded = memory::upload(&self.device, &tensor)?;
-        tensor.give_back();
-        Ok(uploaded)
+        memory::upload(&self.device, &tensor)
     }
 
     fn upload_int4(&self, weight: HostInt4) -> Result<PackedInt4<D>> {
-        let uploaded = PackedInt4::upload(&self.device, &self.chosen.repack_int4(), &weight)?;
-        weight.give_back();
-        Ok(uploaded)
+        PackedInt4::upload(&self.device, &self.chosen.repack_int4(), &weight)
     }
 
     fn random(&self, tensors: &[RandomTensor]) -> Result<CudaTensor<D>> {

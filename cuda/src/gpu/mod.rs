@@ -8,6 +8,7 @@ mod libraries;
 mod memory;
 mod nvrtc;
 mod peers;
+mod pinned;
 mod resources;
 mod sieve;
 mod staging;
@@ -21,12 +22,14 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use dsa80_reference::{Error, RecordedKernel, Result};
+use dsa80_reference::buffers::HostMemory;
 
 pub use self::cache::Compiled;
 pub use self::compiler::Compiler;
 use self::cublaslt::{CublasLt, Pointers, Shape};
 pub use self::graph::Graph;
 pub use self::memory::GpuBuffer;
+use self::pinned::Pinned;
 pub use self::resources::Resources;
 use self::sieve::Sieve;
 use self::staging::Staging;
@@ -283,6 +286,14 @@ impl Gpu {
         Ok(())
     }
 
+    /// Copies pinned memory of the host, which has been read when this returns.
+    fn write_pinned(&self, destination: sys::CUdeviceptr, bytes: &[u8]) -> Result<()> {
+        // SAFETY: the caller's destination holds as many bytes; the source is borrowed until the wait.
+        unsafe { result::memcpy_htod_async(destination, bytes, self.stream.cu_stream()) }
+            .map_err(|error| self.failed_later(error))?;
+        self.synchronize()
+    }
+
     fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(|error| refuse(driver_message(error)))
     }
@@ -306,6 +317,10 @@ impl Device for Gpu {
         &self.limits
     }
 
+    fn host_memory(&self) -> Option<Arc<dyn HostMemory>> {
+        Some(Arc::new(Pinned(Arc::clone(&self.context))))
+    }
+
     fn alloc(&self, name: &str, bytes: usize) -> Result<GpuBuffer> {
         self.refuse_in_capture("allocated", name)?;
         GpuBuffer::alloc(&self.context, name, bytes)
@@ -319,6 +334,9 @@ impl Device for Gpu {
         }
         self.bind()?;
         if bytes.len() >= staging::SMALLEST {
+            if pinned::is_pinned(bytes) {
+                return self.write_pinned(destination, bytes);
+            }
             let mut staging = lock(&self.staging);
             let copied = match &mut *staging {
                 Some(staging) => Ok(staging),

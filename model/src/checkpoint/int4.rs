@@ -1,6 +1,7 @@
 //! From a rank's slices of a packed layer to [`HostInt4`], without unpacking.
 
-use dsa80_reference::{HostData, HostInt4, HostTensor};
+use bytemuck::Pod;
+use dsa80_reference::{HostArray, HostData, HostInt4, HostTensor, buffers};
 
 use super::slices::Int4Slices;
 
@@ -8,9 +9,9 @@ use super::slices::Int4Slices;
 /// is not the first of a word.
 pub(super) fn from_compressed_tensors(
     slices: &Int4Slices,
-    words: Vec<u32>,
+    words: HostArray<u32>,
     scales: HostTensor,
-    zero_points: Option<Vec<u32>>,
+    zero_points: Option<HostArray<u32>>,
 ) -> HostInt4 {
     let groups = slices.scales.columns.len();
     HostInt4 {
@@ -28,14 +29,15 @@ pub(super) fn from_auto_awq(
     slices: &Int4Slices,
     words: &[u32],
     scales: HostTensor,
-    zero_points: Option<Vec<u32>>,
+    zero_points: Option<HostArray<u32>>,
 ) -> HostInt4 {
     let (rows, skip, columns) = (slices.out_features, slices.skip, slices.in_features);
     let groups = slices.scales.rows.len();
     let word_columns = slices.words.columns.len();
     let words_per_row = columns.div_ceil(8);
 
-    let mut weight_packed = vec![0; rows * words_per_row];
+    let mut weight_packed = buffers::take(rows * words_per_row);
+    weight_packed.fill(0);
     for word_column in 0..word_columns {
         for block in 0..words_per_row {
             // Eight input features (fewer in the last block) of eight output features.
@@ -54,7 +56,7 @@ pub(super) fn from_auto_awq(
     }
 
     let zero_points = zero_points.map(|words| {
-        let words = words.into_iter().map(in_order).collect::<Vec<_>>();
+        let words = words.iter().copied().map(in_order).collect::<Vec<_>>();
         realign(transposed(&words, groups, word_columns), groups, skip, rows)
     });
     let data = match scales.data {
@@ -89,13 +91,13 @@ fn transpose(tile: [u32; 8]) -> [u32; 8] {
 }
 
 /// A `[rows, columns]` matrix as `[columns, rows]`.
-fn transposed<T: Copy>(matrix: &[T], rows: usize, columns: usize) -> Vec<T> {
+fn transposed<T: Pod>(matrix: &[T], rows: usize, columns: usize) -> HostArray<T> {
     (0..columns).flat_map(|c| (0..rows).map(move |r| matrix[r * columns + c])).collect()
 }
 
 /// Zero points `[words, groups]`, eight rows a word, without the first `skip` rows and those after the next
 /// `rows`.
-fn realign(words: Vec<u32>, groups: usize, skip: usize, rows: usize) -> Vec<u32> {
+fn realign(words: HostArray<u32>, groups: usize, skip: usize, rows: usize) -> HostArray<u32> {
     if skip == 0 {
         // The unused nibbles of the last word are ignored by contract.
         return words;
@@ -107,5 +109,5 @@ fn realign(words: Vec<u32>, groups: usize, skip: usize, rows: usize) -> Vec<u32>
             aligned[row / 8 * groups + group] |= zero_point(row + skip, group) << (4 * (row % 8));
         }
     }
-    aligned
+    aligned.into()
 }

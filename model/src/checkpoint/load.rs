@@ -3,8 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use bytemuck::Pod;
-use dsa80_reference::buffers::Element;
-use dsa80_reference::{DType, HostData, HostExpert, HostInt4, HostLinear, HostTensor};
+use dsa80_reference::{DType, HostArray, HostData, HostExpert, HostInt4, HostLinear, HostTensor};
 
 use super::format::{Int4Format, LinearFormat};
 use super::layout::{
@@ -186,14 +185,14 @@ impl<'a> Reader<'a> {
     }
 
     /// Reads `slice` and counts its bytes.
-    fn copy<T: Pod + Element>(
+    fn copy<T: Pod>(
         &self,
         view: TensorView<'_>,
         slice: &Slice,
         split: Split,
-    ) -> Result<Vec<T>, CheckpointError> {
+    ) -> Result<HostArray<T>, CheckpointError> {
         let elements = slice.read(view, view.shape[1..].iter().product(), self.readers)?;
-        let bytes = size_of_val(elements.as_slice()) as u64;
+        let bytes = size_of_val(&*elements) as u64;
         let counter = match split {
             Split::Replicated => &self.checkpoint.replicated_bytes,
             Split::Rows | Split::Columns => &self.checkpoint.sharded_bytes,

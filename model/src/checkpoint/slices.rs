@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use bytemuck::Pod;
-use dsa80_reference::buffers::{self, Element};
+use dsa80_reference::{HostArray, buffers};
 
 use super::format::{Int4Format, LinearFormat};
 use super::layout::LinearSpec;
@@ -27,12 +27,12 @@ impl Slice {
     /// Reads the rectangle out of a tensor with rows of `row_len` elements, in parts that `readers` threads share.
     ///
     /// The tensor's shape has been checked against the spec that the slice was made from, so it lies inside.
-    pub(super) fn read<T: Pod + Element>(
+    pub(super) fn read<T: Pod>(
         &self,
         tensor: TensorView<'_>,
         row_len: usize,
         readers: usize,
-    ) -> Result<Vec<T>, CheckpointError> {
+    ) -> Result<HostArray<T>, CheckpointError> {
         let width = size_of::<T>();
         let mut out = buffers::take::<T>(self.elements());
         let run = self.columns.len() * width;
@@ -193,8 +193,8 @@ mod tests {
             let expected: Vec<u32> =
                 rows.flat_map(|row| words[row * row_len..][columns.clone()].iter().copied()).collect();
             for readers in [1, 5] {
-                let found: Vec<u32> = slice.read(tensor, row_len, readers).unwrap();
-                assert!(found == expected, "{slice:?} of rows of {row_len} by {readers}");
+                let found: HostArray<u32> = slice.read(tensor, row_len, readers).unwrap();
+                assert!(*found == expected, "{slice:?} of rows of {row_len} by {readers}");
             }
         }
         let beyond = Slice { rows: 0..(10 << 20) + 1, columns: 0..1 };

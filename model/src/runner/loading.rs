@@ -24,6 +24,8 @@ pub(super) fn load<K: Kernels>(
     shard: Shard,
 ) -> Result<(Ends<K>, Vec<Layer<K>>), LaunchError> {
     let count = weights.config().num_hidden_layers;
+    // Files are read into what the device copies from.
+    let _lending = kernels.host_memory().map(buffers::lend_from);
     let loaded: Result<_, LaunchError> = std::thread::scope(|scope| {
         // Without room: a part waits until the one before it is on the device.
         let (sender, receiver) = sync_channel(0);
@@ -53,6 +55,5 @@ pub(super) fn load<K: Kernels>(
         // Only a panic of the reader leaves something out, and the scope passes it on.
         Ok(ends.map(|ends| (ends, layers)))
     });
-    buffers::clear();
     loaded?.ok_or_else(|| LaunchError::Options("the weights have no embedding".into()))
 }

@@ -1,7 +1,9 @@
 //! A rank's weights on a backend.
 
-use dsa80_reference::buffers::{self, Element};
-use dsa80_reference::{HostData, HostExpert, HostLinear, HostTensor, Kernels, RandomFormat, Result};
+use bytemuck::Pod;
+use dsa80_reference::{
+    HostArray, HostData, HostExpert, HostLinear, HostTensor, Kernels, RandomFormat, Result, buffers,
+};
 
 use crate::weights::{HostAttention, HostEnds, HostIndexer, HostLayer, HostMlp, HostMoe, HostSwiGlu};
 
@@ -220,11 +222,10 @@ fn stack(tensors: Vec<HostTensor>) -> HostTensor {
             _ => &[],
         })),
     };
-    tensors.into_iter().for_each(HostTensor::give_back);
     HostTensor { shape, data }
 }
 
-fn joined<T: Element + Copy>(tensors: &[HostTensor], numbers: impl Fn(&HostData) -> &[T]) -> Vec<T> {
+fn joined<T: Pod>(tensors: &[HostTensor], numbers: impl Fn(&HostData) -> &[T]) -> HostArray<T> {
     let mut all = buffers::take(tensors.iter().map(|tensor| numbers(&tensor.data).len()).sum());
     let mut rest = &mut all[..];
     for tensor in tensors {

@@ -162,7 +162,7 @@ mod tests {
         let f16 = exact.iter().map(|&x| half::f16::from_f32(x)).collect::<Vec<_>>();
         let f16_values: Vec<f64> = f16.iter().map(|x| x.to_f64()).collect();
         let shape = vec![heads, nope + v, rank];
-        let f16 = HostTensor { shape: shape.clone(), data: crate::tensor::HostData::F16(f16) };
+        let f16 = HostTensor { shape: shape.clone(), data: crate::tensor::HostData::F16(f16.into()) };
         let f32 = HostTensor::f32(shape, exact);
         let q = randoms(2, tokens * heads * (nope + rope));
         let o = randoms(3, tokens * heads * rank);

@@ -91,9 +91,9 @@ mod tests {
         let x = tensor(DType::Act, &[2, 3], &[1.0, 2.0, 3.0, -1.0, 0.5, 0.0]);
         let w = [1.0, 10.0, 100.0, 0.25, 0.0, -1.0_f32];
         for data in [
-            HostData::Bf16(w.map(bf16::from_f32).to_vec()),
-            HostData::F16(w.map(f16::from_f32).to_vec()),
-            HostData::F32(w.to_vec()),
+            HostData::Bf16(w.map(bf16::from_f32).to_vec().into()),
+            HostData::F16(w.map(f16::from_f32).to_vec().into()),
+            HostData::F32(w.to_vec().into()),
         ] {
             let weight = cpu.upload(HostTensor { shape: vec![2, 3], data }).unwrap();
             let mut out = tensor(DType::Act, &[2, 2], &[f64::NAN; 4]);

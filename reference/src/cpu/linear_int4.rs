@@ -257,10 +257,10 @@ mod tests {
             in_features: 3,
             group_size: 2,
             // Nibbles 1, 15, 4; the padding would be seen.
-            weight_packed: vec![0xffff_f4f1],
+            weight_packed: vec![0xffff_f4f1].into(),
             scales: HostTensor::f32([1, 2], vec![0.5, 2.0]),
             // Row 0 of the groups' zero points: 3 and 6.
-            zero_points: Some(vec![0x3, 0x6]),
+            zero_points: Some(vec![0x3, 0x6].into()),
         };
         let weight = cpu.upload_int4(weight).unwrap();
         let x = tensor(DType::Act, &[1, 3], &[1.0, 10.0, 100.0]);
@@ -277,7 +277,7 @@ mod tests {
             out_features: 1,
             in_features: 1,
             group_size: 1,
-            weight_packed: vec![9],
+            weight_packed: vec![9].into(),
             scales: HostTensor::f32([1, 1], vec![1.0 + 1.0 / 1024.0]),
             zero_points: None,
         };
@@ -296,7 +296,7 @@ mod tests {
         let good = int4(9, 20, 8, true, 1);
         let refused = |weight: HostInt4| cpu.upload_int4(weight).unwrap_err().to_string();
         assert_eq!(
-            refused(HostInt4 { weight_packed: vec![0; 26], ..good.clone() }),
+            refused(HostInt4 { weight_packed: vec![0; 26].into(), ..good.clone() }),
             "upload_int4: `weight_packed` has shape [26], expected [27]"
         );
         assert_eq!(
@@ -304,7 +304,7 @@ mod tests {
             "upload_int4: `scales` has shape [9, 2], expected [9, 3]"
         );
         assert_eq!(
-            refused(HostInt4 { zero_points: Some(vec![0; 3]), ..good.clone() }),
+            refused(HostInt4 { zero_points: Some(vec![0; 3].into()), ..good.clone() }),
             "upload_int4: `zero_points` has shape [3], expected [6]"
         );
         assert_eq!(

@@ -52,9 +52,9 @@ impl<F: Real> CpuTensor<F> {
             });
         }
         let storage = match tensor.data {
-            HostData::Bf16(v) => Storage::Bf16(v),
-            HostData::F16(v) => Storage::F16(v),
-            HostData::F32(v) => Storage::F32(v),
+            HostData::Bf16(v) => Storage::Bf16(v.into_vec()),
+            HostData::F16(v) => Storage::F16(v.into_vec()),
+            HostData::F32(v) => Storage::F32(v.into_vec()),
         };
         Ok(Self { capacity: tensor.shape.iter().product(), shape: tensor.shape, storage })
     }
@@ -314,7 +314,7 @@ mod tests {
         assert!(matches!(cpu.write_bytes(&[1, 2], &mut float), Err(Error::DType { .. })));
         assert!(matches!(cpu.read_bytes(&float), Err(Error::DType { kernel: "read_bytes", .. })));
         assert!(matches!(cpu.read(&bytes), Err(Error::DType { found: DType::Fp8, .. })));
-        let short = HostTensor { shape: vec![2, 2], data: HostData::F32(vec![0.0; 3]) };
+        let short = HostTensor { shape: vec![2, 2], data: HostData::F32(vec![0.0; 3].into()) };
         assert!(matches!(cpu.upload(short), Err(Error::Shape { kernel: "upload", .. })));
     }
 }

@@ -3,6 +3,7 @@
 use super::{Cpu, CpuTensor, Real};
 use crate::batch::{Batch, SequenceSlice};
 use crate::error::Result;
+use crate::host_array::HostArray;
 use crate::kernels::Kernels;
 use crate::sampling::uniform;
 use crate::tensor::{DType, HostInt4, HostTensor};
@@ -107,7 +108,7 @@ pub(crate) fn assert_close(actual: &[f64], expected: &[f64], tolerance: f64) {
 /// An INT4 weight of random nibbles, scales near 0.1 and, if asked for, random zero points. Unused nibbles
 /// are set.
 pub(crate) fn int4(out: usize, inner: usize, group_size: usize, asymmetric: bool, seed: u64) -> HostInt4 {
-    let words = |n: usize, seed| -> Vec<u32> {
+    let words = |n: usize, seed| -> HostArray<u32> {
         randoms(seed, n)
             .iter()
             .map(|x| ((x + 1.0) * f64::from(u32::MAX / 2)) as u32)

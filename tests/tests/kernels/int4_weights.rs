@@ -1,7 +1,7 @@
 //! Random INT4 weights, as checkpoints have them.
 
 use dsa80_reference::sampling::uniform;
-use dsa80_reference::{DType, HostData, HostInt4, HostTensor};
+use dsa80_reference::{DType, HostArray, HostData, HostInt4, HostTensor};
 use half::{bf16, f16};
 
 /// What a weight looks like.
@@ -16,7 +16,7 @@ pub(crate) struct Format {
 pub(crate) fn int4(out_features: usize, in_features: usize, format: Format, seed: u64) -> HostInt4 {
     let Format { scales, group_size, zero_points } = format;
     let groups = in_features.div_ceil(group_size);
-    let words = |stream, count| -> Vec<u32> {
+    let words = |stream, count| -> HostArray<u32> {
         let half = |i| (uniform(seed, stream, i) * 65536.0) as u32;
         (0..count as u32).map(|i| half(2 * i) | half(2 * i + 1) << 16).collect()
     };

@@ -38,9 +38,9 @@ fn what_is_written_is_read_rounded_to_its_type() {
 fn weights_keep_their_type_and_value() {
     let values = [1.5_f32, -0.25, 1.0 / 3.0];
     let weights = [
-        HostData::F32(values.to_vec()),
-        HostData::F16(values.map(f16::from_f32).to_vec()),
-        HostData::Bf16(values.map(bf16::from_f32).to_vec()),
+        HostData::F32(values.to_vec().into()),
+        HostData::F16(values.map(f16::from_f32).to_vec().into()),
+        HostData::Bf16(values.map(bf16::from_f32).to_vec().into()),
     ];
     on_every_device(|cuda| {
         for data in weights.clone() {
@@ -59,7 +59,7 @@ fn refusals_are_the_oracles() {
     fn refusals<K: Kernels>(kernels: &K) -> Vec<Error> {
         let alloc = |dtype| kernels.alloc(dtype, &[2]).unwrap();
         let (mut index, mut float, mut bytes) = (alloc(DType::Index), alloc(DType::Float), alloc(DType::Fp8));
-        let short = HostTensor { shape: vec![2, 2], data: HostData::F32(vec![0.0; 3]) };
+        let short = HostTensor { shape: vec![2, 2], data: HostData::F32(vec![0.0; 3].into()) };
         vec![
             kernels.read(&index).unwrap_err(),
             kernels.read(&bytes).unwrap_err(),

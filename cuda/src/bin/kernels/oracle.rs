@@ -114,7 +114,7 @@ pub(crate) fn rows<D: Device>(device: &D, tensor: &CudaTensor<D>, rows: &[usize]
     let mut shape = tensor.shape().to_vec();
     shape[0] = rows.len();
     if tensor.dtype() == DType::Bf16 {
-        let data = HostData::Bf16(numbers(&row_bytes(device, tensor, rows)?));
+        let data = HostData::Bf16(numbers::<bf16>(&row_bytes(device, tensor, rows)?).into());
         return oracle().upload(HostTensor { shape, data });
     }
     let mut host = oracle().alloc(tensor.dtype(), &shape)?;

@@ -4,7 +4,7 @@ use dsa80_cuda::linear_int4::{
     self, LinearInt4Tile, LinearInt4Tiles, LinearInt4WideTile, LinearInt4Workspace,
 };
 use dsa80_cuda::{Cost, CudaTensor, Device, Gpu, Int4Rows, Int4Shape, PackedInt4, Tile, Tiles};
-use dsa80_reference::{DType, HostInt4, Kernels, Result};
+use dsa80_reference::{DType, HostArray, HostInt4, Kernels, Result};
 
 use super::{Case, Run, copies, typed};
 use crate::inputs;
@@ -166,7 +166,7 @@ pub(super) fn features_of(whole: &HostInt4, features: &[usize]) -> HostInt4 {
             [features.len(), groups],
             features.iter().flat_map(scale).collect(),
         ),
-        zero_points,
+        zero_points: zero_points.map(HostArray::from),
         ..*whole
     }
 }
