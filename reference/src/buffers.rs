@@ -11,8 +11,8 @@ use bytemuck::Pod;
 
 use crate::host_array::HostArray;
 
-/// Kept at most, in bytes: two layers of a rank of eight.
-const LIMIT: usize = 3 << 29;
+/// Lent and kept at most, in bytes, as far as what is kept can be freed for it: somewhat more than the layers under way may take.
+const LIMIT: usize = 13 << 29;
 /// Smaller arrays are cheap to make.
 const SMALLEST: usize = 64 << 10;
 
@@ -57,8 +57,50 @@ impl HostBlock for Words {
 struct Lender {
     source: Arc<dyn HostMemory>,
     loadings: usize,
-    kept: HashMap<usize, Vec<Box<dyn HostBlock>>>,
-    kept_bytes: usize,
+    kept: HashMap<usize, Kept>,
+    /// Lent and kept.
+    bytes: usize,
+    returns: u64,
+}
+
+/// Blocks of one length.
+#[derive(Default)]
+struct Kept {
+    blocks: Vec<Box<dyn HostBlock>>,
+    /// Which return was the last of them.
+    last: u64,
+}
+
+impl Lender {
+    fn take(&mut self, bytes: usize) -> Option<Box<dyn HostBlock>> {
+        let block = self.kept.get_mut(&bytes).and_then(|kept| kept.blocks.pop());
+        if block.is_none() {
+            self.bytes += bytes;
+        }
+        block
+    }
+
+    fn give_back(&mut self, block: Box<dyn HostBlock>) {
+        self.returns += 1;
+        let kept = self.kept.entry(block.bytes().len()).or_default();
+        kept.last = self.returns;
+        kept.blocks.push(block);
+    }
+
+    /// Blocks that are too many: first those whose length has not come back for longest, as of the layers of another kind before these.
+    fn surplus(&mut self) -> Vec<Box<dyn HostBlock>> {
+        let mut surplus = Vec::new();
+        while self.bytes > LIMIT {
+            let oldest = self.kept.iter().filter(|(_, kept)| !kept.blocks.is_empty());
+            let Some(bytes) = oldest.min_by_key(|(_, kept)| kept.last).map(|(&bytes, _)| bytes) else {
+                break;
+            };
+            surplus.extend(self.kept.get_mut(&bytes).and_then(|kept| kept.blocks.pop()));
+            // An array may come back to a later lending than lent it.
+            self.bytes = self.bytes.saturating_sub(bytes);
+        }
+        surplus
+    }
 }
 
 static LENDER: Mutex<Option<Lender>> = Mutex::new(None);
@@ -75,7 +117,7 @@ pub struct Lending(());
 
 /// Lends memory of `source` from now on. Where ranks load at the same time they share the first one's.
 pub fn lend_from(source: Arc<dyn HostMemory>) -> Lending {
-    let none = Lender { source, loadings: 0, kept: HashMap::new(), kept_bytes: 0 };
+    let none = Lender { source, loadings: 0, kept: HashMap::new(), bytes: 0, returns: 0 };
     lender().get_or_insert(none).loadings += 1;
     Lending(())
 }
@@ -108,15 +150,12 @@ impl Lent {
 impl Drop for Lent {
     fn drop(&mut self) {
         let Some(block) = self.0.take() else { return };
-        let bytes = block.bytes().len();
-        // A block that is not kept is freed after the lock.
-        let mut lender = lender();
-        if let Some(lending) = &mut *lender
-            && lending.kept_bytes + bytes <= LIMIT
-        {
-            lending.kept_bytes += bytes;
-            lending.kept.entry(bytes).or_default().push(block);
-        }
+        let surplus = lender().as_mut().map(|lending| {
+            lending.give_back(block);
+            lending.surplus()
+        });
+        // Freed without the lock.
+        drop(surplus);
     }
 }
 
@@ -128,12 +167,10 @@ pub fn take<T: Pod>(len: usize) -> HostArray<T> {
         drop(lender);
         return vec![T::zeroed(); len].into();
     };
-    let kept = lending.kept.get_mut(&bytes).and_then(Vec::pop);
-    if kept.is_some() {
-        lending.kept_bytes -= bytes;
-    }
+    let (kept, surplus) = (lending.take(bytes), lending.surplus());
     let source = Arc::clone(&lending.source);
     drop(lender);
+    drop(surplus);
     let block = kept.or_else(|| source.alloc(bytes)).unwrap_or_else(|| Box::new(Words::new(bytes)));
     HostArray::lent(Lent(Some(block)))
 }
@@ -178,6 +215,20 @@ mod tests {
         let others = [take::<u32>(LEN), take::<u32>(LEN + 1)];
         assert_eq!((two.0.load(Ordering::Relaxed), &others[1][..2]), (3, &[0, 0][..]));
         assert_eq!(others[1].clone().into_vec(), vec![0; LEN + 1]);
+
+        // What has not come back for longest makes room.
+        let mut full =
+            Lender { source: two.clone(), loadings: 1, kept: HashMap::new(), bytes: 0, returns: 0 };
+        for len in [8, 16, 8, 24] {
+            assert!(full.take(len).is_none());
+        }
+        for len in [8, 16, 8, 24] {
+            full.give_back(Box::new(Words::new(len)));
+        }
+        assert_eq!((full.bytes, full.surplus().len()), (56, 0));
+        full.bytes += LIMIT - 55;
+        let surplus: Vec<usize> = full.surplus().iter().map(|block| block.bytes().len()).collect();
+        assert_eq!((surplus, full.bytes), (vec![16], LIMIT - 15));
 
         // Until the last who loads is done.
         let second = lend_from(Arc::new(Two::default()));

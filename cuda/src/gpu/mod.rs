@@ -318,7 +318,7 @@ impl Device for Gpu {
     }
 
     fn host_memory(&self) -> Option<Arc<dyn HostMemory>> {
-        Some(Arc::new(Pinned(Arc::clone(&self.context))))
+        Some(Arc::new(Pinned::new(Arc::clone(&self.context))))
     }
 
     fn alloc(&self, name: &str, bytes: usize) -> Result<GpuBuffer> {

@@ -27,8 +27,8 @@ pub(super) fn load<K: Kernels>(
     // Files are read into what the device copies from.
     let _lending = kernels.host_memory().map(buffers::lend_from);
     let loaded: Result<_, LaunchError> = std::thread::scope(|scope| {
-        // Without room: a part waits until the one before it is on the device.
-        let (sender, receiver) = sync_channel(0);
+        // One part on its way to the device, one that waits, one that is read.
+        let (sender, receiver) = sync_channel(1);
         scope.spawn(move || {
             // Nobody listens any more when an upload has failed.
             let mut listening = sender.send(Part::Ends(weights.load_ends(shard))).is_ok();

@@ -12,7 +12,8 @@ use dsa80_tests::{judge, prompt};
 /// A rank's share at TP=8.
 const VOCAB: usize = 19_360;
 
-/// Layers as large as those of a rank of eight: 32 whole experts are an eighth of 256.
+/// Layers half as large as those of a rank of eight (16 whole experts are a sixteenth of 256), and more of them than a rank would have in as
+/// many bytes: the first is read, and the last copied, while nothing else is done.
 ///
 /// `DSA80_LOAD_DIR` is where the files are written (10 GB), a temporary folder by default; `DSA80_LOAD_COLD`, a command that empties the
 /// system's cache of files, runs before each reading.
@@ -26,7 +27,7 @@ fn a_checkpoint_reaches_the_gpu() {
         Some(parent) => tempfile::tempdir_in(parent).unwrap(),
         None => tempfile::tempdir().unwrap(),
     };
-    Skeleton::new(Scheme::EXPERTS, 9, 32, VOCAB).save(dir.path(), true).unwrap();
+    Skeleton::new(Scheme::EXPERTS, 16, 16, VOCAB).save(dir.path(), true).unwrap();
     let cold = || {
         if let Some(command) = std::env::var_os("DSA80_LOAD_COLD") {
             let status = std::process::Command::new("sh")
@@ -44,8 +45,9 @@ fn a_checkpoint_reaches_the_gpu() {
         cold();
         let plain = plain_read(dir.path(), 16).unwrap();
         cold();
+        let cuda = Cuda::open().unwrap();
         let started = Instant::now();
-        let rank = judge::load_weights(Cuda::open().unwrap(), &checkpoint, &limits).unwrap();
+        let rank = judge::load_weights(cuda, &checkpoint, &limits).unwrap();
         rank.kernels().device().synchronize().unwrap();
         let loaded = started.elapsed().as_secs_f64();
         println!(
