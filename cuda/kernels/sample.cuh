@@ -23,8 +23,9 @@ struct alignas(16) Request {
 static_assert(sizeof(Request) == 64, "the launcher writes it");
 constexpr uint32_t BAN = 0, BIAS = 1;
 
-// What a filtered row's kernels tell the next: the best logits and the cut. Tokens are drawn from bins below `draw_below`, listed from the
-// bins `list_from` to `list_to`, of which the best `keep` may stay, and of these as many as reach `enough` with the mass above.
+// What a filtered row's kernels tell the next: the best logits and the cut. Tokens are drawn from bins below `draw_below`, listed or
+// searched from the bins `list_from` to `list_to`, of which the best `keep` may stay, and of these as many as reach `enough` with the mass
+// above; where that is below 0, as many as reach a share of what `keep` leaves.
 enum Plan : uint32_t { DONE, FILTER, CUT, SEARCH };
 struct alignas(16) State {
     double raw_max, ln_total, max;
@@ -125,29 +126,33 @@ DEVICE Ranked block_best(Block& block, Ranked own) {
 }
 
 // Sums over a block, always in the same order: of what the threads before have, and of all.
-struct Sums {
-    double before, all;
+template <typename T>
+struct Scan {
+    T before, all;
 };
-DEVICE Sums block_sums(Block& block, double own) {
-    double inclusive = own;
+template <typename T>
+DEVICE Scan<T> block_scan(T (&of_warps)[WARPS], T own) {
+    T inclusive = own;
 #pragma unroll
     for (uint32_t distance = 1; distance < 32; distance *= 2) {
-        const double other = __shfl_up_sync(ALL_LANES, inclusive, distance);
+        const T other = __shfl_up_sync(ALL_LANES, inclusive, distance);
         if (lane() >= distance) inclusive += other;
     }
-    const double in_warp = __shfl_up_sync(ALL_LANES, inclusive, 1);
+    const T in_warp = __shfl_up_sync(ALL_LANES, inclusive, 1);
     __syncthreads();
-    if (lane() == 31) block.sums[warp()] = inclusive;
+    if (lane() == 31) of_warps[warp()] = inclusive;
     __syncthreads();
-    Sums sums{0.0, 0.0};
+    Scan<T> sums{0, 0};
 #pragma unroll 4
     for (uint32_t w = 0; w < WARPS; ++w) {
         if (w == warp()) sums.before = sums.all;
-        sums.all += block.sums[w];
+        sums.all += of_warps[w];
     }
     if (lane() > 0) sums.before += in_warp;
     return sums;
 }
+using Sums = Scan<double>;
+DEVICE Sums block_sums(Block& block, double own) { return block_scan(block.sums, own); }
 
 struct Counts {
     uint32_t before, all;

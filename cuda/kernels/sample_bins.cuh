@@ -63,3 +63,30 @@ struct Depths {
         return tokens;
     }
 };
+
+// What a thread counts of a bin, or a digit, before the block hears of it: tokens that are alike do not queue for one word one by one.
+struct Run {
+    uint32_t bin = NOBODY, count = 0;
+    uint64_t units = 0;
+
+    // tell(bin, count, units) when another bin comes.
+    template <typename Tell>
+    DEVICE void add(uint32_t other, uint64_t more, Tell tell) {
+        if (other != bin) {
+            if (bin != NOBODY) tell(bin, count, units);
+            bin = other, count = 0, units = 0;
+        }
+        ++count, units += more;
+    }
+
+    template <typename Tell>
+    DEVICE void end(Tell tell) const {
+        if (bin != NOBODY) tell(bin, count, units);
+    }
+};
+
+// Adds to a sum whose lower half lies in shared memory; what the upper half then grows by.
+DEVICE uint32_t add_low(uint32_t* low, uint64_t units) {
+    const uint32_t own = static_cast<uint32_t>(units), before = atomicAdd(low, own);
+    return static_cast<uint32_t>(units >> 32) + static_cast<uint32_t>(before + own < before);
+}

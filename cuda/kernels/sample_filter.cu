@@ -57,17 +57,20 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
 #pragma unroll 1
     for (uint32_t bin = threadIdx.x; bin < BINS; bin += THREADS) shared.low[bin] = shared.high[bin] = 0;
     __syncthreads();
+    const auto tell = [&](uint32_t bin, uint32_t count, uint64_t units) {
+        const uint32_t carry = weighs ? add_low(&shared.low[bin], units) : 0;
+        atomicAdd(&shared.high[bin], (count << 16) + carry);
+    };
+    Run run;
     const auto count = [&](float depth, double logit) {
         const uint32_t bin = bin_of(depth);
-        uint32_t carry = 0;
+        uint32_t units = 0;
         if (weighs) {
             const double exact = logit == depths.max ? 0.0 : (depths.max - logit) * depths.inverse;
             const double share = ratio(origin_of(bin) - exact);
-            const uint32_t units = static_cast<uint32_t>(static_cast<int64_t>(share * 0x1p31));
-            const uint32_t before = atomicAdd(&shared.low[bin], units);
-            carry = before + units < before;
+            units = static_cast<uint32_t>(static_cast<int64_t>(share * 0x1p31));
         }
-        atomicAdd(&shared.high[bin], (1u << 16) + carry);
+        run.add(bin, units, tell);
     };
     row.each<2>(
         block,
@@ -83,6 +86,7 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
             const float depth = depths.rough(logit);
             if (depths.keeps(depth, logit)) count(depth, logit);
         });
+    run.end(tell);
     __syncthreads();
     uint32_t* row_counts = counts + static_cast<int64_t>(index) * BINS;
     uint64_t* row_masses = masses + static_cast<int64_t>(index) * BINS;
@@ -159,26 +163,26 @@ KERNEL void __launch_bounds__(THREADS, MIN_BLOCKS)
     }
     if (threadIdx.x != 0) return;
 
-    const auto cut = [&](uint32_t draw_below, uint32_t from, uint32_t to, uint32_t keep, double mass_above, double needed) {
-        state.plan = CUT, state.draw_below = draw_below, state.list_from = from, state.list_to = to;
+    const auto cut = [&](Plan plan, uint32_t draw_below, uint32_t from, uint32_t to, uint32_t keep, double mass_above, double needed) {
+        state.plan = plan, state.draw_below = draw_below, state.list_from = from, state.list_to = to;
         state.keep = keep, state.mass_above = mass_above, state.enough = needed;
     };
-    state.plan = SEARCH;
-    state.keep = k;
+    const auto plan_for = [](uint32_t tokens) { return tokens <= TILE_LISTED ? CUT : SEARCH; };
+    const bool shares = request.top_p < 1.0f;
     if (shared.kth_through <= TILE_LISTED) {
         // All that can stay. The list knows how much it is together.
-        cut(0, 0, shared.kth_bin, k, 0.0, -1.0);
-    } else if (request.top_p < 1.0f) {
-        if (k < kept.all) return;
+        cut(CUT, 0, 0, shared.kth_bin, k, 0.0, -1.0);
+    } else if (shares && k == kept.all) {
         const uint32_t bin = shared.enough_bin, in_bin = shared.enough_through - shared.enough_above;
         if (shared.enough_through <= TILE_LISTED) {
-            cut(0, 0, bin, kept.all, 0.0, enough);
-        } else if (in_bin <= TILE_LISTED) {
-            cut(bin, bin, bin, in_bin, shared.enough_mass_above, enough);
+            cut(CUT, 0, 0, bin, kept.all, 0.0, enough);
+        } else {
+            cut(plan_for(in_bin), bin, bin, bin, in_bin, shared.enough_mass_above, enough);
         }
     } else if (k == kept.all) {
-        cut(shared.kth_bin + 1, 1, 0, 0, 0.0, 0.0);
-    } else if (shared.kth_through - shared.kth_above <= TILE_LISTED) {
-        cut(shared.kth_bin, shared.kth_bin, shared.kth_bin, k - shared.kth_above, 0.0, 0.0);
+        cut(CUT, shared.kth_bin + 1, 1, 0, 0, 0.0, 0.0);
+    } else {
+        const uint32_t bin = shared.kth_bin, in_bin = shared.kth_through - shared.kth_above;
+        cut(shares ? SEARCH : plan_for(in_bin), bin, bin, bin, k - shared.kth_above, 0.0, shares ? -1.0 : 0.0);
     }
 }

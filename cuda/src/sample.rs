@@ -28,9 +28,6 @@ const TOP_LIST: usize = 512;
 /// Powers of two that the bins of `sample_filter` cover.
 const OCTAVES: usize = 32;
 
-/// Values of a digit by which `sample_pick` searches.
-const DIGITS: usize = 256;
-
 /// Bytes of `Request`, `State` and `Part` in `sample.cuh`.
 const REQUEST_BYTES: usize = 64;
 const STATE_BYTES: usize = 64;
@@ -115,6 +112,11 @@ impl SampleTile {
         OCTAVES << self.fraction_bits
     }
 
+    /// Parts that a round of a search tells apart.
+    fn digits(&self) -> usize {
+        self.bins() / 4
+    }
+
     /// Bytes of `Shared` in the kernel of a stage.
     fn shared_bytes(&self, stage: Stage) -> usize {
         let warps = self.threads / 32;
@@ -126,8 +128,8 @@ impl SampleTile {
                 Stage::Sample => 8 * TOP_LIST + 8 * self.threads + 16,
                 // Counts and masses, and where the cuts are.
                 Stage::Filter => 12 * self.bins() + 32,
-                // The list, and counts and masses of a digit.
-                Stage::Pick => 12 * self.listed + 12 * DIGITS + 24,
+                // The list, or counts and masses of the digits of a search.
+                Stage::Pick => 12 * self.listed.max(self.digits()) + 16,
             }
     }
 
@@ -149,6 +151,11 @@ impl SampleTile {
         let by_row = vocab.div_ceil(4 * self.threads);
         by_device.min(by_row).clamp(1, MAX_PARTS).max(vocab.div_ceil(MAX_PART_TOKENS))
     }
+}
+
+/// Blocks that search one of `rows` rows. They wait for each other, so all of them have a multiprocessor.
+fn searching_parts(rows: usize, row_parts: usize, limits: &Limits) -> usize {
+    (limits.multiprocessors as usize / rows.max(1)).clamp(1, row_parts)
 }
 
 /// Every program of a tile.
@@ -536,7 +543,9 @@ pub fn launch<D: Device>(
         let buffers: &[&D::Buffer] = match stage {
             Stage::Sample => &[parts, tops, out.token_ids.buffer(), out.logprobs.buffer()],
             Stage::Filter => &[counts, masses],
-            Stage::Pick => &[parts, lengths, lists, out.token_ids.buffer(), out.logprobs.buffer()],
+            Stage::Pick => {
+                &[parts, lengths, lists, counts, masses, out.token_ids.buffer(), out.logprobs.buffer()]
+            }
         };
         let mut args: Vec<Arg<'_, D::Buffer>> =
             Vec::from([logits.buffer(), uploads, arrivals, states].map(Arg::Buffer));
@@ -547,8 +556,10 @@ pub fn launch<D: Device>(
         args.extend(
             [rows, first_row, vocab, row_parts, usize::from(edits > 0)].map(|number| Arg::I32(number as i32)),
         );
-        if stage == Stage::Sample {
-            args.push(Arg::I32(top as i32));
+        match stage {
+            Stage::Sample => args.push(Arg::I32(top as i32)),
+            Stage::Filter => {}
+            Stage::Pick => args.push(Arg::I32(searching_parts(grid_rows, row_parts, device.limits()) as i32)),
         }
         device.launch(&Launch {
             program: &tile.program(stage),

@@ -1,5 +1,7 @@
 //! `sample` against the oracle: the same tokens for the same random numbers, and log-probabilities.
 
+use std::time::{Duration, Instant};
+
 use dsa80_cuda::sample::{SampleTile, SampleWorkspace, sample};
 use dsa80_cuda::{CudaTensor, Device, Limits, SamplePlan, Tile};
 use dsa80_reference::{DType, Error, Kernels, SampleOutput, SampleRow, SamplingParams};
@@ -22,6 +24,60 @@ enum Logits {
     NoNumbers,
     /// A few far above the rest.
     Peaked,
+    /// Most are equal, or all but equal.
+    Tied(Tied),
+}
+
+/// Masses of tokens that no bin tells apart.
+#[derive(Debug, Clone, Copy)]
+enum Tied {
+    All(f64),
+    /// Zeros of both signs.
+    Zeros,
+    TwoLevels(f64),
+    /// One in 64 holds a logit, as where the logits of most ranks are missing.
+    FewAbove,
+    /// One token is far better.
+    AllButOne(f64),
+    /// Nothing is left of most.
+    MostlyNothing,
+    /// Next to each other as numbers.
+    Near(f64),
+}
+
+const TIED: [Tied; 9] = [
+    Tied::All(0.0),
+    Tied::All(-7.25),
+    Tied::Zeros,
+    Tied::TwoLevels(1e-7),
+    Tied::TwoLevels(2.0),
+    Tied::FewAbove,
+    Tied::AllButOne(9.5),
+    Tied::MostlyNothing,
+    Tied::Near(3.0),
+];
+
+impl Tied {
+    fn at(self, seed: u64, id: usize) -> f64 {
+        let choice = Values::Ties.at(seed, id);
+        match self {
+            Tied::All(x) => x,
+            Tied::Zeros => Values::Zeros.at(seed, id),
+            Tied::TwoLevels(step) => -step * f64::from(u8::from(choice > 0.0)),
+            Tied::FewAbove if id.is_multiple_of(64) => 3.0 * Values::Normal.at(seed, id),
+            Tied::AllButOne(above) if id == 41 => above,
+            Tied::FewAbove | Tied::AllButOne(_) => 0.0,
+            Tied::MostlyNothing if choice < 3.0 => f64::NEG_INFINITY,
+            Tied::MostlyNothing => 1.5,
+            Tied::Near(below) => {
+                if id == 5 {
+                    below
+                } else {
+                    1e-6 * Values::Normal.at(seed, id)
+                }
+            }
+        }
+    }
 }
 
 impl Logits {
@@ -45,6 +101,7 @@ impl Logits {
             Logits::NoNumbers => {
                 [f64::NAN, -f64::NAN, f64::NEG_INFINITY][if seed.is_multiple_of(2) { 2 } else { id % 2 }]
             }
+            Logits::Tied(tied) => tied.at(seed, id),
             Logits::Peaked => 2.0 * Values::Normal.at(seed, id) + if id % 37 == 5 { 12.0 } else { 0.0 },
         }
     }
@@ -296,6 +353,69 @@ fn agrees_with_the_oracle_at_size_with_every_tile() {
     parity::check_on_gpu("sample_at_size", cases(tiles.leak(), &[151_553, 154_880], 2), run);
 }
 
+/// Rows whose cut lies among so many tokens that are alike that it is searched.
+fn tied(tiles: &'static [SampleTile], vocabs: &'static [usize], rows: usize) -> impl Strategy<Value = Case> {
+    let filters = prop_oneof![
+        4 => (Just(0u32), 0.0..1.0f32),
+        1 => (Just(0u32), select(vec![0.0, 0.5, 0.999_999_9])),
+        2 => (1..2000u32, Just(1.0f32)),
+        2 => (1..2000u32, 0.0..1.0f32),
+    ];
+    let filters = prop::collection::vec((filters, select(TIED.to_vec())), rows);
+    (cases(tiles, vocabs, rows), filters).prop_map(|(mut case, filters)| {
+        for (row, ((top_k, top_p), logits)) in case.rows.iter_mut().zip(filters) {
+            let temperature = row.params.temperature.clamp(0.5, 1e6);
+            row.params = SamplingParams { top_k, top_p, temperature, ..row.params.clone() };
+            (row.logits, row.forced) = (Logits::Tied(logits), None);
+        }
+        case
+    })
+}
+
+#[test]
+fn agrees_with_the_oracle_where_most_are_alike() {
+    parity::check("sample_tied", tied(TILES, &[300, 1023, 2000], 5), run);
+}
+
+#[test]
+fn agrees_with_the_oracle_where_most_are_alike_at_size() {
+    let tiles = SampleTile::candidates((), &Limits::a100());
+    parity::check_on_gpu("sample_tied_at_size", tied(tiles.leak(), &[154_880], 3), run);
+}
+
+/// However alike they are, tokens are told apart in rounds whose number has a bound: a search that takes one after the other, or one
+/// block to look at all of them, takes a hundred times as long as this allows.
+#[test]
+fn ties_do_not_take_long() {
+    parity::large_cases(|device| {
+        let (vocab, tile) = (154_880, SampleTile::safe(()));
+        let workspace = SampleWorkspace::alloc(device, &tile, 1, vocab, 0).unwrap();
+        let index = |shape: &[usize]| parity::poisoned(device, "ids", DType::Index, shape);
+        let float = |shape: &[usize]| parity::poisoned(device, "logprobs", DType::Float, shape);
+        let mut out = SampleOutput {
+            token_ids: index(&[1]),
+            logprobs: float(&[1]),
+            top_ids: index(&[1, 0]),
+            top_logprobs: float(&[1, 0]),
+        };
+        for tied in TIED {
+            let values: Vec<f64> = (0..vocab).map(|id| tied.at(3, id)).collect();
+            let logits = Pair::new(device, "logits", DType::Float, &[1, vocab], &values).device;
+            let params = SamplingParams { top_p: 0.9, ..SamplingParams::default() };
+            let row = plain_row(params, Logits::Tied(tied));
+            let times = (0..8).map(|_| {
+                let start = Instant::now();
+                sample(device, &tile, &workspace, &logits, &[row.as_row()], &mut out).unwrap();
+                parity::read_bytes(device, &out.token_ids);
+                start.elapsed()
+            });
+            // With the upload, and what the host takes to launch and to wait.
+            let best = times.min().unwrap();
+            assert!(best < Duration::from_millis(2), "{tied:?}: {best:?}");
+        }
+    });
+}
+
 /// A captured launch does what the rows ask for that were uploaded last, as the launch of these rows alone does it.
 fn replay(device: &TestDevice, case: Case) {
     let (count, vocab) = (case.rows.len(), case.vocab);
@@ -379,11 +499,17 @@ enum Only {
     Filtered,
     /// Cut among tokens that are nearly or wholly alike.
     Flat,
+    /// So many of them that they are searched.
+    Searched,
 }
 
 /// Rows of one kind, so that a fault costs no more programs than it needs.
 fn only(kind: Only) -> impl Strategy<Value = Case> {
-    cases(&TILES[..1], &[64, 300, 1023], 3).prop_map(move |mut case| {
+    let tied = tied(&TILES[..1], &[300], 2);
+    (cases(&TILES[..1], &[64, 300, 1023], 3), tied).prop_map(move |(mut case, tied)| {
+        if matches!(kind, Only::Searched) {
+            return tied;
+        }
         for row in &mut case.rows {
             let params = &mut row.params;
             let plain = SamplingParams { top_k: 0, top_p: 1.0, min_p: 0.0, ..params.clone() };
@@ -397,7 +523,7 @@ fn only(kind: Only) -> impl Strategy<Value = Case> {
                     row.logits = Logits::Of(Values::Ties, 1.0);
                 }
                 Only::Drawn => *params = SamplingParams { temperature: params.temperature.max(0.5), ..plain },
-                Only::Filtered => params.temperature = params.temperature.max(0.5),
+                Only::Filtered | Only::Searched => params.temperature = params.temperature.max(0.5),
                 Only::Flat => {
                     let flat = SamplingParams { temperature: 1e6, ..plain };
                     *params = if params.seed.is_multiple_of(2) {
@@ -416,7 +542,7 @@ fn only(kind: Only) -> impl Strategy<Value = Case> {
 
 #[test]
 fn planted_faults_are_seen() {
-    use Only::{Drawn, Filtered, Flat, Greedy, Tied};
+    use Only::{Drawn, Filtered, Flat, Greedy, Searched, Tied};
     for (kind, file, find, replace) in [
         // The counter of the random draw is off by one.
         (Drawn, "sample.cuh", "philox(group, request.position,", "philox(group, request.position + 1,"),
@@ -453,13 +579,32 @@ fn planted_faults_are_seen() {
         // The next launch finds what this one counted.
         (Filtered, "sample_pick.cu", "if (threadIdx.x == 0) lengths[index] = 0;", ""),
         // Cuts: a token too few, a sum without what stands above, a bin too many.
-        (Flat, "sample_filter.cu", "k - shared.kth_above, 0.0, 0.0", "k - shared.kth_above - 1, 0.0, 0.0"),
+        (
+            Flat,
+            "sample_filter.cu",
+            "k - shared.kth_above, 0.0, shares",
+            "k - shared.kth_above - 1, 0.0, shares",
+        ),
         (Flat, "sample_filter.cu", "in_bin, shared.enough_mass_above, enough)", "in_bin, 0.0, enough)"),
         (
             Flat,
             "sample_pick.cu",
             "static_cast<uint32_t>(bin < draw_below)",
             "static_cast<uint32_t>(bin <= draw_below)",
+        ),
+        // A search: what lies above a range is wanted of it again, blocks do not wait for each other, a round begins with what another
+        // left, its runs lose what they end with, the next launch finds what this one counted.
+        (Searched, "sample_pick.cu", "wanted -= min(wanted, shared.above);", ""),
+        (Searched, "sample_pick.cu", "while (load_acquire_system(arrivals) < arrived) {}", ""),
+        (Searched, "sample_pick.cu", "if (team.part == 0) counts[next + i] = 0, masses[next + i] = 0;", ""),
+        (Searched, "sample_pick.cu", "        run.end(tell);\n", ""),
+        (Searched, "sample_pick.cu", "row_counts[i] = 0, row_masses[i] = 0;", "row_counts[i] = 0;"),
+        // Of equal tokens the higher ones stay.
+        (
+            Searched,
+            "sample_pick.cu",
+            "depth == other.depth && id <= other.id",
+            "depth == other.depth && id >= other.id",
         ),
     ] {
         parity::catches(Fault { file, find, replace }, only(kind), run);

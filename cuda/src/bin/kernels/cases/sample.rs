@@ -17,16 +17,23 @@ enum Kind {
     TopK,
     TopP,
     MinP,
+    /// Top-p of logits that are all equal.
+    Equal,
 }
 
 impl Kind {
+    /// As far apart as a model's: the best of so many stands 13 above the mean.
+    fn spread(self) -> f64 {
+        if matches!(self, Kind::Equal) { 0.0 } else { 3.0 }
+    }
+
     fn params(self, seed: u64) -> SamplingParams {
         let plain = SamplingParams { seed, ..SamplingParams::default() };
         match self {
             Kind::Greedy => SamplingParams { temperature: 0.0, ..plain },
             Kind::Temperature => plain,
             Kind::TopK => SamplingParams { top_k: 50, top_p: 0.95, ..plain },
-            Kind::TopP => SamplingParams { top_p: 0.95, ..plain },
+            Kind::TopP | Kind::Equal => SamplingParams { top_p: 0.95, ..plain },
             Kind::MinP => SamplingParams { min_p: 0.05, ..plain },
         }
     }
@@ -54,6 +61,7 @@ pub(super) fn cases() -> Vec<Case> {
         (Kind::TopK, 0, "top-k 50, top-p 0.95"),
         (Kind::TopP, 0, "top-p 0.95"),
         (Kind::MinP, 0, "min-p 0.05"),
+        (Kind::Equal, 0, "top-p 0.95, all equal"),
     ];
     let shapes = [1, 32].into_iter().flat_map(|rows| kinds.map(|kind| (rows, kind)));
     let case = |(rows, (kind, top, words))| Case {
@@ -80,8 +88,7 @@ impl Rows {
             .map(|seed| {
                 let alloc = |name, dtype, shape: &[usize]| CudaTensor::alloc(gpu, name, dtype, shape);
                 Ok(Set {
-                    // As far apart as a model's: the best of so many stands 13 above the mean.
-                    logits: inputs::normal(gpu, "logits", DType::Float, &[rows, VOCAB], seed, 3.0)?,
+                    logits: inputs::normal(gpu, "logits", DType::Float, &[rows, VOCAB], seed, kind.spread())?,
                     out: SampleOutput {
                         token_ids: alloc("token_ids", DType::Index, &[rows])?,
                         logprobs: alloc("logprobs", DType::Float, &[rows])?,
