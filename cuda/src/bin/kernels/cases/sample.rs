@@ -23,7 +23,7 @@ enum Kind {
 
 impl Kind {
     /// As far apart as a model's: the best of so many stands 13 above the mean.
-    fn spread(self) -> f64 {
+    fn spread(self) -> f32 {
         if matches!(self, Kind::Equal) { 0.0 } else { 3.0 }
     }
 
