@@ -45,24 +45,39 @@ moe_sum(const uint4* parts, const int32_t* topk_ids, const float* topk_weights, 
     const int vectors = PACKED ? (hidden + 31) / 32 * 4 : hidden / COLUMNS;
     if (vector >= vectors) return;
     const int64_t token = first_token + static_cast<int>(blockIdx.x);
-    constexpr int LOADS = PACKED ? 1 : 2;
-    float sum[COLUMNS] = {};
-#pragma unroll 8
-    for (int k = 0; k < top_k; ++k) {
-        const int64_t row = static_cast<int64_t>(blockIdx.x) * top_k + k;
-        uint4 raw[LOADS];
+    uint32_t beside[COLUMNS / 2] = {};
+    if (shared_rows != nullptr) {
 #pragma unroll
-        for (int i = 0; i < LOADS; ++i) raw[i] = parts[(row * vectors + vector) * LOADS + i];
-        // Not waited for before the parts are under way.
-        const int expert = topk_ids[token * top_k + k];
-        if (expert >= 0 && expert < experts) add(sum, topk_weights[token * top_k + k], raw);
+        for (int i = 0; i < COLUMNS / 2; ++i) {
+            const int at = column + i * PAIR_STEP;
+            if (!PACKED || at < hidden) beside[i] = *reinterpret_cast<const uint32_t*>(shared_rows + token * hidden + at);
+        }
+    }
+    constexpr int LOADS = PACKED ? 1 : 2, BATCH = 8;
+    float sum[COLUMNS] = {};
+    // Nothing is waited for before all of a batch is under way.
+    for (int first = 0; first < top_k; first += BATCH) {
+        uint4 raw[BATCH][LOADS];
+        int expert[BATCH];
+        float weight[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const int k = min(first + i, top_k - 1);
+            const int64_t row = static_cast<int64_t>(blockIdx.x) * top_k + k;
+#pragma unroll
+            for (int j = 0; j < LOADS; ++j) raw[i][j] = parts[(row * vectors + vector) * LOADS + j];
+            expert[i] = topk_ids[token * top_k + k];
+            weight[i] = topk_weights[token * top_k + k];
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i)
+            if (first + i < top_k && expert[i] >= 0 && expert[i] < experts) add(sum, weight[i], raw[i]);
     }
 #pragma unroll
     for (int i = 0; i < COLUMNS / 2; ++i) {
         const int at = column + i * PAIR_STEP;
         if (PACKED && at >= hidden) break;
-        const uint32_t beside = shared_rows == nullptr ? 0u : *reinterpret_cast<const uint32_t*>(shared_rows + token * hidden + at);
-        const uint32_t both = pack_bf16(bf16_low(beside) + sum[2 * i], bf16_high(beside) + sum[2 * i + 1]);
+        const uint32_t both = pack_bf16(bf16_low(beside[i]) + sum[2 * i], bf16_high(beside[i]) + sum[2 * i + 1]);
         *reinterpret_cast<uint32_t*>(out + token * hidden + at) = both;
     }
 }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::device::{Arg, Device, Launch, Limits, Program, ProgramEntry};
 use crate::int4::{Int4Shape, PackedInt4, TILE_INPUTS};
 use crate::moe_int4::{MoeInt4Dims, variants};
-use crate::moe_int4_grouped::{ProductTile, Variant, unit};
+use crate::moe_int4_grouped::{Items, ProductTile, Variant, unit};
 use crate::tile::{Tile, require};
 
 const DOWN: &str = "moe_int4_down";
@@ -88,7 +88,7 @@ const CANDIDATES: [[usize; 8]; 8] = [
 ];
 
 pub(crate) fn pairs_variant(shape: Int4Shape) -> Variant {
-    Variant { shape, tokens: 8, sorted: false }
+    Variant { shape, tokens: 8, items: Items::Pairs }
 }
 
 impl DownTile {
