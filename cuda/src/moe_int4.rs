@@ -117,9 +117,10 @@ impl MoeInt4Tile {
         Variant { items: Items::Own(experts), ..self.variant(shape) }
     }
 
-    /// Whether blocks sort so many pairs themselves: few tokens an item, so that a block takes several.
-    fn sorts(&self, pairs: usize) -> bool {
-        pairs <= moe_sort::OWN && self.tokens <= MAX_OWN_ITEM
+    /// Whether blocks sort so many pairs themselves: few tokens an item, so that a block takes several, and room for the counts.
+    fn sorts(&self, pairs: usize, shape: Int4Shape, experts: usize, limits: &Limits) -> bool {
+        let fits = || self.gate_up.require(self, self.sorting(shape, experts), limits).is_ok();
+        pairs <= moe_sort::OWN && self.tokens <= MAX_OWN_ITEM && fits()
     }
 
     /// Of one list of numbers each, in the order of the fields.
@@ -161,12 +162,7 @@ impl Tile for MoeInt4Tile {
         require(self, tokens > 0 && tokens.is_multiple_of(8) && tokens <= 128, || {
             format!("items of {tokens} tokens are not a multiple of 8 up to 128")
         })?;
-        let gate_up = if self.sorts(0) {
-            self.sorting(dims.gate_up, moe_sort::MAX_EXPERTS)
-        } else {
-            self.variant(dims.gate_up)
-        };
-        self.gate_up.require(self, gate_up, limits)?;
+        self.gate_up.require(self, self.variant(dims.gate_up), limits)?;
         self.down.require(self, self.variant(dims.down), limits)
     }
 }
@@ -247,7 +243,8 @@ pub fn programs(tile: &MoeInt4Tile, dims: MoeInt4Dims) -> Vec<ProgramEntry> {
     let mut entries: Vec<_> = variants(dims)
         .into_iter()
         .flat_map(|dims| {
-            let sorting = tile.sorts(0).then(|| tile.gate_up.entry(tile.sorting(dims.gate_up, 256)));
+            let sorts = tile.sorts(0, dims.gate_up, 256, &Limits::a100());
+            let sorting = sorts.then(|| tile.gate_up.entry(tile.sorting(dims.gate_up, 256)));
             let sorted =
                 [tile.gate_up.entry(tile.variant(dims.gate_up)), tile.down.entry(tile.variant(dims.down))];
             sorted.into_iter().chain(sorting)
@@ -440,7 +437,9 @@ impl<D: Device> Step<'_, D> {
         let Self { workspace, experts, top_k, .. } = *self;
         let sorted = &workspace.sorted;
         let (topk_ids, pairs) = (self.topk_ids.buffer(), tokens * top_k);
-        let own = tile.sorts(pairs).then_some((topk_ids, pairs));
+        let own = tile
+            .sorts(pairs, self.dims.gate_up, experts.count(), device.limits())
+            .then_some((topk_ids, pairs));
         let (item_count, variant) = if own.is_some() {
             let items = moe_sort::max_items(pairs, experts.count(), tile.tokens);
             (items, tile.sorting(self.dims.gate_up, experts.count()))

@@ -134,7 +134,11 @@ impl ProductTile {
             entry: KERNEL,
             threads: self.threads(),
             shared_bytes,
-            variant: format!("{product}, {}, {zeros}zero points, units of {}{sorts}", shape.scales, unit(&shape)),
+            variant: format!(
+                "{product}, {}, {zeros}zero points, units of {}{sorts}",
+                shape.scales,
+                unit(&shape)
+            ),
         }
     }
 
