@@ -22,12 +22,18 @@ struct Bits<4> {
 };
 
 // 16 bytes of a row of `columns` elements of BYTES bytes, from `column` on, to shared memory; zeros beyond its end and where not `valid`.
-template <int BYTES>
+// ONCE: nothing reads them again soon.
+template <int BYTES, bool ONCE = false>
 DEVICE void copy_vector(void* shared, const void* row, int column, int columns, bool valid) {
     if constexpr (VECTORS) {
         const uint8_t* from = static_cast<const uint8_t*>(row);
         const bool inside = valid && column < columns;
-        cp_async_16_or_zero(shared, from + (inside ? column * BYTES : 0), inside);
+        from += inside ? column * BYTES : 0;
+        if constexpr (ONCE) {
+            cp_async_16_or_zero_once(shared, from, inside);
+        } else {
+            cp_async_16_or_zero(shared, from, inside);
+        }
     } else {
         // One at a time: this is for odd widths, which are small.
         using Element = typename Bits<BYTES>::type;

@@ -2,67 +2,77 @@
 // that counts.
 //
 // Features are the 16 rows of an MMA, tokens its 8 columns. The order of the products of a dot product is free as long as weight and x
-// agree: lane (g, t) holds 8 neighbouring columns of rows g, g + 8 and of token g, 16 bytes each, which make two MMAs. Every lane copies
-// into slots of its own and reads them back itself: a ring as deep as shared memory allows, with no barrier.
-// The warps of a block share its columns in turns, blocks share them in one stretch each (gridDim.y); parts are added in their order.
+// agree: lane (g, t) multiplies 8 neighbouring columns of rows g, g + 8 and of token g, 16 bytes each, which make two MMAs.
+// A warp copies steps of whole pieces of rows, 128 bytes and more that lie side by side, into a ring of its own, as deep as shared memory
+// allows, with no barrier of the block. The warps of a block share its columns in turns, blocks share them in one stretch each
+// (gridDim.y); parts are added in their order.
 //
 // Constants: those of linear.cuh; TOKEN_GROUPS of 8 tokens.
-// Tile: TILE_WARPS, TILE_ROW_TILES of 16 features, TILE_HALVES of 32 columns a step, TILE_STAGES steps of the ring, TILE_BLOCKS.
+// Tile: TILE_WARPS, TILE_ROW_TILES of 16 features, TILE_COLUMNS of a step, TILE_STAGES steps of the ring, TILE_BLOCKS.
 #include "linear.cuh"
 
-constexpr int FEATURES = 16 * TILE_ROW_TILES, TOKENS = 8 * TOKEN_GROUPS, COLUMNS = 32 * TILE_HALVES;
-constexpr int THREADS = 32 * TILE_WARPS;
-// Vectors of 16 bytes that hold 8 columns of a weight row, and of a lane's step.
-constexpr int ROW_VECTORS = WEIGHT_BYTES / 2, STEP_VECTORS = TILE_HALVES * (2 * TILE_ROW_TILES * ROW_VECTORS + TOKEN_GROUPS);
+constexpr int FEATURES = 16 * TILE_ROW_TILES, TOKENS = 8 * TOKEN_GROUPS, THREADS = 32 * TILE_WARPS;
+// Vectors of 16 bytes of a step: of a row of each, and of all of them; and the rows that a warp copies at a time.
+constexpr int WEIGHT_VECTORS = TILE_COLUMNS * WEIGHT_BYTES / 16, X_VECTORS = TILE_COLUMNS / 8;
+constexpr int STEP_VECTORS = FEATURES * WEIGHT_VECTORS + TOKENS * X_VECTORS;
+constexpr int WEIGHT_ROWS = 32 / WEIGHT_VECTORS, X_ROWS = 32 / X_VECTORS;
+constexpr int X_COPIES = TOKENS / X_ROWS;
+static_assert(X_VECTORS % 8 == 0 && WEIGHT_ROWS > 0 && TOKENS % X_ROWS == 0, "whole pieces of rows");
 // Rows of four banks more: the lanes that hold a fragment write to 32 different ones.
 constexpr int STRIDE = FEATURES + 4;
 
 struct Shared {
     union {
-        uint4 ring[TILE_WARPS][TILE_STAGES][STEP_VECTORS][32];
+        uint4 ring[TILE_WARPS][TILE_STAGES][STEP_VECTORS];
         float parts[TILE_WARPS][TOKENS][STRIDE];
     };
     uint32_t last;
 };
 static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
 
-// Where a lane's rows begin.
-struct Rows {
-    const uint8_t* weight[2 * TILE_ROW_TILES];
-    bool weight_valid[2 * TILE_ROW_TILES];
-    const uint16_t* x[TOKEN_GROUPS];
-    bool x_valid[TOKEN_GROUPS];
+// Where a vector of a row lies. Eight lanes read at a time, the same four vectors of two neighbouring rows: of 4 bytes an element every
+// other one.
+template <int BYTES>
+DEVICE int place(int row, int vector) {
+    constexpr int ROW = TILE_COLUMNS * BYTES / 16;
+    return row * ROW + (vector ^ (row % 2 * (BYTES == 4 ? 1 : 4)));
+}
+
+// What a lane copies: the same vector of every row.
+struct Source {
+    const uint8_t* weight;  // the lane's first row, of those inside
+    int weight_rows;        // from that one on
+    const uint16_t* x;
+    int32_t x_rows[X_COPIES];  // -1 where there is none
+    int columns;
 };
 
-// Starts the copies of a step.
-DEVICE void load(uint4 (&step)[STEP_VECTORS][32], const Rows& rows, int column, int columns, int lane) {
-    int slot = 0;
+// Starts the copies of the step from `column` on.
+DEVICE void load(uint4 (&step)[STEP_VECTORS], const Source& source, int column, int lane) {
+    const int vector = lane % WEIGHT_VECTORS, x_vector = lane % X_VECTORS;
 #pragma unroll
-    for (int i = 0; i < 2 * TILE_ROW_TILES; ++i) {
-#pragma unroll
-        for (int half = 0; half < TILE_HALVES; ++half) {
-#pragma unroll
-            for (int part = 0; part < ROW_VECTORS; ++part) {
-                const int at = column + 32 * half + 4 * part;
-                copy_vector<WEIGHT_BYTES>(&step[slot++][lane], rows.weight[i], at, columns, rows.weight_valid[i]);
-            }
-        }
+    for (int i = 0; i < FEATURES / WEIGHT_ROWS; ++i) {
+        const bool valid = i * WEIGHT_ROWS < source.weight_rows;
+        const uint8_t* row = source.weight + (valid ? static_cast<int64_t>(i * WEIGHT_ROWS) * source.columns * WEIGHT_BYTES : 0);
+        uint4* to = &step[place<WEIGHT_BYTES>(i * WEIGHT_ROWS + lane / WEIGHT_VECTORS, vector)];
+        copy_vector<WEIGHT_BYTES, true>(to, row, column + vector * (16 / WEIGHT_BYTES), source.columns, valid);
     }
 #pragma unroll
-    for (int n = 0; n < TOKEN_GROUPS; ++n) {
-#pragma unroll
-        for (int half = 0; half < TILE_HALVES; ++half) {
-            copy_vector<2>(&step[slot++][lane], rows.x[n], column + 32 * half, columns, rows.x_valid[n]);
-        }
+    for (int i = 0; i < X_COPIES; ++i) {
+        const bool valid = source.x_rows[i] >= 0;
+        const uint16_t* row = source.x + (valid ? static_cast<int64_t>(source.x_rows[i]) * source.columns : 0);
+        uint4* to = &step[FEATURES * WEIGHT_VECTORS + place<2>(i * X_ROWS + lane / X_VECTORS, x_vector)];
+        copy_vector<2>(to, row, column + 8 * x_vector, source.columns, valid);
     }
 }
 
-// The pieces of 8 neighbouring columns of a row.
-DEVICE void split_row(const uint4 (&step)[STEP_VECTORS][32], int slot, int lane, uint32_t (&pieces)[4][PIECES]) {
-    uint32_t words[4 * ROW_VECTORS];
+// The pieces of the 8 columns of a row that a lane multiplies, of the `eight`-th eight.
+DEVICE void split_row(const uint4 (&step)[STEP_VECTORS], int row, int eight, uint32_t (&pieces)[4][PIECES]) {
+    constexpr int PARTS = WEIGHT_BYTES / 2;
+    uint32_t words[4 * PARTS];
 #pragma unroll
-    for (int part = 0; part < ROW_VECTORS; ++part) {
-        const uint4 four = step[slot + part][lane];
+    for (int part = 0; part < PARTS; ++part) {
+        const uint4 four = step[place<WEIGHT_BYTES>(row, PARTS * eight + part)];
         words[4 * part] = four.x, words[4 * part + 1] = four.y, words[4 * part + 2] = four.z, words[4 * part + 3] = four.w;
     }
 #pragma unroll
@@ -75,20 +85,22 @@ DEVICE void split_row(const uint4 (&step)[STEP_VECTORS][32], int slot, int lane,
     }
 }
 
-DEVICE void multiply(const uint4 (&step)[STEP_VECTORS][32], int lane, float (&c)[TILE_ROW_TILES][TOKEN_GROUPS][4]) {
+DEVICE void multiply(const uint4 (&step)[STEP_VECTORS], int lane, float (&c)[TILE_ROW_TILES][TOKEN_GROUPS][4]) {
+    const int g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int half = 0; half < TILE_HALVES; ++half) {
+    for (int column = 0; column < TILE_COLUMNS; column += 32) {
+        const int eight = column / 8 + t;
         uint32_t x[TOKEN_GROUPS][4];
 #pragma unroll
         for (int n = 0; n < TOKEN_GROUPS; ++n) {
-            const uint4 four = step[TILE_HALVES * (2 * TILE_ROW_TILES * ROW_VECTORS + n) + half][lane];
+            const uint4 four = step[FEATURES * WEIGHT_VECTORS + place<2>(8 * n + g, eight)];
             x[n][0] = four.x, x[n][1] = four.y, x[n][2] = four.z, x[n][3] = four.w;
         }
 #pragma unroll
         for (int r = 0; r < TILE_ROW_TILES; ++r) {
             uint32_t upper[4][PIECES], lower[4][PIECES];
-            split_row(step, ((2 * r) * TILE_HALVES + half) * ROW_VECTORS, lane, upper);
-            split_row(step, ((2 * r + 1) * TILE_HALVES + half) * ROW_VECTORS, lane, lower);
+            split_row(step, 16 * r + g, eight, upper);
+            split_row(step, 16 * r + g + 8, eight, lower);
 #pragma unroll
             for (int i = 0; i < 4; i += 2) {
 #pragma unroll
@@ -122,43 +134,38 @@ linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int splits = gridDim.y, first_feature = blockIdx.x * FEATURES;
 
-    Rows rows;
+    const int row = first_feature + lane / WEIGHT_VECTORS;
+    Source source = {weight + static_cast<int64_t>(min(row, features - 1)) * columns * WEIGHT_BYTES, features - row, x, {}, columns};
 #pragma unroll
-    for (int i = 0; i < 2 * TILE_ROW_TILES; ++i) {
-        const int feature = first_feature + 8 * i + g;
-        rows.weight_valid[i] = feature < features;
-        rows.weight[i] = weight + static_cast<int64_t>(rows.weight_valid[i] ? feature : 0) * columns * WEIGHT_BYTES;
-    }
-#pragma unroll
-    for (int n = 0; n < TOKEN_GROUPS; ++n) {
-        const int token = 8 * n + g;
-        int row = token < tokens ? token : -1;
-        if (gathered != nullptr && token < tokens) row = gathered[token];
-        rows.x_valid[n] = row >= 0 && row < x_rows;
-        rows.x[n] = x + (rows.x_valid[n] ? static_cast<int64_t>(row) * columns : 0);
+    for (int i = 0; i < X_COPIES; ++i) {
+        const int token = i * X_ROWS + lane / X_VECTORS;
+        int x_row = token < tokens ? token : -1;
+        if (gathered != nullptr && token < tokens) x_row = gathered[token];
+        source.x_rows[i] = x_row < x_rows ? x_row : -1;
     }
 
-    const int steps = (columns + COLUMNS - 1) / COLUMNS;
+    const int steps = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
     const int begin = static_cast<int>(static_cast<int64_t>(steps) * blockIdx.y / splits) + warp;
     const int end = static_cast<int>(static_cast<int64_t>(steps) * (blockIdx.y + 1) / splits);
     float c[TILE_ROW_TILES][TOKEN_GROUPS][4] = {};
     int next = begin;
 #pragma unroll
     for (int stage = 0; stage < TILE_STAGES - 1; ++stage) {
-        if (next < end) load(shared.ring[warp][stage], rows, next * COLUMNS + 8 * t, columns, lane);
+        if (next < end) load(shared.ring[warp][stage], source, next * TILE_COLUMNS, lane);
         cp_async_commit();
         next += TILE_WARPS;
     }
     int stage = 0, stage_of_next = TILE_STAGES - 1;
     for (int step = begin; step < end; step += TILE_WARPS) {
-        // The slot that was multiplied last is free again.
-        if (next < end) load(shared.ring[warp][stage_of_next], rows, next * COLUMNS + 8 * t, columns, lane);
+        // A step of all lanes is there, and the slot that they multiplied last is free again.
+        cp_async_wait<TILE_STAGES - 2>();
+        __syncwarp();
+        if (next < end) load(shared.ring[warp][stage_of_next], source, next * TILE_COLUMNS, lane);
         cp_async_commit();
         next += TILE_WARPS;
-        cp_async_wait<TILE_STAGES - 1>();
         multiply(shared.ring[warp][stage], lane, c);
+        stage_of_next = stage;
         stage = stage + 1 == TILE_STAGES ? 0 : stage + 1;
-        stage_of_next = stage_of_next + 1 == TILE_STAGES ? 0 : stage_of_next + 1;
     }
     cp_async_wait<0>();
     __syncthreads();

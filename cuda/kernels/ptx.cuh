@@ -43,7 +43,16 @@ DEVICE void cp_async_16_or_zero(void* shared, const void* global, bool valid) {
                  : "memory");
 }
 
-// Likewise, through the L1: lines that hit the L2 then come faster than past it.
+// Likewise, of what is read once: the L2 gives its lines up before others.
+DEVICE void cp_async_16_or_zero_once(void* shared, const void* global, bool valid) {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(valid ? 16 : 0), "l"(policy)
+                 : "memory");
+}
+
+// As the first of the two, through the L1: lines that hit the L2 then come faster than past it.
 DEVICE void cp_async_16_or_zero_l1(void* shared, const void* global, bool valid) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0)
                  : "memory");

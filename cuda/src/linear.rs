@@ -3,7 +3,7 @@
 use dsa80_reference::{DType, DeviceTensor, Result};
 
 use crate::device::{Arg, Device, Gemm, Launch};
-use crate::linear_few::{self, LinearFewTile};
+use crate::linear_few::{self, LinearFewSize, LinearFewTile, LinearWidth};
 use crate::linear_many::{self, LinearTile};
 use crate::rows::WEIGHTS;
 use crate::tensor::CudaTensor;
@@ -14,10 +14,10 @@ const KERNEL: &str = "linear";
 /// The tiles of a launch of any number of tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LinearTiles {
-    /// Up to 8 tokens.
-    pub up_to_8: LinearFewTile,
-    /// Up to 32 tokens.
-    pub up_to_32: LinearFewTile,
+    /// Up to 8 tokens, for each [`LinearWidth`].
+    pub up_to_8: [LinearFewTile; 4],
+    /// Up to 32 tokens, likewise.
+    pub up_to_32: [LinearFewTile; 4],
     /// Up to [`MIDDLE`] tokens.
     pub middle: LinearTile,
     /// More.
@@ -53,31 +53,41 @@ impl LinearTokens {
         }
     }
 
-    /// Its name in tile files.
-    pub fn class(self) -> &'static str {
+    /// The kernel that takes so many tokens, and the name of their class, with that many features, in tile files.
+    pub fn class(self, features: usize) -> (&'static str, &'static str) {
         match self {
-            Self::UpTo8 => "up_to_8",
-            Self::UpTo32 => "up_to_32",
-            Self::Middle => "middle",
-            Self::Many => "many",
+            Self::UpTo8 | Self::UpTo32 => {
+                let size = LinearFewSize { tokens: self, width: LinearWidth::of(features) };
+                (LinearFewTile::KERNEL, size.class())
+            }
+            Self::Middle => (LinearTile::KERNEL, "middle"),
+            Self::Many => (LinearTile::KERNEL, "many"),
         }
     }
 
     /// The class of that name.
     pub(crate) fn named(class: &str) -> Self {
-        [Self::UpTo8, Self::UpTo32, Self::Middle]
-            .into_iter()
-            .find(|x| x.class() == class)
-            .unwrap_or(Self::Many)
+        if class == "middle" { Self::Middle } else { Self::Many }
+    }
+
+    /// Of few tokens, with every width.
+    pub(crate) fn by_width(self) -> [LinearFewSize; 4] {
+        LinearWidth::ALL.map(|width| LinearFewSize { tokens: self, width })
     }
 }
 
 impl LinearTiles {
+    /// The tile for few tokens and that many features.
+    pub fn few(&mut self, tokens: LinearTokens, features: usize) -> &mut LinearFewTile {
+        let tiles = if tokens == LinearTokens::UpTo8 { &mut self.up_to_8 } else { &mut self.up_to_32 };
+        &mut tiles[LinearWidth::of(features) as usize]
+    }
+
     /// The tiles that fit any device.
     pub fn safe() -> Self {
         Self {
-            up_to_8: Tile::safe(LinearTokens::UpTo8),
-            up_to_32: Tile::safe(LinearTokens::UpTo32),
+            up_to_8: LinearTokens::UpTo8.by_width().map(Tile::safe),
+            up_to_32: LinearTokens::UpTo32.by_width().map(Tile::safe),
             middle: Tile::safe(LinearTokens::Middle),
             many: Tile::safe(LinearTokens::Many),
             gemm: true,
@@ -103,12 +113,9 @@ impl<D: Device> LinearWorkspace<D> {
     pub fn alloc(device: &D, tiles: &LinearTiles) -> Result<Self> {
         let limits = device.limits();
         let LinearTiles { up_to_8, up_to_32, middle, many, .. } = tiles;
-        let needs = [
-            up_to_8.needs(limits, LinearTokens::UpTo8),
-            up_to_32.needs(limits, LinearTokens::UpTo32),
-            middle.needs(limits),
-            many.needs(limits),
-        ];
+        let few = LinearFewSize::all().zip(up_to_8.iter().chain(up_to_32));
+        let few = few.map(|(size, tile)| tile.needs(limits, size));
+        let needs: Vec<Need> = few.chain([middle.needs(limits), many.needs(limits)]).collect();
         let part_bytes = needs.iter().map(|need| need.part_bytes).max().unwrap_or(0);
         let max_arrivals = needs.iter().map(|need| need.arrivals).max().unwrap_or(0);
         let arrivals = device.alloc("linear arrivals", 4 * max_arrivals)?;
@@ -206,8 +213,8 @@ impl<'a, D: Device> Product<'a, D> {
             return Ok(());
         }
         match LinearTokens::of(self.tokens) {
-            LinearTokens::UpTo8 => self.launch_few(device, &tiles.up_to_8, workspace),
-            LinearTokens::UpTo32 => self.launch_few(device, &tiles.up_to_32, workspace),
+            tokens @ LinearTokens::UpTo8 => self.launch_few(device, tokens, &tiles.up_to_8, workspace),
+            tokens @ LinearTokens::UpTo32 => self.launch_few(device, tokens, &tiles.up_to_32, workspace),
             LinearTokens::Middle => self.launch_many(device, &tiles.middle, workspace),
             LinearTokens::Many => self.launch_many(device, &tiles.many, workspace),
         }
@@ -290,9 +297,17 @@ impl<'a, D: Device> Product<'a, D> {
         ]
     }
 
-    fn launch_few(&self, device: &D, tile: &LinearFewTile, workspace: &LinearWorkspace<D>) -> Result<()> {
+    fn launch_few(
+        &self,
+        device: &D,
+        tokens: LinearTokens,
+        tiles: &[LinearFewTile; 4],
+        workspace: &LinearWorkspace<D>,
+    ) -> Result<()> {
         let (limits, weight) = (device.limits(), self.weight.dtype());
-        tile.validate(LinearTokens::of(self.tokens), limits)?;
+        let size = LinearFewSize { tokens, width: LinearWidth::of(self.features) };
+        let tile = &tiles[size.width as usize];
+        tile.validate(size, limits)?;
         let variant = linear_few::Variant {
             weight,
             vectors: self.vectors(),

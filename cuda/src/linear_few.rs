@@ -10,6 +10,76 @@ use crate::tile::{Tile, require, require_shared};
 
 pub(crate) const ENTRY: &str = "linear_few";
 
+/// Classes of numbers of features: how many groups of 16 an A100's 108 multiprocessors, or the 132 of an H100, have each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LinearWidth {
+    /// Up to 1024: a half at most, so blocks share them.
+    UpTo1024,
+    /// Up to 2112: one of an H100.
+    UpTo2112,
+    /// Up to 3456: two.
+    UpTo3456,
+    /// More.
+    More,
+}
+
+impl LinearWidth {
+    /// Every class.
+    pub const ALL: [Self; 4] = [Self::UpTo1024, Self::UpTo2112, Self::UpTo3456, Self::More];
+
+    /// The class of a number.
+    pub fn of(features: usize) -> Self {
+        match features {
+            ..=1024 => Self::UpTo1024,
+            1025..=2112 => Self::UpTo2112,
+            2113..=3456 => Self::UpTo3456,
+            _ => Self::More,
+        }
+    }
+}
+
+/// Classes of products of few tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinearFewSize {
+    /// [`LinearTokens::UpTo8`], or up to 32.
+    pub tokens: LinearTokens,
+    /// Of features.
+    pub width: LinearWidth,
+}
+
+impl LinearFewSize {
+    /// Every class.
+    pub fn all() -> impl Iterator<Item = Self> {
+        [LinearTokens::UpTo8, LinearTokens::UpTo32]
+            .into_iter()
+            .flat_map(|tokens| LinearWidth::ALL.map(|width| Self { tokens, width }))
+    }
+
+    /// Its name in tile files.
+    pub fn class(self) -> &'static str {
+        let of_tokens = usize::from(self.tokens != LinearTokens::UpTo8);
+        CLASSES[LinearWidth::ALL.len() * of_tokens + self.width as usize]
+    }
+
+    /// The class of that name.
+    pub(crate) fn named(class: &str) -> Self {
+        let last = Self { tokens: LinearTokens::UpTo32, width: LinearWidth::More };
+        Self::all().find(|size| size.class() == class).unwrap_or(last)
+    }
+}
+
+/// The names of the classes, in their order.
+pub(crate) const CLASSES: &[&str] = &[
+    "tokens_8_features_1024",
+    "tokens_8_features_2112",
+    "tokens_8_features_3456",
+    "tokens_8_features_more",
+    "tokens_32_features_1024",
+    "tokens_32_features_2112",
+    "tokens_32_features_3456",
+    "tokens_32_features_more",
+];
+
 /// How a block of `linear_few` takes the weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -18,8 +88,8 @@ pub struct LinearFewTile {
     pub warps: usize,
     /// Groups of 16 features of a block.
     pub row_tiles: usize,
-    /// Groups of 32 columns that a warp takes in one step.
-    pub halves: usize,
+    /// Columns that a warp takes in one step.
+    pub columns: usize,
     /// Steps that a warp has in shared memory.
     pub stages: usize,
     /// Blocks of a multiprocessor.
@@ -54,54 +124,54 @@ pub(crate) fn groups(tokens: usize) -> usize {
 
 impl Tile for LinearFewTile {
     const KERNEL: &'static str = ENTRY;
-    type Dims = LinearTokens;
+    type Dims = LinearFewSize;
 
-    fn safe(tokens: LinearTokens) -> Self {
-        match tokens {
-            LinearTokens::UpTo8 => Self::of([4, 2, 2, 4, 2]),
-            _ => Self::of([8, 2, 1, 3, 1]),
+    fn safe(size: LinearFewSize) -> Self {
+        match (size.tokens, size.width) {
+            (LinearTokens::UpTo8, _) => Self::of([4, 1, 64, 6, 2]),
+            (_, LinearWidth::UpTo3456) => Self::of([4, 2, 64, 5, 1]),
+            (_, LinearWidth::More) => Self::of([4, 1, 64, 3, 3]),
+            _ => Self::of([4, 1, 64, 4, 2]),
         }
     }
 
-    fn candidates(tokens: LinearTokens, limits: &Limits) -> Vec<Self> {
-        let shapes: &[[usize; 5]] = match tokens {
+    fn candidates(size: LinearFewSize, limits: &Limits) -> Vec<Self> {
+        let shapes: &[[usize; 5]] = match size.tokens {
             LinearTokens::UpTo8 => &[
-                [8, 1, 2, 4, 1],
-                [8, 1, 2, 6, 1],
-                [8, 1, 2, 3, 2],
-                [4, 2, 2, 4, 2],
-                [8, 2, 1, 4, 1],
-                [8, 2, 1, 6, 1],
-                [8, 2, 2, 3, 1],
-                [8, 3, 1, 4, 1],
+                [4, 1, 64, 6, 2],
+                [4, 1, 128, 3, 3],
+                [8, 1, 64, 3, 3],
+                [8, 1, 64, 6, 1],
+                [16, 1, 64, 3, 1],
+                [4, 2, 128, 4, 1],
             ],
             _ => &[
-                [8, 1, 1, 4, 1],
-                [4, 2, 1, 4, 2],
-                [8, 2, 1, 3, 1],
-                [8, 2, 1, 4, 1],
-                [8, 3, 1, 3, 1],
-                [4, 3, 1, 4, 1],
-                [8, 4, 1, 3, 1],
+                [4, 1, 64, 4, 2],
+                [4, 1, 64, 3, 3],
+                [4, 1, 64, 6, 1],
+                [4, 2, 64, 5, 1],
+                [8, 1, 64, 3, 1],
+                [6, 1, 64, 3, 2],
+                [4, 3, 64, 4, 1],
             ],
         };
         shapes
             .iter()
             .map(|&shape| Self::of(shape))
-            .filter(|tile| tile.validate(tokens, limits).is_ok())
+            .filter(|tile| tile.validate(size, limits).is_ok())
             .collect()
     }
 
-    fn validate(&self, tokens: LinearTokens, limits: &Limits) -> Result<()> {
+    fn validate(&self, size: LinearFewSize, limits: &Limits) -> Result<()> {
         require(self, (1..=16).contains(&self.warps), || "a block has 1 to 16 warps".into())?;
         require(self, (1..=4).contains(&self.row_tiles), || {
             "a block has 1 to 4 groups of 16 features".into()
         })?;
-        require(self, matches!(self.halves, 1 | 2), || "a step has 32 or 64 columns".into())?;
+        require(self, matches!(self.columns, 64 | 128), || "a step has 64 or 128 columns".into())?;
         require(self, (2..=8).contains(&self.stages), || "a warp holds 2 to 8 steps".into())?;
         require(self, (1..=8).contains(&self.blocks), || "1 to 8 blocks are resident".into())?;
         // Accumulators, weights and x of a step, and as much again for everything else.
-        let groups = Self::max_groups(tokens);
+        let groups = Self::max_groups(size.tokens);
         let registers = 4 * self.row_tiles * groups + 8 * self.row_tiles + 4 * groups + 40;
         let most = limits.registers_per_multiprocessor as usize / (32 * self.warps * self.blocks);
         require(self, registers <= most, || {
@@ -115,8 +185,8 @@ impl Tile for LinearFewTile {
 }
 
 impl LinearFewTile {
-    const fn of([warps, row_tiles, halves, stages, blocks]: [usize; 5]) -> Self {
-        Self { warps, row_tiles, halves, stages, blocks }
+    const fn of([warps, row_tiles, columns, stages, blocks]: [usize; 5]) -> Self {
+        Self { warps, row_tiles, columns, stages, blocks }
     }
 
     pub(crate) fn threads(&self) -> u32 {
@@ -138,8 +208,8 @@ impl LinearFewTile {
     }
 
     pub(crate) fn shared_bytes(&self, Variant { weight, groups, .. }: Variant) -> usize {
-        let row_vectors = if weight == DType::F32 { 2 } else { 1 };
-        let step = self.halves * (2 * self.row_tiles * row_vectors + groups) * 32 * 16;
+        let weight_bytes = if weight == DType::F32 { 4 } else { 2 };
+        let step = self.columns * (self.features() * weight_bytes + 8 * groups * 2);
         let ring = self.warps * self.stages(weight) * step;
         let parts = self.warps * 8 * groups * (self.features() + 4) * 4;
         let flag = 16;
@@ -157,7 +227,7 @@ impl LinearFewTile {
                 ("SWIGLU", u8::from(swiglu).to_string()),
                 ("TILE_WARPS", self.warps.to_string()),
                 ("TILE_ROW_TILES", self.row_tiles.to_string()),
-                ("TILE_HALVES", self.halves.to_string()),
+                ("TILE_COLUMNS", self.columns.to_string()),
                 ("TILE_STAGES", self.stages(weight).to_string()),
                 // Pieces take registers: blocks of other weights need not be as many.
                 ("TILE_BLOCKS", if weight == DType::Bf16 && vectors { self.blocks } else { 1 }.to_string()),
@@ -176,8 +246,8 @@ impl LinearFewTile {
     pub(crate) fn grid(&self, [tokens, columns, features]: [usize; 3], limits: &Limits) -> Grid {
         const SHARING: usize = 44 * 1024;
         let multiprocessors = limits.multiprocessors as usize;
-        let steps = columns.div_ceil(32 * self.halves);
-        let step_bytes = 2 * 32 * self.halves;
+        let steps = columns.div_ceil(self.columns);
+        let step_bytes = 2 * self.columns;
         let blocks = features.div_ceil(self.features());
         let most = (self.slots(limits) / blocks).min(steps.div_ceil(self.warps)).max(1);
         let all = 3 * features + blocks * tokens;
@@ -195,14 +265,14 @@ impl LinearFewTile {
     }
 
     /// What any launch needs.
-    pub(crate) fn needs(&self, limits: &Limits, tokens: LinearTokens) -> Need {
-        self.need(self.slots(limits), Self::max_groups(tokens))
+    pub(crate) fn needs(&self, limits: &Limits, size: LinearFewSize) -> Need {
+        self.need(self.slots(limits), Self::max_groups(size.tokens))
     }
 }
 
 /// Every variant of a tile.
-pub fn programs(tile: &LinearFewTile, tokens: LinearTokens) -> Vec<ProgramEntry> {
-    let groups: &[usize] = if tokens == LinearTokens::UpTo8 { &[1] } else { &[2, 4] };
+pub fn programs(tile: &LinearFewTile, size: LinearFewSize) -> Vec<ProgramEntry> {
+    let groups: &[usize] = if size.tokens == LinearTokens::UpTo8 { &[1] } else { &[2, 4] };
     let mut entries = Vec::new();
     for weight in WEIGHTS {
         for vectors in [true, false] {
@@ -233,44 +303,53 @@ mod tests {
     use super::*;
     use crate::rows::tests::assert_distinct;
 
-    const CLASSES: [LinearTokens; 2] = [LinearTokens::UpTo8, LinearTokens::UpTo32];
+    const LAST: LinearFewSize = LinearFewSize { tokens: LinearTokens::UpTo32, width: LinearWidth::More };
+
+    #[test]
+    fn every_class_has_a_name_of_its_own() {
+        assert_eq!(LinearFewSize::all().map(LinearFewSize::class).collect::<Vec<_>>(), CLASSES);
+        for size in LinearFewSize::all() {
+            assert_eq!(LinearFewSize::named(size.class()), size);
+        }
+        assert_eq!([512, 2048, 2624, 6144].map(LinearWidth::of), LinearWidth::ALL);
+    }
 
     #[test]
     fn refusals_say_why() {
         let limits = Limits::a100();
-        let (tokens, safe) = (LinearTokens::UpTo32, LinearFewTile::safe(LinearTokens::UpTo32));
+        let safe = LinearFewTile::of([8, 2, 64, 3, 1]);
         for (tile, reason) in [
             (LinearFewTile { warps: 17, ..safe }, "1 to 16 warps"),
             (LinearFewTile { row_tiles: 5, ..safe }, "1 to 4 groups of 16 features"),
-            (LinearFewTile { halves: 3, ..safe }, "32 or 64 columns"),
+            (LinearFewTile { columns: 32, ..safe }, "64 or 128 columns"),
             (LinearFewTile { stages: 1, ..safe }, "2 to 8 steps"),
             (LinearFewTile { blocks: 9, ..safe }, "1 to 8 blocks"),
             (LinearFewTile { blocks: 8, ..safe }, "registers"),
-            (LinearFewTile { stages: 8, halves: 2, ..safe }, "shared memory"),
+            (LinearFewTile { stages: 8, ..safe }, "shared memory"),
         ] {
-            let error = tile.validate(tokens, &limits).unwrap_err().to_string();
+            let error = tile.validate(LAST, &limits).unwrap_err().to_string();
             assert!(error.contains(reason), "{error}");
         }
     }
 
     #[test]
     fn every_variant_is_a_program_of_its_own() {
-        for tokens in CLASSES {
-            assert_distinct(&programs(&LinearFewTile::safe(tokens), tokens));
+        for size in LinearFewSize::all() {
+            assert_distinct(&programs(&LinearFewTile::safe(size), size));
         }
     }
 
     #[test]
     fn a_launch_needs_no_more_than_the_workspace_has() {
         let limits = Limits::a100();
-        for tokens in CLASSES {
-            for tile in LinearFewTile::candidates(tokens, &limits) {
-                let most = tile.needs(&limits, tokens);
+        for size in LinearFewSize::all() {
+            for tile in LinearFewTile::candidates(size, &limits) {
+                let most = tile.needs(&limits, size);
                 for (features, columns) in [(16, 6144), (512, 65536), (2624, 6144), (19360, 6144), (70, 8)] {
                     let grid = tile.grid([8, columns, features], &limits);
                     let Grid { blocks, splits } = grid;
                     assert!(blocks * tile.features() >= features && splits >= 1);
-                    let need = tile.need(blocks * splits, LinearFewTile::max_groups(tokens));
+                    let need = tile.need(blocks * splits, LinearFewTile::max_groups(size.tokens));
                     let fits = need.part_bytes <= most.part_bytes && need.arrivals <= most.arrivals;
                     assert!(splits == 1 || fits, "{tile:?} {grid:?}");
                 }
@@ -281,7 +360,7 @@ mod tests {
     #[test]
     fn blocks_share_an_output_where_there_are_few() {
         let limits = Limits { multiprocessors: 132, ..Limits::a100() };
-        let tile = LinearFewTile::of([8, 2, 1, 4, 1]);
+        let tile = LinearFewTile::of([8, 2, 64, 2, 1]);
         let grid = |tokens, columns, features| tile.grid([tokens, columns, features], &limits);
         // Half of the multiprocessors already take what the memory brings.
         assert_eq!(grid(1, 6144, 2624), Grid { blocks: 82, splits: 1 });

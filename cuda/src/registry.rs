@@ -10,7 +10,7 @@ use crate::indexer_logits::{self, IndexerLogitsDims, IndexerLogitsTile};
 use crate::latent_rope::{self, LatentRopeDims, LatentRopeTile};
 use crate::layer_norm_rope::{self, LayerNormRopeDims, LayerNormRopeTile};
 use crate::linear::LinearTokens;
-use crate::linear_few::{self, LinearFewTile};
+use crate::linear_few::{self, LinearFewSize, LinearFewTile};
 use crate::linear_int4::{self, LinearInt4Tile, LinearInt4Tokens};
 use crate::linear_int4_wide::{self, LinearInt4WideTile};
 use crate::linear_many::{self, LinearTile};
@@ -216,14 +216,14 @@ impl PinnedTile for SparseMlaUnionTile {
 }
 
 impl PinnedTile for LinearFewTile {
-    const CLASSES: &'static [&'static str] = &["up_to_8", "up_to_32"];
+    const CLASSES: &'static [&'static str] = linear_few::CLASSES;
 
-    fn glm_dims(class: &str) -> LinearTokens {
-        LinearTokens::named(class)
+    fn glm_dims(class: &str) -> LinearFewSize {
+        LinearFewSize::named(class)
     }
 
-    fn programs(&self, tokens: LinearTokens) -> Vec<ProgramEntry> {
-        linear_few::programs(self, tokens)
+    fn programs(&self, size: LinearFewSize) -> Vec<ProgramEntry> {
+        linear_few::programs(self, size)
     }
 }
 

@@ -207,9 +207,9 @@ impl Tiles {
     /// The tiles of `linear` and `lm_head`, for every number of tokens.
     pub fn linear(&self, limits: &Limits) -> LinearTiles {
         let [up_to_8, up_to_32] = [LinearTokens::UpTo8, LinearTokens::UpTo32]
-            .map(|tokens| self.tile(tokens.class(), tokens, limits));
-        let [middle, many] = [LinearTokens::Middle, LinearTokens::Many]
-            .map(|tokens| self.tile(tokens.class(), tokens, limits));
+            .map(|tokens| tokens.by_width().map(|size| self.tile(size.class(), size, limits)));
+        let middle = self.tile("middle", LinearTokens::Middle, limits);
+        let many = self.tile("many", LinearTokens::Many, limits);
         LinearTiles { up_to_8, up_to_32, middle, many, ..LinearTiles::safe() }
     }
 

@@ -291,6 +291,7 @@ DEVICE T& shared_memory() {
 
 DEVICE void cp_async_16(void* shared, const void* global) { emulation_cp_async(shared, global, 16, true); }
 DEVICE void cp_async_16_or_zero(void* shared, const void* global, bool valid) { emulation_cp_async(shared, global, 16, valid); }
+DEVICE void cp_async_16_or_zero_once(void* shared, const void* global, bool valid) { emulation_cp_async(shared, global, 16, valid); }
 DEVICE void cp_async_16_or_zero_l1(void* shared, const void* global, bool valid) { emulation_cp_async(shared, global, 16, valid); }
 DEVICE void cp_async_8(void* shared, const void* global) { emulation_cp_async(shared, global, 8, true); }
 DEVICE void cp_async_4(void* shared, const void* global) { emulation_cp_async(shared, global, 4, true); }

@@ -1,7 +1,7 @@
 //! `linear` against the oracle. `lm_head`, which has the same kernels, shares the cases.
 
 use dsa80_cuda::linear::{LinearTiles, LinearTokens, LinearWorkspace, linear};
-use dsa80_cuda::linear_few::LinearFewTile;
+use dsa80_cuda::linear_few::{LinearFewSize, LinearFewTile, LinearWidth};
 use dsa80_cuda::linear_many::LinearTile;
 use dsa80_cuda::lm_head::lm_head;
 use dsa80_cuda::{CudaTensor, Limits, Tile};
@@ -27,7 +27,7 @@ pub(crate) struct Variant {
     gemm: bool,
 }
 
-const FEW: LinearFewTile = LinearFewTile { warps: 2, row_tiles: 1, halves: 2, stages: 3, blocks: 1 };
+const FEW: LinearFewTile = LinearFewTile { warps: 2, row_tiles: 1, columns: 64, stages: 3, blocks: 1 };
 const MANY: LinearTile = LinearTile {
     tokens: 16,
     features: 64,
@@ -42,9 +42,9 @@ const fn few(
     tokens: (usize, usize),
     columns: (usize, usize),
     weight: DType,
-    [warps, row_tiles, halves, stages]: [usize; 4],
+    [warps, row_tiles, columns_of_step, stages]: [usize; 4],
 ) -> Variant {
-    let few = LinearFewTile { warps, row_tiles, halves, stages, blocks: 1 };
+    let few = LinearFewTile { warps, row_tiles, columns: columns_of_step, stages, blocks: 1 };
     Variant { tokens, columns, features: 70, weight, few, many: MANY, gemm: false }
 }
 
@@ -61,16 +61,16 @@ const fn many(
 }
 
 /// The middling weight, with one block an output and with several that share it.
-const WHOLE: Variant = few((1, 8), (400, 8), DType::Bf16, [2, 1, 2, 3]);
-const SHARED: Variant = few((17, 32), (2400, 8), DType::Bf16, [2, 4, 2, 2]);
+const WHOLE: Variant = few((1, 8), (400, 8), DType::Bf16, [2, 1, 64, 3]);
+const SHARED: Variant = few((17, 32), (2400, 8), DType::Bf16, [2, 4, 128, 2]);
 const TILES: Variant = many((33, 60), (800, 8), DType::Bf16, [16, 64, 1, 2, 2]);
 
 /// Every constant of the kernels, in few programs.
 pub(crate) const VARIANTS: &[Variant] = &[
     WHOLE,
     SHARED,
-    few((9, 16), (90, 1), DType::F16, [3, 2, 1, 4]),
-    few((1, 8), (300, 8), DType::F32, [2, 1, 2, 4]),
+    few((9, 16), (90, 1), DType::F16, [3, 2, 64, 4]),
+    few((1, 8), (300, 8), DType::F32, [2, 1, 64, 6]),
     TILES,
     many((129, 150), (200, 8), DType::F16, [64, 128, 2, 4, 3]),
     many((33, 50), (100, 1), DType::F32, [32, 64, 1, 2, 2]),
@@ -193,11 +193,11 @@ impl Inputs {
 
 /// Tiles for small shapes, whose programs these tests compile anyway.
 pub(crate) fn small_tiles() -> LinearTiles {
-    LinearTiles { up_to_32: SHARED.few, middle: TILES.many, many: TILES.many, ..tiles(&WHOLE) }
+    LinearTiles { up_to_32: [SHARED.few; 4], middle: TILES.many, many: TILES.many, ..tiles(&WHOLE) }
 }
 
 fn tiles(&Variant { few, many, gemm, .. }: &Variant) -> LinearTiles {
-    LinearTiles { up_to_8: few, up_to_32: few, middle: many, many, gemm }
+    LinearTiles { up_to_8: [few; 4], up_to_32: [few; 4], middle: many, many, gemm }
 }
 
 pub(crate) fn run(device: &TestDevice, case: Case, gathers: bool) {
@@ -237,7 +237,10 @@ fn agrees_with_the_oracle() {
 #[test]
 fn agrees_with_the_oracle_at_size_with_every_tile() {
     let limits = Limits::a100();
-    let all = |tokens| LinearFewTile::candidates(tokens, &limits);
+    let all = |tokens| {
+        let size = LinearFewSize { tokens, width: LinearWidth::More };
+        LinearFewTile::candidates(size, &limits)
+    };
     let few = |class, tokens: (usize, usize)| {
         select(all(class)).prop_map(move |few| Variant {
             tokens,
@@ -274,7 +277,7 @@ fn agrees_with_the_oracle_at_size_with_every_tile() {
             [(1, 6144, 2624), (32, 2048, 2048), (64, 2048, 6144), (300, 6144, 2624), (257, 20, 768)]
         {
             let safe = LinearTiles::safe();
-            let variant = Variant { few: safe.up_to_32, many: safe.many, ..WHOLE };
+            let variant = Variant { few: safe.up_to_32[2], many: safe.many, ..WHOLE };
             let case = Case {
                 variant,
                 tokens,
@@ -329,10 +332,15 @@ fn planted_faults_are_seen() {
     for (variant, file, find, replace) in [
         // The last columns, the last features and the last token are left out.
         (WHOLE, "linear.cuh", "valid && column < columns;", "valid && column + 8 < columns;"),
+        (WHOLE, "linear_few.cu", "i * WEIGHT_ROWS < source", "i * WEIGHT_ROWS + 1 < source"),
         (WHOLE, "linear.cuh", "if (row + i < features) store_one(", "if (row + i + 1 < features) store_one("),
         (WHOLE, "linear_few.cu", "token < tokens ? token : -1", "token < tokens - 1 ? token : -1"),
         // A step is multiplied before it is there; parts are added before they are.
-        (WHOLE, "linear_few.cu", "cp_async_wait<TILE_STAGES - 1>();", "cp_async_wait<TILE_STAGES>();"),
+        (WHOLE, "linear_few.cu", "cp_async_wait<TILE_STAGES - 2>();", "cp_async_wait<TILE_STAGES - 1>();"),
+        // A lane reads what others copy, and copies over what others read.
+        (WHOLE, "linear_few.cu", "        __syncwarp();\n", ""),
+        // Vectors of odd rows lie where a reader does not look for them.
+        (WHOLE, "linear_few.cu", "lane / WEIGHT_VECTORS, vector)];", "lane / WEIGHT_VECTORS + 1, vector)];"),
         (WHOLE, "linear_few.cu", "    }\n    __syncthreads();\n\n", "    }\n\n"),
         // The last of the blocks is not waited for, or the counter not left as it was.
         (SHARED, "linear.cuh", "1u) + 1 == blocks", "1u) + 2 == blocks"),
@@ -390,13 +398,14 @@ fn misfits_are_named() {
         expect(run(&x, &weight, tensor(DType::Index, &[2, 8])), &["`out` holds indices"]);
         let middle = LinearTile { tokens: 128, token_warps: 4, ..MANY };
         let other = LinearTiles { middle, gemm: false, ..tiles };
-        let small = LinearTiles { up_to_8: FEW, up_to_32: FEW, middle: MANY, many: MANY, gemm: false };
+        let small =
+            LinearTiles { middle: MANY, many: MANY, gemm: false, up_to_8: [FEW; 4], up_to_32: [FEW; 4] };
         let workspace = LinearWorkspace::alloc(device, &small).unwrap();
         let (x, weight) = (tensor(DType::Act, &[40, 1280]), tensor(DType::Bf16, &[8, 1280]));
         let mut out = tensor(DType::Act, &[40, 8]);
         let error = linear(device, &other, &workspace, &x, &weight, &mut out).unwrap_err().to_string();
         expect(error, &["the workspace was allocated for other tiles"]);
-        let bad = LinearTiles { up_to_8: LinearFewTile { warps: 20, ..FEW }, ..tiles };
+        let bad = LinearTiles { up_to_8: [LinearFewTile { warps: 20, ..FEW }; 4], ..tiles };
         let (x, weight) = (tensor(DType::Act, &[1, 8]), tensor(DType::Bf16, &[8, 8]));
         let mut out = tensor(DType::Act, &[1, 8]);
         let error = linear(device, &bad, &workspace, &x, &weight, &mut out).unwrap_err().to_string();

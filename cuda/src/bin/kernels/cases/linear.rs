@@ -1,9 +1,7 @@
 //! `linear` at the projections of GLM-5.2 that stay dense, and `lm_head`.
 
 use dsa80_cuda::linear::{self, LinearTiles, LinearTokens, LinearWorkspace};
-use dsa80_cuda::linear_few::LinearFewTile;
-use dsa80_cuda::linear_many::LinearTile;
-use dsa80_cuda::{Cost, CudaTensor, Device, Gpu, Tile, Tiles, lm_head};
+use dsa80_cuda::{Cost, CudaTensor, Device, Gpu, Tiles, lm_head};
 use dsa80_reference::{DType, Kernels, Result};
 
 use super::{Case, LIBRARY, Run, copies, typed};
@@ -34,6 +32,21 @@ struct Set {
     out: CudaTensor<Gpu>,
 }
 
+/// Sets the tile that takes that many tokens and features.
+pub(super) fn set_tile(
+    tiles: &mut LinearTiles,
+    tokens: usize,
+    features: usize,
+    tile: &toml::Table,
+) -> Result<()> {
+    match LinearTokens::of(tokens) {
+        class @ (LinearTokens::UpTo8 | LinearTokens::UpTo32) => *tiles.few(class, features) = typed(tile)?,
+        LinearTokens::Middle => tiles.middle = typed(tile)?,
+        LinearTokens::Many => tiles.many = typed(tile)?,
+    }
+    Ok(())
+}
+
 /// The kernel of a case: `lm_head` has those of `linear`, and its tiles.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Which {
@@ -50,16 +63,11 @@ pub(super) fn case(
     goal_us: Option<f64>,
     kernel: Which,
 ) -> Case {
-    let class = LinearTokens::of(tokens);
-    let tiles_of = match class {
-        _ if kernel == Which::Library => LIBRARY,
-        LinearTokens::UpTo8 | LinearTokens::UpTo32 => LinearFewTile::KERNEL,
-        LinearTokens::Middle | LinearTokens::Many => LinearTile::KERNEL,
-    };
+    let (tiles_of, class) = LinearTokens::of(tokens).class(features);
     Case {
-        kernel: tiles_of,
+        kernel: if kernel == Which::Library { LIBRARY } else { tiles_of },
         name: format!("{what} {columns} -> {features}, T={tokens}"),
-        class: class.class(),
+        class,
         goal_us,
         check: tokens <= 128,
         make: Box::new(move |gpu, tiles| {
@@ -81,6 +89,9 @@ pub(super) fn cases() -> Vec<Case> {
         for (tokens, goal_us) in [(128, None), (1024, Some(many))] {
             cases.push(case(what, [tokens, columns, features], goal_us, Which::Library));
         }
+    }
+    for tokens in [1, 8, 32] {
+        cases.push(case("gate", [tokens, 6144, 256], None, Which::Linear));
     }
     for kernel in [Which::Linear, Which::Library] {
         cases.push(case("q_a|kv_a", [8192, 6144, 2624], None, kernel));
@@ -125,12 +136,7 @@ impl Run for Product {
         if self.tiles.gemm {
             return Ok(());
         }
-        match LinearTokens::of(self.tokens) {
-            LinearTokens::UpTo8 => self.tiles.up_to_8 = typed(tile)?,
-            LinearTokens::UpTo32 => self.tiles.up_to_32 = typed(tile)?,
-            LinearTokens::Middle => self.tiles.middle = typed(tile)?,
-            LinearTokens::Many => self.tiles.many = typed(tile)?,
-        }
+        set_tile(&mut self.tiles, self.tokens, self.features, tile)?;
         self.workspace = LinearWorkspace::alloc(gpu, &self.tiles)?;
         Ok(())
     }

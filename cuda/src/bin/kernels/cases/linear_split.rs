@@ -1,13 +1,11 @@
 //! `linear_split` at the projections of GLM-5.2 that share their activations.
 
 use dsa80_cuda::linear::{self, LinearTiles, LinearTokens, LinearWorkspace};
-use dsa80_cuda::linear_few::LinearFewTile;
-use dsa80_cuda::linear_many::LinearTile;
 use dsa80_cuda::linear_split::linear_split;
-use dsa80_cuda::{Cost, CudaTensor, Device, Gpu, Tile, Tiles};
+use dsa80_cuda::{Cost, CudaTensor, Device, Gpu, Tiles};
 use dsa80_reference::{DType, Kernels, Result};
 
-use super::{Case, Run, copies, typed};
+use super::{Case, Run, copies};
 use crate::inputs;
 use crate::oracle::{self, Accuracy, Memo, half_ulp_bf16, oracle, spread};
 
@@ -38,15 +36,12 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 fn case(tokens: usize, columns: usize, features: [usize; 2]) -> Case {
-    let class = LinearTokens::of(tokens);
     let [first, second] = features;
+    let (kernel, class) = LinearTokens::of(tokens).class(first + second);
     Case {
-        kernel: match class {
-            LinearTokens::UpTo8 | LinearTokens::UpTo32 => LinearFewTile::KERNEL,
-            LinearTokens::Middle | LinearTokens::Many => LinearTile::KERNEL,
-        },
+        kernel,
         name: format!("split q_a, kv_a {columns} -> {first} + {second}, T={tokens}"),
-        class: class.class(),
+        class,
         goal_us: None,
         check: tokens <= 128,
         make: Box::new(move |gpu, tiles| Ok(Box::new(Product::new(gpu, tiles, tokens, columns, features)?))),
@@ -79,12 +74,7 @@ impl Product {
 
 impl Run for Product {
     fn set_tile(&mut self, gpu: &Gpu, tile: &toml::Table) -> Result<()> {
-        match LinearTokens::of(self.tokens) {
-            LinearTokens::UpTo8 => self.tiles.up_to_8 = typed(tile)?,
-            LinearTokens::UpTo32 => self.tiles.up_to_32 = typed(tile)?,
-            LinearTokens::Middle => self.tiles.middle = typed(tile)?,
-            LinearTokens::Many => self.tiles.many = typed(tile)?,
-        }
+        super::linear::set_tile(&mut self.tiles, self.tokens, self.features.iter().sum(), tile)?;
         self.workspace = LinearWorkspace::alloc(gpu, &self.tiles)?;
         Ok(())
     }

@@ -1,15 +1,13 @@
 //! `swiglu` of the dense and the shared MLP of GLM-5.2 at TP=8: INT4 with the groups of its checkpoints, and bf16.
 
 use dsa80_cuda::linear::{self, LinearTiles, LinearTokens, LinearWorkspace};
-use dsa80_cuda::linear_few::LinearFewTile;
 use dsa80_cuda::linear_int4::{self, LinearInt4Tiles, LinearInt4Workspace, swiglu_int4};
-use dsa80_cuda::linear_many::LinearTile;
 use dsa80_cuda::swiglu::{SwiGluDense, swiglu};
-use dsa80_cuda::{Cost, CudaTensor, Device, Gpu, Int4Rows, Int4Shape, PackedInt4, Tile, Tiles};
+use dsa80_cuda::{Cost, CudaTensor, Device, Gpu, Int4Rows, Int4Shape, PackedInt4, Tiles};
 use dsa80_reference::{DType, HostTensor, Kernels, Result};
 
 use super::linear_int4::{features_of, tokens_class};
-use super::{Case, Run, copies, typed};
+use super::{Case, Run, copies};
 use crate::inputs;
 use crate::oracle::{self, Accuracy, Memo, half_ulp_bf16, oracle, spread};
 
@@ -56,15 +54,11 @@ pub(super) fn cases() -> Vec<Case> {
             let int4: super::Make =
                 Box::new(move |gpu, tiles| Ok(Box::new(Product::new(gpu, shape, int4(gpu, tiles, shape)?)?)));
             cases.push(made(kernel, name("g128"), class, int4));
-            let class = LinearTokens::of(tokens);
-            let kernel = match class {
-                LinearTokens::UpTo8 | LinearTokens::UpTo32 => LinearFewTile::KERNEL,
-                LinearTokens::Middle | LinearTokens::Many => LinearTile::KERNEL,
-            };
+            let (kernel, class) = LinearTokens::of(tokens).class(SwiGluDense::<Gpu>::rows(intermediate));
             let dense: super::Make = Box::new(move |gpu, tiles| {
                 Ok(Box::new(Product::new(gpu, shape, dense(gpu, tiles, shape)?)?))
             });
-            cases.push(made(kernel, name("bf16"), class.class(), dense));
+            cases.push(made(kernel, name("bf16"), class, dense));
         }
     }
     cases
@@ -178,12 +172,8 @@ impl Run for Product {
                 *workspace = LinearInt4Workspace::alloc(gpu, tiles)?;
             }
             Weights::Dense(tiles, workspace, _) => {
-                match LinearTokens::of(self.shape[0]) {
-                    LinearTokens::UpTo8 => tiles.up_to_8 = typed(tile)?,
-                    LinearTokens::UpTo32 => tiles.up_to_32 = typed(tile)?,
-                    LinearTokens::Middle => tiles.middle = typed(tile)?,
-                    LinearTokens::Many => tiles.many = typed(tile)?,
-                }
+                let [tokens, _, features] = self.shape;
+                super::linear::set_tile(tiles, tokens, SwiGluDense::<Gpu>::rows(features), tile)?;
                 *workspace = LinearWorkspace::alloc(gpu, tiles)?;
             }
         }
