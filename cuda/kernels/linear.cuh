@@ -21,27 +21,26 @@ struct Bits<4> {
     using type = uint32_t;
 };
 
-// 16 bytes of a row of `columns` elements of BYTES bytes, from `column` on, to shared memory; zeros beyond its end and where not `valid`.
-// ONCE: nothing reads them again soon.
-template <int BYTES, bool ONCE = false>
-DEVICE void copy_vector(void* shared, const void* row, int column, int columns, bool valid) {
-    if constexpr (VECTORS) {
-        const uint8_t* from = static_cast<const uint8_t*>(row);
-        const bool inside = valid && column < columns;
-        from += inside ? column * BYTES : 0;
-        if constexpr (ONCE) {
-            cp_async_16_or_zero_once(shared, from, inside);
-        } else {
-            cp_async_16_or_zero(shared, from, inside);
-        }
-    } else {
-        // One at a time: this is for odd widths, which are small.
-        using Element = typename Bits<BYTES>::type;
+// The elements of BYTES bytes that 16 bytes hold, of which the first `left` are there and the others are zeros. One at a time: this is for
+// odd widths, which are small.
+template <int BYTES>
+DEVICE void copy_elements(void* shared, const void* from, int left) {
+    using Element = typename Bits<BYTES>::type;
 #pragma unroll 1
-        for (int i = 0; i < 16 / BYTES; ++i) {
-            const bool inside = valid && column + i < columns;
-            static_cast<Element*>(shared)[i] = inside ? static_cast<const Element*>(row)[column + i] : Element(0);
-        }
+    for (int i = 0; i < 16 / BYTES; ++i) {
+        static_cast<Element*>(shared)[i] = i < left ? static_cast<const Element*>(from)[i] : Element(0);
+    }
+}
+
+// 16 bytes of a row of `columns` elements of BYTES bytes, from `column` on, to shared memory; zeros beyond its end and where not `valid`.
+template <int BYTES>
+DEVICE void copy_vector(void* shared, const void* row, int column, int columns, bool valid) {
+    const uint8_t* from = static_cast<const uint8_t*>(row);
+    if constexpr (VECTORS) {
+        const bool inside = valid && column < columns;
+        cp_async_16_or_zero(shared, from + (inside ? column * BYTES : 0), inside);
+    } else {
+        copy_elements<BYTES>(shared, from + column * BYTES, valid ? columns - column : 0);
     }
 }
 

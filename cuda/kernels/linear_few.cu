@@ -35,34 +35,47 @@ static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
 template <int BYTES>
 DEVICE int place(int row, int vector) {
     constexpr int ROW = TILE_COLUMNS * BYTES / 16;
-    return row * ROW + (vector ^ (row % 2 * (BYTES == 4 ? 1 : 4)));
+    return row * ROW + (vector ^ ((row & 1) * (BYTES == 4 ? 1 : 4)));
 }
 
-// What a lane copies: the same vector of every row.
+// What a lane copies: the same vector of some rows. None of them lies outside: a feature or token beyond the last is not stored.
 struct Source {
-    const uint8_t* weight;  // the lane's first row, of those inside
-    int weight_rows;        // from that one on
-    const uint16_t* x;
-    int32_t x_rows[X_COPIES];  // -1 where there is none
+    const uint8_t* weight;
+    int weight_rows[FEATURES / WEIGHT_ROWS];
+    const uint8_t* x;
+    int x_rows[X_COPIES];
+    int tokens;  // that are left from the lane's first one on: others get zeros
     int columns;
 };
 
-// Starts the copies of the step from `column` on.
+// Starts the copies of the step from `column` on. Of an address there is little to compute: the column's part is that of all rows.
 DEVICE void load(uint4 (&step)[STEP_VECTORS], const Source& source, int column, int lane) {
-    const int vector = lane % WEIGHT_VECTORS, x_vector = lane % X_VECTORS;
+    const int vector = lane % WEIGHT_VECTORS, weight_left = source.columns - column - vector * (16 / WEIGHT_BYTES);
+    const uint8_t* weight = source.weight + (weight_left > 0 ? column * WEIGHT_BYTES + vector * 16 : 0);
+    const int weight_row_bytes = source.columns * WEIGHT_BYTES;
 #pragma unroll
     for (int i = 0; i < FEATURES / WEIGHT_ROWS; ++i) {
-        const bool valid = i * WEIGHT_ROWS < source.weight_rows;
-        const uint8_t* row = source.weight + (valid ? static_cast<int64_t>(i * WEIGHT_ROWS) * source.columns * WEIGHT_BYTES : 0);
         uint4* to = &step[place<WEIGHT_BYTES>(i * WEIGHT_ROWS + lane / WEIGHT_VECTORS, vector)];
-        copy_vector<WEIGHT_BYTES, true>(to, row, column + vector * (16 / WEIGHT_BYTES), source.columns, valid);
+        const uint8_t* from = weight + static_cast<int64_t>(source.weight_rows[i]) * weight_row_bytes;
+        if constexpr (VECTORS) {
+            cp_async_16_or_zero_once(to, from, weight_left > 0);
+        } else {
+            copy_elements<WEIGHT_BYTES>(to, from, weight_left);
+        }
     }
+    const int x_vector = lane % X_VECTORS, x_left = source.columns - column - 8 * x_vector;
+    const uint8_t* x = source.x + (x_left > 0 ? column * 2 + x_vector * 16 : 0);
+    const int x_row_bytes = source.columns * 2, tokens = x_left > 0 ? source.tokens : 0;
 #pragma unroll
     for (int i = 0; i < X_COPIES; ++i) {
-        const bool valid = source.x_rows[i] >= 0;
-        const uint16_t* row = source.x + (valid ? static_cast<int64_t>(source.x_rows[i]) * source.columns : 0);
         uint4* to = &step[FEATURES * WEIGHT_VECTORS + place<2>(i * X_ROWS + lane / X_VECTORS, x_vector)];
-        copy_vector<2>(to, row, column + 8 * x_vector, source.columns, valid);
+        const uint8_t* from = x + static_cast<int64_t>(source.x_rows[i]) * x_row_bytes;
+        const bool valid = i * X_ROWS < tokens;
+        if constexpr (VECTORS) {
+            cp_async_16_or_zero(to, from, valid);
+        } else {
+            copy_elements<2>(to, from, valid ? x_left : 0);
+        }
     }
 }
 
@@ -134,14 +147,16 @@ linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int splits = gridDim.y, first_feature = blockIdx.x * FEATURES;
 
-    const int row = first_feature + lane / WEIGHT_VECTORS;
-    Source source = {weight + static_cast<int64_t>(min(row, features - 1)) * columns * WEIGHT_BYTES, features - row, x, {}, columns};
+    Source source = {weight, {}, reinterpret_cast<const uint8_t*>(x), {}, x_rows > 0 ? tokens - lane / X_VECTORS : 0, columns};
+#pragma unroll
+    for (int i = 0; i < FEATURES / WEIGHT_ROWS; ++i) {
+        source.weight_rows[i] = min(first_feature + i * WEIGHT_ROWS + lane / WEIGHT_VECTORS, features - 1);
+    }
 #pragma unroll
     for (int i = 0; i < X_COPIES; ++i) {
-        const int token = i * X_ROWS + lane / X_VECTORS;
-        int x_row = token < tokens ? token : -1;
-        if (gathered != nullptr && token < tokens) x_row = gathered[token];
-        source.x_rows[i] = x_row < x_rows ? x_row : -1;
+        int row = min(i * X_ROWS + lane / X_VECTORS, tokens - 1);
+        if (gathered != nullptr) row = gathered[row];
+        source.x_rows[i] = row >= 0 && row < x_rows ? row : 0;
     }
 
     const int steps = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;

@@ -3,7 +3,7 @@
 use dsa80_reference::{DType, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::device::{Limits, Program, ProgramEntry};
+use crate::device::{BLOCK_RESERVED_SHARED, Limits, Program, ProgramEntry};
 use crate::linear::{LinearTokens, Need};
 use crate::rows::{WEIGHTS, weight_type};
 use crate::tile::{Tile, require, require_shared};
@@ -237,8 +237,11 @@ impl LinearFewTile {
     }
 
     /// Blocks that are resident at a time.
-    fn slots(&self, limits: &Limits) -> usize {
-        self.blocks * limits.multiprocessors as usize
+    fn slots(&self, groups: usize, limits: &Limits) -> usize {
+        let variant = Variant { weight: DType::Bf16, vectors: true, groups, swiglu: false };
+        let bytes = self.shared_bytes(variant) + BLOCK_RESERVED_SHARED;
+        let most = (limits.shared_per_multiprocessor / bytes).max(1);
+        self.blocks.min(most) * limits.multiprocessors as usize
     }
 
     /// Blocks along the features and along the columns. The memory brings the weight, and the L2 x to every block at three times the rate; a
@@ -249,7 +252,7 @@ impl LinearFewTile {
         let steps = columns.div_ceil(self.columns);
         let step_bytes = 2 * self.columns;
         let blocks = features.div_ceil(self.features());
-        let most = (self.slots(limits) / blocks).min(steps.div_ceil(self.warps)).max(1);
+        let most = (self.slots(groups(tokens), limits) / blocks).min(steps.div_ceil(self.warps)).max(1);
         let all = 3 * features + blocks * tokens;
         let cost = |splits: usize| {
             let of_busiest = (blocks * splits).div_ceil(multiprocessors) * (self.features() + tokens);
@@ -266,7 +269,9 @@ impl LinearFewTile {
 
     /// What any launch needs.
     pub(crate) fn needs(&self, limits: &Limits, size: LinearFewSize) -> Need {
-        self.need(self.slots(limits), Self::max_groups(size.tokens))
+        let groups = Self::max_groups(size.tokens);
+        // With fewer groups of tokens there is room for more blocks.
+        self.need(self.blocks * limits.multiprocessors as usize, groups)
     }
 }
 

@@ -331,10 +331,10 @@ fn agrees_with_the_oracle_by_the_library() {
 fn planted_faults_are_seen() {
     for (variant, file, find, replace) in [
         // The last columns, the last features and the last token are left out.
-        (WHOLE, "linear.cuh", "valid && column < columns;", "valid && column + 8 < columns;"),
-        (WHOLE, "linear_few.cu", "i * WEIGHT_ROWS < source", "i * WEIGHT_ROWS + 1 < source"),
+        (WHOLE, "linear_few.cu", "tokens = x_left > 0 ?", "tokens = x_left > 8 ?"),
+        (TILES, "linear.cuh", "valid && column < columns;", "valid && column + 8 < columns;"),
         (WHOLE, "linear.cuh", "if (row + i < features) store_one(", "if (row + i + 1 < features) store_one("),
-        (WHOLE, "linear_few.cu", "token < tokens ? token : -1", "token < tokens - 1 ? token : -1"),
+        (WHOLE, "linear_few.cu", "X_VECTORS, tokens - 1);", "X_VECTORS, tokens - 2);"),
         // A step is multiplied before it is there; parts are added before they are.
         (WHOLE, "linear_few.cu", "cp_async_wait<TILE_STAGES - 2>();", "cp_async_wait<TILE_STAGES - 1>();"),
         // A lane reads what others copy, and copies over what others read.

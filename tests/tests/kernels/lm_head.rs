@@ -22,7 +22,7 @@ fn agrees_with_the_oracle() {
 fn planted_faults_are_seen() {
     for (variant, file, find, replace) in [
         // The row after the one that is asked for, and the rows one after the other.
-        (VARIANTS[0], "linear_few.cu", "x_row = gathered[token];", "x_row = gathered[token] + 1;"),
+        (VARIANTS[0], "linear_few.cu", "row = gathered[row];", "row = gathered[row] + 1;"),
         (VARIANTS[4], "linear_tiles.cuh", "in.gathered == nullptr ? token", "in.gathered != nullptr ? token"),
     ] {
         let fault = Fault { file, find, replace };
