@@ -8,6 +8,7 @@ mod group;
 mod memory;
 mod scratch;
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -62,7 +63,9 @@ use crate::top_k::{TopKWorkspace, top_k};
 pub struct Cuda<D: Device = Gpu> {
     device: D,
     chosen: Chosen,
-    scratch: Scratch<D>,
+    /// Of launches in order, and of those aside: what runs at the same time shares none.
+    scratch: [Scratch<D>; 2],
+    aside: Cell<bool>,
 }
 
 /// The workspaces, by what their sizes depend on: nothing, or the sizes that the kernel's `Workspace::alloc` takes.
@@ -90,6 +93,9 @@ impl<D: Device> Default for Scratch<D> {
         }
     }
 }
+
+/// Tokens of which a step leaves enough of a GPU idle that two of its parts overlap with gain.
+const OVERLAPPING: usize = 32;
 
 /// What a GPU must be: the kernels are written for sm_80.
 const OLDEST: (i32, i32) = (8, 0);
@@ -131,7 +137,7 @@ impl<D: Device> Cuda<D> {
     /// The backend on `device`, with `tiles` where they run and safe ones elsewhere.
     pub fn new(device: D, tiles: Tiles) -> Self {
         let chosen = Chosen::new(tiles, device.limits().clone());
-        Self { device, chosen, scratch: Scratch::default() }
+        Self { device, chosen, scratch: Default::default(), aside: Cell::new(false) }
     }
 
     /// What it runs on.
@@ -144,6 +150,11 @@ impl<D: Device> Cuda<D> {
         self.device
     }
 
+    fn scratch(&self) -> &Scratch<D> {
+        let [in_order, aside] = &self.scratch;
+        if self.aside.get() { aside } else { in_order }
+    }
+
     /// Launches a dense product, whose workspace serves any size.
     fn with_linear(
         &self,
@@ -151,7 +162,7 @@ impl<D: Device> Cuda<D> {
     ) -> Result<()> {
         let tiles = self.chosen.linear();
         let alloc = |[]: [usize; 0]| LinearWorkspace::alloc(&self.device, &tiles);
-        self.scratch.linear.with([], alloc, |workspace| launch(&tiles, workspace))
+        self.scratch().linear.with([], alloc, |workspace| launch(&tiles, workspace))
     }
 
     /// Launches a product with an INT4 weight, whose workspace serves any size.
@@ -161,7 +172,7 @@ impl<D: Device> Cuda<D> {
     ) -> Result<()> {
         let tiles = self.chosen.linear_int4();
         let alloc = |[]: [usize; 0]| LinearInt4Workspace::alloc(&self.device, &tiles);
-        self.scratch.linear_int4.with([], alloc, |workspace| launch(&tiles, workspace))
+        self.scratch().linear_int4.with([], alloc, |workspace| launch(&tiles, workspace))
     }
 }
 
@@ -276,6 +287,28 @@ impl<D: Device> Kernels for Cuda<D> {
 
     fn upload_sample_plan(&self, rows: &[SampleRow<'_>], plan: &mut SamplePlan<D>) -> Result<bool> {
         plan.upload(&self.device, rows)
+    }
+
+    fn side_by_side(
+        &self,
+        tokens: usize,
+        first: impl FnOnce() -> Result<()>,
+        second: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        if tokens > OVERLAPPING || self.aside.get() {
+            first()?;
+            return second();
+        }
+        let launched = self.device.aside(|| {
+            self.aside.set(true);
+            let launched = first();
+            self.aside.set(false);
+            launched
+        });
+        // Joined even when either failed: nothing may stay apart.
+        let launched = launched.and_then(|()| second());
+        let joined = self.device.join();
+        launched.and(joined)
     }
 
     fn embed(
@@ -429,7 +462,7 @@ impl<D: Device> Kernels for Cuda<D> {
         topk_indices: &mut CudaTensor<D>,
     ) -> Result<()> {
         let (tile, all) = self.chosen.top_k(rows.len());
-        self.scratch.top_k.with(
+        self.scratch().top_k.with(
             [],
             |[]| TopKWorkspace::alloc(&self.device, &all),
             |workspace| top_k(&self.device, &tile, workspace, batch, rows, logits, topk_indices),
@@ -448,7 +481,7 @@ impl<D: Device> Kernels for Cuda<D> {
         let kv_lora_rank = dim(out, 2);
         let dims = SparseMlaDims { kv_lora_rank, rope: dim(q, 2).saturating_sub(kv_lora_rank) };
         let tiles = self.chosen.sparse_mla(dims);
-        self.scratch.sparse_mla.with(
+        self.scratch().sparse_mla.with(
             [dim(q, 0), dim(q, 1), dim(topk_indices, 1), kv_lora_rank],
             |[tokens, heads, k, kv_lora_rank]| {
                 let dims = SparseMlaDims { kv_lora_rank, ..dims };
@@ -487,7 +520,7 @@ impl<D: Device> Kernels for Cuda<D> {
             load: MoeLoad::Few,
         };
         let tiles = self.chosen.moe_int4(dims);
-        self.scratch.moe_int4.with(
+        self.scratch().moe_int4.with(
             [dim(x, 0), dim(topk_ids, 1), experts.hidden(), experts.moe_intermediate(), experts.count()],
             |[tokens, top_k, hidden, moe_intermediate, experts]| {
                 MoeInt4Workspace::alloc(&self.device, tokens, top_k, hidden, moe_intermediate, experts)
@@ -507,7 +540,7 @@ impl<D: Device> Kernels for Cuda<D> {
         shared: Option<&CudaTensor<D>>,
         out: &mut CudaTensor<D>,
     ) -> Result<()> {
-        self.scratch.moe.with(
+        self.scratch().moe.with(
             [dim(x, 0), dim(topk_ids, 1), experts.moe_intermediate()],
             |[tokens, top_k, moe_intermediate]| {
                 MoeWorkspace::alloc(&self.device, tokens, top_k, moe_intermediate)
@@ -548,7 +581,7 @@ impl<D: Device> Kernels for Cuda<D> {
         out: &mut SampleOutput<CudaTensor<D>>,
     ) -> Result<()> {
         let tile = self.chosen.sample();
-        self.scratch.sample.with(
+        self.scratch().sample.with(
             [rows.len(), dim(logits, 1), dim(&out.top_ids, 1)],
             |[rows, vocab, top]| SampleWorkspace::alloc(&self.device, &tile, rows, vocab, top),
             |workspace| sample(&self.device, &tile, workspace, logits, rows, out),

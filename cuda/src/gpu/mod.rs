@@ -11,6 +11,7 @@ mod peers;
 mod pinned;
 mod resources;
 mod sieve;
+mod side;
 mod staging;
 
 use std::collections::HashMap;
@@ -32,12 +33,13 @@ pub use self::memory::GpuBuffer;
 use self::pinned::Pinned;
 pub use self::resources::Resources;
 use self::sieve::Sieve;
+use self::side::Side;
 use self::staging::Staging;
 use crate::device::{Arg, Device, Gemm, Launch, Limits, Program};
 use crate::probe::{self, ProbeError};
 use crate::sources::Sources;
 
-/// A GPU. Everything runs in the order of one stream.
+/// A GPU. Everything runs in the order of one stream, but for what is launched aside.
 #[derive(Debug)]
 pub struct Gpu {
     limits: Limits,
@@ -52,6 +54,7 @@ pub struct Gpu {
     // Loaded with the first product that it may take.
     cublaslt: OnceLock<Option<Arc<CublasLt>>>,
     stream: Arc<CudaStream>,
+    side: Side,
     context: Arc<CudaContext>,
 }
 
@@ -82,7 +85,7 @@ pub struct Launched {
 #[derive(Debug)]
 struct Modules {
     loaded: Mutex<HashMap<Program, Module>>,
-    stream: Arc<CudaStream>,
+    streams: [Arc<CudaStream>; 2],
 }
 
 #[derive(Debug)]
@@ -138,10 +141,11 @@ impl Gpu {
         }
         let failed = |error| refuse(driver_message(error));
         let context = CudaContext::new(ordinal).map_err(failed)?;
-        // SAFETY: everything runs on the one stream made below, so no buffer needs events to order its uses; and events inside a
-        // captured graph would not be allowed.
+        // SAFETY: everything runs on the stream made below or, between a fork and a join, beside it on buffers of its own, so no buffer
+        // needs events to order its uses; and events inside a captured graph would not be allowed.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(failed)?;
+        let side = Side::new(&context).map_err(failed)?;
         let limits = read_limits(&context).map_err(failed)?;
         let l2_bytes = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE).map_err(failed)?;
         let driver = driver_version().map_err(failed)?;
@@ -151,12 +155,16 @@ impl Gpu {
             driver_version: format!("{}.{}", driver.0, driver.1),
             l2_bytes: l2_bytes.unsigned_abs() as usize,
             compiler,
-            modules: Arc::new(Modules { loaded: Mutex::default(), stream: stream.clone() }),
+            modules: Arc::new(Modules {
+                loaded: Mutex::default(),
+                streams: [stream.clone(), side.stream().clone()],
+            }),
             history: Mutex::default(),
             capturing: AtomicBool::new(false),
             staging: Mutex::default(),
             cublaslt: OnceLock::new(),
             stream,
+            side,
             context,
         })
     }
@@ -189,7 +197,8 @@ impl Gpu {
     /// # Errors
     /// A launch before failed.
     pub fn synchronize(&self) -> Result<()> {
-        self.stream.synchronize().map_err(|error| self.failed_later(error))
+        self.join()?;
+        self.current().synchronize().map_err(|error| self.failed_later(error))
     }
 
     /// Fills a buffer with one byte.
@@ -199,7 +208,7 @@ impl Gpu {
     pub fn fill(&self, buffer: &GpuBuffer, byte: u8) -> Result<()> {
         self.bind()?;
         // SAFETY: the range is the buffer's own.
-        unsafe { result::memset_d8_async(buffer.pointer(), byte, buffer.bytes(), self.stream.cu_stream()) }
+        unsafe { result::memset_d8_async(buffer.pointer(), byte, buffer.bytes(), self.current().cu_stream()) }
             .map_err(|error| refuse(driver_message(error)))
     }
 
@@ -294,6 +303,11 @@ impl Gpu {
         self.synchronize()
     }
 
+    /// Where launches and copies go.
+    fn current(&self) -> &CudaStream {
+        if self.side.is_current() { self.side.stream() } else { &self.stream }
+    }
+
     fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(|error| refuse(driver_message(error)))
     }
@@ -344,11 +358,11 @@ impl Device for Gpu {
             };
             // SAFETY: the destination holds as many bytes, and freeing it waits for the stream; the context is current.
             return copied
-                .and_then(|staging| unsafe { staging.copy(destination, bytes, self.stream.cu_stream()) })
+                .and_then(|staging| unsafe { staging.copy(destination, bytes, self.current().cu_stream()) })
                 .map_err(|error| self.failed_later(error));
         }
         // SAFETY: the destination holds as many bytes; the source is pageable memory, which the driver has copied when it returns.
-        unsafe { result::memcpy_htod_async(destination, bytes, self.stream.cu_stream()) }
+        unsafe { result::memcpy_htod_async(destination, bytes, self.current().cu_stream()) }
             .map_err(|error| self.failed_later(error))
     }
 
@@ -356,9 +370,10 @@ impl Device for Gpu {
         self.refuse_in_capture("read", buffer.name())?;
         let source = buffer.range(offset, bytes.len())?;
         self.bind()?;
+        self.join()?;
         if !bytes.is_empty() {
             // SAFETY: the source holds as many bytes; `bytes` is borrowed until the wait below.
-            unsafe { result::memcpy_dtoh_async(bytes, source, self.stream.cu_stream()) }
+            unsafe { result::memcpy_dtoh_async(bytes, source, self.current().cu_stream()) }
                 .map_err(|error| self.failed_later(error))?;
         }
         self.synchronize()
@@ -394,7 +409,7 @@ impl Device for Gpu {
                 (x, y, z),
                 (launch.threads, 1, 1),
                 u32::try_from(launch.shared_bytes).unwrap_or(u32::MAX),
-                self.stream.cu_stream(),
+                self.current().cu_stream(),
                 &mut pointers,
             )
         }
@@ -419,6 +434,14 @@ impl Device for Gpu {
         Ok(())
     }
 
+    fn aside(&self, launches: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.side.run(&self.stream, launches)
+    }
+
+    fn join(&self) -> Result<()> {
+        self.side.join(&self.stream)
+    }
+
     fn capture(&self, launches: impl FnMut() -> Result<()>) -> Result<Graph> {
         Gpu::capture(self, launches)
     }
@@ -437,6 +460,10 @@ impl Device for Gpu {
 
     fn gemm(&self, product: &Gemm<'_, GpuBuffer>) -> Result<bool> {
         self.bind()?;
+        // Its workspace is that of the products which may run beside.
+        if self.side.is_current() {
+            return Ok(false);
+        }
         let Some(library) = self.cublaslt()? else { return Ok(false) };
         let &Gemm { kernel, first_row, floats, tokens, columns, features, .. } = product;
         let (row_bytes, out_bytes) = (2 * columns, if floats { 4 } else { 2 });
@@ -467,7 +494,10 @@ impl Device for Gpu {
 impl Drop for Modules {
     fn drop(&mut self) {
         // A destructor has nobody to tell; a broken context has said so before.
-        if self.stream.context().bind_to_thread().is_err() || self.stream.synchronize().is_err() {
+        let waited = |stream: &Arc<CudaStream>| {
+            stream.context().bind_to_thread().is_ok() && stream.synchronize().is_ok()
+        };
+        if !self.streams.iter().all(waited) {
             return;
         }
         for (_, module) in lock(&self.loaded).drain() {

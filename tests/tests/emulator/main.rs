@@ -4,6 +4,7 @@
 
 mod asynchronous;
 mod barriers;
+mod beside;
 mod collectives;
 mod device;
 mod memory;

@@ -20,6 +20,7 @@ mod kernel_by_kernel;
 mod layers;
 mod loading;
 mod memory;
+mod overlap;
 mod ranks;
 mod serve;
 mod step_times;
