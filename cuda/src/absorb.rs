@@ -220,6 +220,39 @@ pub fn absorb_query<D: Device>(
     heads.launch(device, tile, q, kv_b, Some(cos_sin), out)
 }
 
+/// The sizes of an `absorb_output` that fits the contract.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct OutputHeads {
+    pub(crate) tokens: usize,
+    pub(crate) heads: usize,
+    pub(crate) rank: usize,
+    /// Rows of a head of `kv_b`, of which the last `v` count.
+    pub(crate) rows: usize,
+    pub(crate) v: usize,
+}
+
+impl OutputHeads {
+    pub(crate) fn check<D: Device>(
+        o: &CudaTensor<D>,
+        kv_b: &CudaTensor<D>,
+        out: &CudaTensor<D>,
+    ) -> Result<Self> {
+        let [tokens, heads, rank] = o.dims(OUTPUT, "o")?;
+        let [kv_heads, rows, kv_rank] = kv_b.dims(OUTPUT, "kv_b")?;
+        let [out_tokens, out_heads, v] = out.dims(OUTPUT, "out")?;
+        o.expect_dtype(OUTPUT, "o", &[DType::Act], "activations")?;
+        kv_b.expect_dtype(OUTPUT, "kv_b", &WEIGHTS, "dense weights")?;
+        out.expect_dtype(OUTPUT, "out", &[DType::Act], "activations")?;
+        kv_b.expect(OUTPUT, "kv_b", (kv_heads, kv_rank) == (heads, rank), || {
+            format!("[{heads}, nope + v, {rank}]")
+        })?;
+        out.expect(OUTPUT, "out", (out_tokens, out_heads) == (tokens, heads) && v <= rows, || {
+            format!("[{tokens}, {heads}, v] with v at most the {rows} rows of a head of `kv_b`")
+        })?;
+        Ok(Self { tokens, heads, rank, rows, v })
+    }
+}
+
 /// The kernel of the contract's [`absorb_output`](dsa80_reference::Kernels::absorb_output).
 ///
 /// # Errors
@@ -231,18 +264,7 @@ pub fn absorb_output<D: Device>(
     kv_b: &CudaTensor<D>,
     out: &mut CudaTensor<D>,
 ) -> Result<()> {
-    let [tokens, heads, rank] = o.dims(OUTPUT, "o")?;
-    let [kv_heads, rows, kv_rank] = kv_b.dims(OUTPUT, "kv_b")?;
-    let [out_tokens, out_heads, v] = out.dims(OUTPUT, "out")?;
-    o.expect_dtype(OUTPUT, "o", &[DType::Act], "activations")?;
-    kv_b.expect_dtype(OUTPUT, "kv_b", &WEIGHTS, "dense weights")?;
-    out.expect_dtype(OUTPUT, "out", &[DType::Act], "activations")?;
-    kv_b.expect(OUTPUT, "kv_b", (kv_heads, kv_rank) == (heads, rank), || {
-        format!("[{heads}, nope + v, {rank}]")
-    })?;
-    out.expect(OUTPUT, "out", (out_tokens, out_heads) == (tokens, heads) && v <= rows, || {
-        format!("[{tokens}, {heads}, v] with v at most the {rows} rows of a head of `kv_b`")
-    })?;
+    let OutputHeads { tokens, heads, rank, rows, v } = OutputHeads::check(o, kv_b, out)?;
     let heads = Heads {
         kernel: OUTPUT,
         tokens,

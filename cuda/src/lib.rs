@@ -5,6 +5,7 @@
 //! which runs the same sources on the CPU. [`Tiles`] are the tiles chosen for a GPU. [`Cuda`] is all of it as the contract's backend.
 
 pub mod absorb;
+mod absorb_merged;
 pub mod all_gather;
 pub mod all_reduce;
 pub mod batch;

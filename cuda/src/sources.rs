@@ -8,6 +8,7 @@ use dsa80_reference::{Error, Result};
 /// Every file of `kernels/`, by name.
 const EMBEDDED: &[(&str, &str)] = &[
     ("absorb.cu", include_str!("../kernels/absorb.cu")),
+    ("absorb_merged.cu", include_str!("../kernels/absorb_merged.cu")),
     ("all_gather.cu", include_str!("../kernels/all_gather.cu")),
     ("all_reduce.cu", include_str!("../kernels/all_reduce.cu")),
     ("bench_fill.cu", include_str!("../kernels/bench_fill.cu")),

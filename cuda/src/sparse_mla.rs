@@ -7,6 +7,8 @@
 
 use dsa80_reference::{DType, DeviceTensor, Error, Result};
 
+use crate::absorb::{AbsorbTile, OutputHeads, absorb_output};
+use crate::absorb_merged::{self, absorb_merged};
 use crate::batch::CudaBatch;
 use crate::device::{Device, Limits};
 pub use crate::sparse_mla_dims::SparseMlaDims;
@@ -163,9 +165,54 @@ pub fn sparse_mla<D: Device>(
 ) -> Result<()> {
     let inputs = Inputs { batch, q, cache, topk_indices, scale };
     let shapes = inputs.check(out)?;
+    let partials = attend(device, tiles, workspace, &inputs, shapes, out)?;
+    partials.map_or(Ok(()), |partials| sparse_mla_merge(device, &partials, shapes.dims, out))
+}
+
+/// The kernels of the contract's [`sparse_mla_output`](dsa80_reference::Kernels::sparse_mla_output): where a few splits are merged anyway,
+/// by what multiplies.
+///
+/// # Errors
+/// Those of [`sparse_mla`] and [`absorb_output`].
+pub fn sparse_mla_output<D: Device>(
+    device: &D,
+    tiles: &SparseMlaTiles,
+    absorb: &AbsorbTile,
+    workspace: &SparseMlaWorkspace<D>,
+    batch: &CudaBatch<D>,
+    q: &CudaTensor<D>,
+    cache: &CudaTensor<D>,
+    topk_indices: &CudaTensor<D>,
+    scale: f64,
+    kv_b: &CudaTensor<D>,
+    o_latent: &mut CudaTensor<D>,
+    out: &mut CudaTensor<D>,
+) -> Result<()> {
+    let inputs = Inputs { batch, q, cache, topk_indices, scale };
+    let shapes = inputs.check(o_latent)?;
+    let heads = OutputHeads::check(o_latent, kv_b, out)?;
+    if let Some(partials) = attend(device, tiles, workspace, &inputs, shapes, o_latent)? {
+        if absorb_merged::takes(&partials, heads, shapes.dims, kv_b, device.limits()) {
+            return absorb_merged(device, &partials, heads, shapes.dims, kv_b, out);
+        }
+        sparse_mla_merge(device, &partials, shapes.dims, o_latent)?;
+    }
+    absorb_output(device, absorb, o_latent, kv_b, out)
+}
+
+/// The attention of inputs that fit the contract, in `out`, or the partial results that are still to be merged.
+fn attend<'w, D: Device>(
+    device: &D,
+    tiles: &SparseMlaTiles,
+    workspace: &'w SparseMlaWorkspace<D>,
+    inputs: &Inputs<'_, D>,
+    shapes: Shapes,
+    out: &mut CudaTensor<D>,
+) -> Result<Option<Partials<'w, D>>> {
     let Shapes { tokens, heads, dims, k, cache_rows } = shapes;
+    let &Inputs { batch, q, cache, topk_indices, scale } = inputs;
     if tokens * heads == 0 {
-        return Ok(());
+        return Ok(None);
     }
     let shareable = cache.dtype() == DType::Act && dims.rope.is_multiple_of(16);
     if shareable && tiles.is_wide(tokens, heads) {
@@ -174,7 +221,7 @@ pub fn sparse_mla<D: Device>(
         let partials = workspace.partials(tokens * heads, splits)?;
         let selection = Selection::Token(topk_indices);
         sparse_mla_wide(device, wide, batch, q, cache, selection, scale, partials.as_ref(), out)?;
-        return partials.map_or(Ok(()), |partials| sparse_mla_merge(device, &partials, dims, out));
+        return Ok(partials);
     }
     let group = union_group(tiles, heads, tokens / batch.host().num_seqs().max(1));
     let may_share = shareable && group > 1 && (cache_rows as usize) < MAX_CACHE_ROWS;
@@ -190,7 +237,7 @@ pub fn sparse_mla<D: Device>(
     }
     let many = tokens * heads / HEADS > device.limits().multiprocessors as usize;
     let narrow = if many { &tiles.prefill } else { &tiles.decode };
-    sparse_mla_narrow(device, narrow, workspace, &inputs, shapes, done.as_ref(), out)
+    sparse_mla_narrow(device, narrow, workspace, inputs, shapes, done.as_ref(), out)
 }
 
 /// Blocks that share the `k` rows of one of `rows` token groups in the wide kernel, of which a multiprocessor holds one.

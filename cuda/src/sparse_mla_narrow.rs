@@ -3,12 +3,13 @@
 use dsa80_reference::{DType, DeviceTensor, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::absorb_merged;
 use crate::batch::CudaBatch;
 use crate::device::{Arg, Device, Launch, Limits, Program, ProgramEntry};
 use crate::rows::slots;
 use crate::sparse_mla::SparseMlaWorkspace;
 use crate::sparse_mla_dims::{SparseMlaDims, output, queries, selected};
-use crate::sparse_mla_merge::{self, Partials, sparse_mla_merge};
+use crate::sparse_mla_merge::{self, Partials};
 use crate::sparse_mla_union::SparseMlaUnionWorkspace;
 use crate::tensor::CudaTensor;
 use crate::tile::{Tile, require, require_shared};
@@ -164,6 +165,7 @@ pub fn programs(tile: &SparseMlaTile, dims: SparseMlaDims) -> Vec<ProgramEntry> 
             ),
         })
         .chain(sparse_mla_merge::programs(dims))
+        .chain(absorb_merged::programs(dims))
         .collect()
 }
 
@@ -207,16 +209,17 @@ pub(crate) struct Done<'a, D: Device> {
     pub most: usize,
 }
 
-/// Attention of groups of up to 8 heads, at least one, of inputs that fit the contract: what is not `done`.
-pub(crate) fn sparse_mla_narrow<D: Device>(
+/// Attention of groups of up to 8 heads, at least one, of inputs that fit the contract: what is not `done`. The partial results, if there
+/// are several, are still to be merged.
+pub(crate) fn sparse_mla_narrow<'w, D: Device>(
     device: &D,
     tile: &SparseMlaTile,
-    workspace: &SparseMlaWorkspace<D>,
+    workspace: &'w SparseMlaWorkspace<D>,
     inputs: &Inputs<'_, D>,
     shapes: Shapes,
     done: Option<&Done<'_, D>>,
     out: &mut CudaTensor<D>,
-) -> Result<()> {
+) -> Result<Option<Partials<'w, D>>> {
     let Shapes { tokens, heads, dims, k, .. } = shapes;
     let Inputs { batch, q, cache, topk_indices, scale } = inputs;
     tile.validate(dims, device.limits())?;
@@ -253,7 +256,7 @@ pub(crate) fn sparse_mla_narrow<D: Device>(
             Arg::F32((scale * std::f64::consts::LOG2_E) as f32),
         ],
     })?;
-    partials.map_or(Ok(()), |partials| sparse_mla_merge(device, &partials, dims, out))
+    Ok(partials)
 }
 
 #[cfg(test)]

@@ -509,6 +509,25 @@ pub trait Kernels: Send + Sized {
         out: &mut Self::Tensor,
     ) -> Result<()>;
 
+    /// [`sparse_mla`](Self::sparse_mla), then [`absorb_output`](Self::absorb_output) of its result, each with its roundings.
+    ///
+    /// `kv_b` and `out` are those of `absorb_output`; `o_latent` `[T, H, kv_lora_rank]` `Act` is room for what lies between, unspecified
+    /// afterwards: a backend may keep it to itself.
+    fn sparse_mla_output(
+        &self,
+        batch: &Self::Batch,
+        q: &Self::Tensor,
+        cache: &Self::Tensor,
+        topk_indices: &Self::Tensor,
+        scale: f64,
+        kv_b: &Self::Tensor,
+        o_latent: &mut Self::Tensor,
+        out: &mut Self::Tensor,
+    ) -> Result<()> {
+        self.sparse_mla(batch, q, cache, topk_indices, scale, o_latent)?;
+        self.absorb_output(o_latent, kv_b, out)
+    }
+
     /// Expert choice. `s = sigmoid(logits[t])`; chosen by `s + bias`: each group is scored by the sum of its
     /// two best (its one, if it has one), experts outside the best `topk_group` groups are dropped, then the
     /// best `K` are taken; their weights are `s` without the bias, divided by their sum + 1e-20 when

@@ -49,7 +49,7 @@ use crate::sample::{SampleWorkspace, sample};
 use crate::sample_plan::SamplePlan;
 use crate::silu_mul::silu_mul;
 use crate::sources::Sources;
-use crate::sparse_mla::{SparseMlaDims, SparseMlaWorkspace, sparse_mla};
+use crate::sparse_mla::{SparseMlaDims, SparseMlaTiles, SparseMlaWorkspace, sparse_mla, sparse_mla_output};
 use crate::swiglu::{SwiGlu, swiglu};
 use crate::tensor::CudaTensor;
 use crate::tiles::Tiles;
@@ -163,6 +163,26 @@ impl<D: Device> Cuda<D> {
         let tiles = self.chosen.linear();
         let alloc = |[]: [usize; 0]| LinearWorkspace::alloc(&self.device, &tiles);
         self.scratch().linear.with([], alloc, |workspace| launch(&tiles, workspace))
+    }
+
+    /// Launches attention of queries over selected rows.
+    fn with_sparse_mla(
+        &self,
+        q: &CudaTensor<D>,
+        topk_indices: &CudaTensor<D>,
+        kv_lora_rank: usize,
+        launch: impl FnOnce(&SparseMlaTiles, &SparseMlaWorkspace<D>) -> Result<()>,
+    ) -> Result<()> {
+        let dims = SparseMlaDims { kv_lora_rank, rope: dim(q, 2).saturating_sub(kv_lora_rank) };
+        let tiles = self.chosen.sparse_mla(dims);
+        self.scratch().sparse_mla.with(
+            [dim(q, 0), dim(q, 1), dim(topk_indices, 1), kv_lora_rank],
+            |[tokens, heads, k, kv_lora_rank]| {
+                let dims = SparseMlaDims { kv_lora_rank, ..dims };
+                SparseMlaWorkspace::alloc(&self.device, &tiles, dims, tokens, heads, k)
+            },
+            |workspace| launch(&tiles, workspace),
+        )
     }
 
     /// Launches a product with an INT4 weight, whose workspace serves any size.
@@ -478,19 +498,39 @@ impl<D: Device> Kernels for Cuda<D> {
         scale: f64,
         out: &mut CudaTensor<D>,
     ) -> Result<()> {
-        let kv_lora_rank = dim(out, 2);
-        let dims = SparseMlaDims { kv_lora_rank, rope: dim(q, 2).saturating_sub(kv_lora_rank) };
-        let tiles = self.chosen.sparse_mla(dims);
-        self.scratch().sparse_mla.with(
-            [dim(q, 0), dim(q, 1), dim(topk_indices, 1), kv_lora_rank],
-            |[tokens, heads, k, kv_lora_rank]| {
-                let dims = SparseMlaDims { kv_lora_rank, ..dims };
-                SparseMlaWorkspace::alloc(&self.device, &tiles, dims, tokens, heads, k)
-            },
-            |workspace| {
-                sparse_mla(&self.device, &tiles, workspace, batch, q, cache, topk_indices, scale, out)
-            },
-        )
+        self.with_sparse_mla(q, topk_indices, dim(out, 2), |tiles, workspace| {
+            sparse_mla(&self.device, tiles, workspace, batch, q, cache, topk_indices, scale, out)
+        })
+    }
+
+    fn sparse_mla_output(
+        &self,
+        batch: &CudaBatch<D>,
+        q: &CudaTensor<D>,
+        cache: &CudaTensor<D>,
+        topk_indices: &CudaTensor<D>,
+        scale: f64,
+        kv_b: &CudaTensor<D>,
+        o_latent: &mut CudaTensor<D>,
+        out: &mut CudaTensor<D>,
+    ) -> Result<()> {
+        let (device, absorb) = (&self.device, &self.chosen.absorb());
+        self.with_sparse_mla(q, topk_indices, dim(o_latent, 2), |tiles, workspace| {
+            sparse_mla_output(
+                device,
+                tiles,
+                absorb,
+                workspace,
+                batch,
+                q,
+                cache,
+                topk_indices,
+                scale,
+                kv_b,
+                o_latent,
+                out,
+            )
+        })
     }
 
     fn router(

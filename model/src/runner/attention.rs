@@ -86,16 +86,17 @@ impl<K: Kernels> Forward<'_, K> {
         }
 
         let ws = &mut *self.workspace;
-        kernels.sparse_mla(
+        ws.o.set_shape(&[tokens, shape.heads, shape.v_head_dim])?;
+        kernels.sparse_mla_output(
             self.device_batch,
             &ws.q_absorbed,
             &self.caches.mla[layer],
             &ws.topk_indices,
             (qk_head_dim as f64).powf(-0.5),
+            &weights.kv_b_proj,
             &mut ws.o_latent,
+            &mut ws.o,
         )?;
-        ws.o.set_shape(&[tokens, shape.heads, shape.v_head_dim])?;
-        kernels.absorb_output(&ws.o_latent, &weights.kv_b_proj, &mut ws.o)?;
         ws.o.set_shape(&[tokens, shape.heads * shape.v_head_dim])?;
         weights.o_proj.apply(kernels, &ws.o, &mut ws.delta)
     }

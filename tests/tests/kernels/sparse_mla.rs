@@ -1,7 +1,10 @@
 //! `sparse_mla` against the oracle.
 
 use dsa80_cuda::Tile;
-use dsa80_cuda::sparse_mla::{SparseMlaDims, SparseMlaTile, SparseMlaTiles, SparseMlaWorkspace, sparse_mla};
+use dsa80_cuda::absorb::{AbsorbTile, AbsorbTokens};
+use dsa80_cuda::sparse_mla::{
+    SparseMlaDims, SparseMlaTile, SparseMlaTiles, SparseMlaWorkspace, sparse_mla, sparse_mla_output,
+};
 use dsa80_reference::fp8::{self, MLA_GROUP, MlaRow};
 use dsa80_reference::sampling::uniform;
 use dsa80_reference::{DType, Kernels};
@@ -246,6 +249,164 @@ fn narrow(Variant { tile, dims, .. }: Variant) -> SparseMlaTiles {
 
 fn run(device: &TestDevice, case: Case) {
     run_with(device, &case, &narrow(case.variant));
+}
+
+/// Rows of a head of `kv_b` that the output does not take.
+const NOPE: usize = 3;
+
+/// Which latent column is a feature of a head, by weights that hand columns on as they are; but for two of them.
+fn column(head: usize, feature: usize, rank: usize) -> usize {
+    (feature + 5 * head + 1) % rank
+}
+
+/// The output of heads, whose weights choose columns: so they have the bits, and the bounds, of the latent one.
+fn run_output_with(device: &TestDevice, case: &Case, tiles: &SparseMlaTiles, weight: DType) {
+    let (tokens, rank, heads) = (case.batch.batch.num_tokens(), case.variant.dims.kv_lora_rank, case.heads);
+    let (host_batch, batch) = parity::batch(device, &case.batch.batch);
+    let q_shape = [tokens, heads, case.width()];
+    let q_values = case.values.0.take(case.seed, q_shape.iter().product());
+    let q = Pair::new(device, "q", DType::Act, &q_shape, &q_values);
+    let (rows, cache) = case.cache(device);
+    let places = case.places();
+    let topk_indices = Pair::index(device, "topk_indices", &[tokens, case.k], &places);
+    let v = rank - 2;
+    let mut chosen = vec![7.0; heads * (NOPE + v) * rank];
+    for head in 0..heads {
+        for feature in 0..v {
+            let row = &mut chosen[(head * (NOPE + v) + NOPE + feature) * rank..][..rank];
+            row.fill(0.0);
+            row[column(head, feature, rank)] = 1.0;
+        }
+    }
+    let kv_b = Pair::weight(device, "kv_b", weight, &[heads, NOPE + v, rank], &chosen);
+    let oracle = parity::oracle();
+    let mut o_latent = oracle.alloc(DType::Act, &[tokens, heads, rank]).unwrap();
+    let mut out = oracle.alloc(DType::Act, &[tokens, heads, v]).unwrap();
+    let (cached, topk) = (&cache.host, &topk_indices.host);
+    oracle
+        .sparse_mla_output(
+            &host_batch,
+            &q.host,
+            cached,
+            topk,
+            case.scale,
+            &kv_b.host,
+            &mut o_latent,
+            &mut out,
+        )
+        .unwrap();
+    let (latent, expected) = (oracle.read(&o_latent).unwrap(), oracle.read(&out).unwrap());
+
+    let found = parity::twice(device, || {
+        let workspace =
+            SparseMlaWorkspace::alloc(device, tiles, case.variant.dims, tokens, heads, case.k).unwrap();
+        let mut o_latent = parity::poisoned(device, "o_latent", DType::Act, &[tokens, heads, rank]);
+        let mut out = parity::poisoned(device, "out", DType::Act, &[tokens, heads, v]);
+        sparse_mla_output(
+            device,
+            tiles,
+            &AbsorbTile::safe(AbsorbTokens::Few),
+            &workspace,
+            &batch,
+            &q.device,
+            &cache.device,
+            &topk_indices.device,
+            case.scale,
+            &kv_b.device,
+            &mut o_latent,
+            &mut out,
+        )
+        .unwrap();
+        parity::read_bytes(device, &out)
+    });
+    let found = parity::numbers(DType::Act, &found);
+    let (bounds, _) = case.bounds(&q_values, &rows, &places, &latent);
+    parity::assert_close("out", v, &found, &expected, f64::INFINITY, |i| {
+        let (head, feature) = (i / v % heads, i % v);
+        bounds[i / v * rank + column(head, feature, rank)]
+    });
+}
+
+fn run_output(device: &TestDevice, case: Case) {
+    run_output_with(device, &case, &narrow(case.variant), DType::Bf16);
+}
+
+/// Decode steps of a few tokens, whose splits are merged by what multiplies.
+fn decode_cases(variants: impl Strategy<Value = Variant>) -> impl Strategy<Value = Case> {
+    let whole =
+        |variant: Variant| Variant { tile: SparseMlaTile { split_blocks: 16, ..variant.tile }, ..variant };
+    (cases(variants.prop_map(whole), 60, 100), 1..=9_usize).prop_map(|(mut case, sequences)| {
+        let sequences: Vec<(usize, usize)> = (0..sequences).map(|i| (90 + 7 * i, 1)).collect();
+        case.batch = BatchCase::of(16, &sequences);
+        case.k = 64 + case.k / 4;
+        case
+    })
+}
+
+#[test]
+fn its_heads_output_agrees_with_the_oracle() {
+    parity::check("sparse_mla_output", decode_cases(select(VARIANTS)), run_output);
+    parity::small_cases(|device| {
+        // One split; more than a block merges; weights of another type; nothing selected; nothing at all.
+        let one = by_hand(VARIANTS[0], &[(5, 1)], 8, 0);
+        let many = many_splits();
+        let ten: Vec<(usize, usize)> = (0..10).map(|i| (150 + i, 1)).collect();
+        let ten = by_hand(VARIANTS[1], &ten, 130, 1);
+        for case in
+            [&one, &many, &ten, &by_hand(VARIANTS[0], &[(70, 2)], 60, 8), &by_hand(VARIANTS[0], &[], 7, 0)]
+        {
+            run_output_with(device, case, &narrow(case.variant), DType::Bf16);
+            run_output_with(device, case, &narrow(case.variant), DType::F32);
+        }
+    });
+}
+
+/// GLM-5.2's dims, where a device is fast enough.
+#[test]
+fn its_heads_output_agrees_with_the_oracle_at_size() {
+    let dims = SparseMlaDims { kv_lora_rank: 512, rope: 64 };
+    let tile = SparseMlaTile::safe(dims);
+    let sequences = [1, 2, 4, 8, 9, 32];
+    let cases = (cases(Just(Variant { dims, fp8: false, tile }), 60, 100), select(sequences.to_vec()))
+        .prop_map(|(mut case, sequences)| {
+            let sequences: Vec<(usize, usize)> = (0..sequences).map(|i| (2100 + 7 * i, 1)).collect();
+            (case.batch, case.k, case.heads) = (BatchCase::of(64, &sequences), 2048, 8);
+            case
+        });
+    parity::check_on_gpu("sparse_mla_output_at_size", cases, run_output);
+}
+
+#[test]
+fn faults_planted_in_its_heads_output_are_seen() {
+    let file = "absorb_merged.cu";
+    for (find, replace) in [
+        // Sums are read before warps have written them: of the splits, of the merged rows and the weights, of the product.
+        ("    if (shares > 1) {\n        __syncthreads();", "    if (shares > 1) {"),
+        ("    cp_async_wait<0>();\n    __syncthreads();", "    cp_async_wait<0>();"),
+        ("    cp_async_wait<0>();", ""),
+        ("= c[i];\n    __syncthreads();", "= c[i];"),
+        // Another head's weights, and the query's rows of them.
+        (
+            "(static_cast<int64_t>(head) * rows + rows",
+            "(static_cast<int64_t>(max(head - 1, 0)) * rows + rows",
+        ),
+        ("* rows + rows - features + first_feature", "* rows + first_feature"),
+        // Features that are not there are written; splits count alike, or those from the 33rd on not at all.
+        ("if (first_feature + feature >= features) continue;", ""),
+        ("low *= inverse;", "low = inverse;"),
+        ("split < 32 ? low : high", "split < 32 ? low : 0.0f"),
+        // The last split of each share, and what one share adds.
+        ("if (first + j < end) parts", "if (first + j < end - 1) parts"),
+        ("share < shares; ++share", "share < shares - 1; ++share"),
+    ] {
+        let cases = prop_oneof![decode_cases(select(VARIANTS)), Just(more_splits_than_lanes())];
+        parity::catches(Fault { file, find, replace }, cases, run_output);
+    }
+}
+
+/// More splits than a warp has lanes.
+fn more_splits_than_lanes() -> Case {
+    by_hand(VARIANTS[1], &[(4300, 1)], 4200, 1)
 }
 
 #[test]

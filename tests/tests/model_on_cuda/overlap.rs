@@ -98,6 +98,20 @@ fn sides<D: Device>(cuda: &Cuda<D>) {
     assert_eq!((cuda.read(&a).unwrap(), cuda.read(&b).unwrap()), expected);
 }
 
+/// Two products at a time with one workspace are what `side_by_side` must not do: in emulation that is seen.
+#[test]
+fn a_workspace_that_both_sides_use_is_an_error() {
+    let Some(cuda) = emulated() else { return };
+    let weight = cuda.upload(HostTensor::f32([16, 4096], vec![0.5; 16 * 4096])).unwrap();
+    let mut x = cuda.alloc(DType::Act, &[2, 4096]).unwrap();
+    cuda.write(&[1.0; 2 * 4096], &mut x).unwrap();
+    let [mut a, mut b] = std::array::from_fn(|_| cuda.alloc(DType::Float, &[2, 16]).unwrap());
+    cuda.device().aside(|| cuda.linear(&x, &weight, &mut a)).unwrap();
+    cuda.linear(&x, &weight, &mut b).unwrap();
+    let error = cuda.device().join().unwrap_err().to_string();
+    assert!(error.contains("`linear parts` is used by launches that may overlap"), "{error}");
+}
+
 #[test]
 fn two_sides_are_joined_whether_they_fail_or_not() {
     if let Some(cuda) = emulated() {
