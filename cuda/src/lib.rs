@@ -16,6 +16,8 @@ mod cuda;
 pub mod device;
 pub mod embed;
 pub mod exchange;
+pub mod expanded_mla;
+mod expanded_mla_rows;
 pub mod gpu;
 pub mod indexer_logits;
 pub mod int4;

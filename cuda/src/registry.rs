@@ -6,6 +6,7 @@ use crate::absorb::{self, AbsorbTile, AbsorbTokens};
 use crate::all_reduce::{self, AllReduceTile, Shots};
 use crate::device::{Limits, ProgramEntry};
 use crate::embed::{self, EmbedDims, EmbedTile};
+use crate::expanded_mla::{self, ExpandedMlaDims, ExpandedMlaTile};
 use crate::indexer_logits::{self, IndexerLogitsDims, IndexerLogitsTile};
 use crate::latent_rope::{self, LatentRopeDims, LatentRopeTile};
 use crate::layer_norm_rope::{self, LayerNormRopeDims, LayerNormRopeTile};
@@ -215,6 +216,18 @@ impl PinnedTile for SparseMlaUnionTile {
     }
 }
 
+impl PinnedTile for ExpandedMlaTile {
+    const CLASSES: &'static [&'static str] = &["any"];
+
+    fn glm_dims(_class: &str) -> ExpandedMlaDims {
+        ExpandedMlaDims { nope: 192, rope: 64, v: 256, kv_lora_rank: 512 }
+    }
+
+    fn programs(&self, dims: ExpandedMlaDims) -> Vec<ProgramEntry> {
+        expanded_mla::programs(self, dims)
+    }
+}
+
 impl PinnedTile for LinearFewTile {
     const CLASSES: &'static [&'static str] = linear_few::CLASSES;
 
@@ -360,6 +373,7 @@ pub const KERNELS: &[Registered] = &[
     Registered::of::<SparseMlaTile>(),
     Registered::of::<SparseMlaWideTile>(),
     Registered::of::<SparseMlaUnionTile>(),
+    Registered::of::<ExpandedMlaTile>(),
     Registered::of::<MoeInt4PairsTile>(),
     Registered::of::<MoeInt4Tile>(),
     Registered::of::<RepackInt4Tile>(),

@@ -15,6 +15,8 @@ const EMBEDDED: &[(&str, &str)] = &[
     ("ceilings.cu", include_str!("../kernels/ceilings.cu")),
     ("embed.cu", include_str!("../kernels/embed.cu")),
     ("exchange.cuh", include_str!("../kernels/exchange.cuh")),
+    ("expanded_mla.cu", include_str!("../kernels/expanded_mla.cu")),
+    ("expanded_mla_rows.cu", include_str!("../kernels/expanded_mla_rows.cu")),
     ("fp8.cuh", include_str!("../kernels/fp8.cuh")),
     ("indexer_logits.cu", include_str!("../kernels/indexer_logits.cu")),
     ("indexer_logits.cuh", include_str!("../kernels/indexer_logits.cuh")),

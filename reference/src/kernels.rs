@@ -28,7 +28,7 @@ use std::sync::Arc;
 
 use crate::batch::Batch;
 use crate::buffers::HostMemory;
-use crate::error::Result;
+use crate::error::{Result, Error};
 use crate::random::{self, RandomLinear, RandomTensor};
 use crate::sampling::SampleRow;
 use crate::tensor::{DType, DeviceTensor, HostExpert, HostInt4, HostLinear, HostTensor};
@@ -97,6 +97,18 @@ pub struct SampleOutput<T> {
     pub top_ids: T,
     /// `[R, N]` `Float`: theirs; padding is negative infinity.
     pub top_logprobs: T,
+}
+
+/// The shape of a tensor of three dimensions, for `expanded_mla`.
+fn three<T: DeviceTensor>(name: &'static str, tensor: &T) -> Result<[usize; 3]> {
+    let found = tensor.shape().to_vec();
+    let expected = "3 dimensions".to_owned();
+    tensor.shape().try_into().map_err(|_| Error::Shape {
+        kernel: "expanded_mla",
+        tensor: name,
+        expected,
+        found,
+    })
 }
 
 /// A backend: device memory and every kernel of the model.
@@ -526,6 +538,49 @@ pub trait Kernels: Send + Sized {
     ) -> Result<()> {
         self.sparse_mla(batch, q, cache, topk_indices, scale, o_latent)?;
         self.absorb_output(o_latent, kv_b, out)
+    }
+
+    /// Whether [`expanded_mla`](Self::expanded_mla) is less work for a step than the absorbed form: its arguments are that method's. The model
+    /// then calls it instead of [`absorb_query`](Self::absorb_query), [`sparse_mla`](Self::sparse_mla) and
+    /// [`absorb_output`](Self::absorb_output). It depends on shapes and types alone.
+    fn expands(
+        &self,
+        _batch: &Self::Batch,
+        _q: &Self::Tensor,
+        _kv_b: &Self::Tensor,
+        _cache: &Self::Tensor,
+        _topk_indices: &Self::Tensor,
+    ) -> bool {
+        false
+    }
+
+    /// Attention over the selected rows from the projected query to the heads' outputs, in the expanded form, which is HF's: per head `h`
+    /// with `[K_h; V_h] = kv_b[h]`, `key[s] = [K_h c[s], rotary key of s]`, `value[s] = V_h c[s]`, `c[s]` the latent columns of the cache row of
+    /// position `s`; `p = softmax_s([q_nope, rope(q_rope)] . key[s] * scale)` and `out[t, h] = sum_s p[s] value[s]` over `s` in
+    /// `topk_indices[t]`. Without rounding that is what `absorb_query`, `sparse_mla` and `absorb_output` give, one after the other.
+    ///
+    /// Arguments as for those three; `q` may be rotated in place; `cache` is `Act`; `out` `[T, H, v]` `Act`. Rounds to `Act`: the rotated query,
+    /// `K_h c[s]` and `V_h c[s]` (all three as HF does), the result (tensor-core backends also round `p`, unnormalised). A backend whose
+    /// [`expands`](Self::expands) is never true may do the three instead, each with its own rounding points, as this does. What no token has
+    /// selected, up to the last token's position, may be read too, and must be finite.
+    fn expanded_mla(
+        &self,
+        batch: &Self::Batch,
+        q: &mut Self::Tensor,
+        kv_b: &Self::Tensor,
+        cos_sin: &Self::Tensor,
+        cache: &Self::Tensor,
+        topk_indices: &Self::Tensor,
+        scale: f64,
+        out: &mut Self::Tensor,
+    ) -> Result<()> {
+        let ([tokens, heads, _], [_, _, rank], [_, pairs, _]) =
+            (three("q", q)?, three("kv_b", kv_b)?, three("cos_sin", cos_sin)?);
+        let mut absorbed = self.alloc(DType::Act, &[tokens, heads, rank + 2 * pairs])?;
+        self.absorb_query(q, kv_b, cos_sin, &mut absorbed)?;
+        let mut latent = self.alloc(DType::Act, &[tokens, heads, rank])?;
+        self.sparse_mla(batch, &absorbed, cache, topk_indices, scale, &mut latent)?;
+        self.absorb_output(&latent, kv_b, out)
     }
 
     /// Expert choice. `s = sigmoid(logits[t])`; chosen by `s + bias`: each group is scored by the sum of its

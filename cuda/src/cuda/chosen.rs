@@ -6,6 +6,7 @@ use super::scratch::Memo;
 use crate::absorb::AbsorbTile;
 use crate::device::Limits;
 use crate::embed::{EmbedDims, EmbedTile};
+use crate::expanded_mla::{ExpandedMlaDims, ExpandedMlaTile};
 use crate::indexer_logits::{IndexerLogitsDims, IndexerLogitsTile};
 use crate::latent_rope::{LatentRopeDims, LatentRopeTile};
 use crate::layer_norm_rope::{LayerNormRopeDims, LayerNormRopeTile};
@@ -42,6 +43,7 @@ pub(super) struct Chosen {
     indexer_logits: Memo<(IndexerLogitsDims, bool), IndexerLogitsTile>,
     top_k: Looked<TopKTile>,
     sparse_mla: Memo<SparseMlaDims, SparseMlaTiles>,
+    expanded_mla: Looked<ExpandedMlaTile>,
     linear: Memo<(), LinearTiles>,
     absorb: Memo<(), AbsorbTile>,
     repack_int4: Looked<RepackInt4Tile>,
@@ -70,6 +72,7 @@ impl Chosen {
             indexer_logits: Memo::default(),
             top_k: Memo::default(),
             sparse_mla: Memo::default(),
+            expanded_mla: Memo::default(),
             linear: Memo::default(),
             absorb: Memo::default(),
             repack_int4: Memo::default(),
@@ -137,6 +140,15 @@ impl Chosen {
 
     pub(super) fn sparse_mla(&self, dims: SparseMlaDims) -> SparseMlaTiles {
         self.sparse_mla.get(dims, || self.tiles.sparse_mla(dims, &self.limits))
+    }
+
+    pub(super) fn expanded_mla(&self, dims: ExpandedMlaDims) -> ExpandedMlaTile {
+        self.look(&self.expanded_mla, "any", dims)
+    }
+
+    /// The tile, if there is one that runs with these dims.
+    pub(super) fn expanded_mla_fits(&self, dims: ExpandedMlaDims) -> bool {
+        self.expanded_mla(dims).validate(dims, &self.limits).is_ok()
     }
 
     pub(super) fn linear(&self) -> LinearTiles {

@@ -26,6 +26,7 @@ use crate::absorb::{absorb_output, absorb_query};
 use crate::batch::CudaBatch;
 use crate::device::Device;
 use crate::embed::embed;
+use crate::expanded_mla::{self, ExpandedMlaDims, ExpandedMlaWorkspace, Expansion, expanded_mla};
 use crate::gpu::Gpu;
 use crate::indexer_logits::indexer_logits;
 use crate::int4::PackedInt4;
@@ -63,6 +64,7 @@ use crate::top_k::{TopKWorkspace, top_k};
 pub struct Cuda<D: Device = Gpu> {
     device: D,
     chosen: Chosen,
+    expansion: Expansion,
     /// Of launches in order, and of those aside: what runs at the same time shares none.
     scratch: [Scratch<D>; 2],
     aside: Cell<bool>,
@@ -73,6 +75,7 @@ pub struct Cuda<D: Device = Gpu> {
 struct Scratch<D: Device> {
     top_k: Grown<TopKWorkspace<D>, 0>,
     sparse_mla: Grown<SparseMlaWorkspace<D>, 4>,
+    expanded_mla: Grown<ExpandedMlaWorkspace<D>, 7>,
     linear: Grown<LinearWorkspace<D>, 0>,
     linear_int4: Grown<LinearInt4Workspace<D>, 0>,
     moe_int4: Grown<MoeInt4Workspace<D>, 5>,
@@ -85,6 +88,7 @@ impl<D: Device> Default for Scratch<D> {
         Self {
             top_k: Grown::default(),
             sparse_mla: Grown::default(),
+            expanded_mla: Grown::default(),
             linear: Grown::default(),
             linear_int4: Grown::default(),
             moe_int4: Grown::default(),
@@ -137,7 +141,14 @@ impl<D: Device> Cuda<D> {
     /// The backend on `device`, with `tiles` where they run and safe ones elsewhere.
     pub fn new(device: D, tiles: Tiles) -> Self {
         let chosen = Chosen::new(tiles, device.limits().clone());
-        Self { device, chosen, scratch: Default::default(), aside: Cell::new(false) }
+        let expansion = Expansion::default();
+        Self { device, chosen, expansion, scratch: Default::default(), aside: Cell::new(false) }
+    }
+
+    /// The same backend, that expands other steps than by default.
+    #[must_use]
+    pub fn with_expansion(self, expansion: Expansion) -> Self {
+        Self { expansion, ..self }
     }
 
     /// What it runs on.
@@ -529,6 +540,48 @@ impl<D: Device> Kernels for Cuda<D> {
                 kv_b,
                 o_latent,
                 out,
+            )
+        })
+    }
+
+    fn expands(
+        &self,
+        batch: &CudaBatch<D>,
+        q: &CudaTensor<D>,
+        kv_b: &CudaTensor<D>,
+        cache: &CudaTensor<D>,
+        topk_indices: &CudaTensor<D>,
+    ) -> bool {
+        let step = expanded_mla::Step { batch, q, kv_b, cache, topk_indices };
+        self.expansion.pays(batch.host(), dim(topk_indices, 1))
+            && kv_b.dtype() == DType::Bf16
+            && step.dims().is_ok_and(|(dims, _)| self.chosen.expanded_mla_fits(dims))
+    }
+
+    fn expanded_mla(
+        &self,
+        batch: &CudaBatch<D>,
+        q: &mut CudaTensor<D>,
+        kv_b: &CudaTensor<D>,
+        cos_sin: &CudaTensor<D>,
+        cache: &CudaTensor<D>,
+        topk_indices: &CudaTensor<D>,
+        scale: f64,
+        out: &mut CudaTensor<D>,
+    ) -> Result<()> {
+        let (dims, heads) = expanded_mla::Step { batch, q, kv_b, cache, topk_indices }.dims()?;
+        self.rope(q, dims.nope, RopeLayout::Interleaved, cos_sin)?;
+        let step = expanded_mla::Step { batch, q, kv_b, cache, topk_indices };
+        let tile = self.chosen.expanded_mla(dims);
+        let ExpandedMlaDims { nope, rope, v, kv_lora_rank } = dims;
+        self.with_linear(|tiles, linear| {
+            self.scratch().expanded_mla.with(
+                [dim(q, 0), heads, dim(topk_indices, 1), nope, rope, v, kv_lora_rank],
+                |[tokens, heads, k, nope, rope, v, kv_lora_rank]| {
+                    let dims = ExpandedMlaDims { nope, rope, v, kv_lora_rank };
+                    ExpandedMlaWorkspace::alloc(&self.device, dims, &self.expansion, [tokens, heads, k])
+                },
+                |workspace| expanded_mla(&self.device, &tile, (tiles, linear), workspace, &step, scale, out),
             )
         })
     }

@@ -1,4 +1,4 @@
-//! The attention block: MLA in its absorbed form over the rows that the lightning indexer selects.
+//! The attention block: MLA over the rows that the lightning indexer selects, absorbed, or expanded where the backend says so.
 
 use dsa80_reference::{Batch, DeviceTensor, IndexKeys, Kernels, Result, RopeLayout};
 
@@ -64,7 +64,9 @@ impl<K: Kernels> Forward<'_, K> {
 
         let Workspace { cos_sin, q, q_absorbed, index_q, index_weights, index_logits, topk_indices, .. } =
             &mut *ws;
-        let mut absorb = || kernels.absorb_query(q, &weights.kv_b_proj, cos_sin, q_absorbed);
+        let kv_b = &weights.kv_b_proj;
+        let expands = kernels.expands(self.device_batch, q, kv_b, &self.caches.mla[layer], topk_indices);
+        let mut absorb = || if expands { Ok(()) } else { kernels.absorb_query(q, kv_b, cos_sin, q_absorbed) };
         if let Some(cache) = &self.caches.indexer[layer] {
             let selection = Selection {
                 kernels,
@@ -86,17 +88,16 @@ impl<K: Kernels> Forward<'_, K> {
         }
 
         let ws = &mut *self.workspace;
+        let (batch, kv_b, cache) = (self.device_batch, &weights.kv_b_proj, &self.caches.mla[layer]);
+        let scale = (qk_head_dim as f64).powf(-0.5);
         ws.o.set_shape(&[tokens, shape.heads, shape.v_head_dim])?;
-        kernels.sparse_mla_output(
-            self.device_batch,
-            &ws.q_absorbed,
-            &self.caches.mla[layer],
-            &ws.topk_indices,
-            (qk_head_dim as f64).powf(-0.5),
-            &weights.kv_b_proj,
-            &mut ws.o_latent,
-            &mut ws.o,
-        )?;
+        if expands {
+            let Workspace { q, cos_sin, topk_indices, o, .. } = ws;
+            kernels.expanded_mla(batch, q, kv_b, cos_sin, cache, topk_indices, scale, o)?;
+        } else {
+            let Workspace { q_absorbed, topk_indices, o_latent, o, .. } = ws;
+            kernels.sparse_mla_output(batch, q_absorbed, cache, topk_indices, scale, kv_b, o_latent, o)?;
+        }
         ws.o.set_shape(&[tokens, shape.heads * shape.v_head_dim])?;
         weights.o_proj.apply(kernels, &ws.o, &mut ws.delta)
     }

@@ -11,6 +11,7 @@ mod all_reduce_times;
 mod attention;
 mod cache_rows;
 mod embed;
+mod expanded_mla;
 mod experts;
 mod indexer_logits;
 mod int4_weights;

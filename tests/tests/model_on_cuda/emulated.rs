@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use dsa80_cuda::expanded_mla::Expansion;
 use dsa80_model::engine::{SampleTarget, Step};
 use dsa80_reference::{Batch, SamplingParams, SequenceSlice};
 use dsa80_tests::distance::{argmax, log_softmax};
@@ -57,6 +58,18 @@ fn a_step_samples_from_its_logits() {
         for &(token, logprob) in &reported.top {
             assert!((f64::from(logprob) - logprobs[token as usize]).abs() < 1e-5, "{reported:?}");
         }
+    }
+}
+
+/// What a backend expands that expands every step of one sequence.
+pub(super) const ALWAYS: Expansion =
+    Expansion { tokens: 1, context_of_token: usize::MAX, visible_of_selected: 64 };
+
+#[test]
+fn every_model_that_expands_is_as_close_to_hf_as_hf_in_bf16() {
+    for fixture in fixture::all().unwrap() {
+        let Some(cuda) = emulated() else { return };
+        fixtures::judge_pool(cuda.with_expansion(ALWAYS), &fixture, PROMPTS);
     }
 }
 

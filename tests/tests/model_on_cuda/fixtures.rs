@@ -7,6 +7,7 @@ use dsa80_tests::parity::TestDevice;
 use dsa80_tests::pool::{PAGE_SIZE, Pool};
 use dsa80_tests::prompt;
 
+use super::emulated::ALWAYS;
 use super::every_fixture_on_a_gpu;
 
 /// The first `count` of the fixture's further prompts, together.
@@ -19,6 +20,20 @@ pub(super) fn judge_pool(cuda: Cuda<TestDevice>, fixture: &Fixture, count: usize
 #[test]
 fn all_prompts_together_are_as_close_to_hf_as_hf_in_bf16() {
     every_fixture_on_a_gpu(|cuda, fixture| judge_pool(cuda, fixture, 32));
+}
+
+#[test]
+fn expanded_in_one_piece_and_in_chunks() {
+    every_fixture_on_a_gpu(|cuda, fixture| {
+        let mut rank = judge::load(cuda.with_expansion(ALWAYS), fixture, 16).unwrap();
+        let len = fixture.tokens.len();
+        for (way, size) in [("expanded in one piece", len), ("expanded in chunks of 37", 37)] {
+            let pages = prompt::scattered_pages(&limits(fixture, 16), size % 3);
+            let run =
+                prompt::run(&mut rank, &fixture.tokens, &pages, 16, &prompt::pieces(len, size)).unwrap();
+            Bf16Distance::of(fixture, way, &run).assert_within(BF16_BOUND_OF_ONE_PROMPT, &fixture.name, way);
+        }
+    });
 }
 
 #[test]

@@ -3,6 +3,7 @@
 mod absorb;
 mod all_reduce;
 mod embed;
+mod expanded_mla;
 mod indexer_logits;
 mod latent_rope;
 mod layer_norm_rope;
@@ -101,6 +102,7 @@ pub(crate) fn all() -> Vec<Case> {
         indexer_logits::cases(),
         top_k::cases(),
         sparse_mla::cases(),
+        expanded_mla::cases(),
         moe_int4::cases(),
         repack_int4::cases(),
         linear_int4::cases(),
