@@ -10,54 +10,12 @@
 
 using Elements = Vector<FLOATS ? 4 : 2, VECTOR>;
 
-struct Sum {
-    float values[VECTOR];
-
-    DEVICE void add(const Elements& x, bool first) {
-#pragma unroll
-        for (int i = 0; i < VECTOR; ++i) {
-            float value;
-            if constexpr (FLOATS) {
-                value = __uint_as_float(x.words[i]);
-            } else {
-                value = i % 2 == 0 ? bf16_low(x.words[i / 2]) : bf16_high(x.words[i / 2]);
-            }
-            values[i] = first ? value : values[i] + value;
-        }
-    }
-
-    DEVICE Elements rounded() const {
-        Elements x;
-        if constexpr (FLOATS) {
-#pragma unroll
-            for (int i = 0; i < VECTOR; ++i) x.words[i] = __float_as_uint(values[i]);
-        } else if constexpr (VECTOR == 1) {
-            x.words[0] = float_to_bf16(values[0]);
-        } else {
-#pragma unroll
-            for (int i = 0; i < VECTOR / 2; ++i) x.words[i] = pack_bf16(values[2 * i], values[2 * i + 1]);
-        }
-        return x;
-    }
-};
-
 // The sum of the vector that lies at `place` of this rank's data, and at `index` of its slots.
 DEVICE Elements sum_over_ranks(const Channel& channel, const void* data, int64_t place, int index) {
-    Elements parts[RANKS];
-#pragma unroll
-    for (int source = 0; source < RANKS; ++source) {
-        if (source == channel.rank)
-            parts[source].load(data, place);
-        else
-            parts[source].take(channel.slot(channel.own, source), index);
-    }
-    Sum sum;
-#pragma unroll
-    for (int source = 0; source < RANKS; ++source) sum.add(parts[source], source == 0);
-    return sum.rounded();
+    Elements own;
+    own.load(data, place);
+    return Sum<FLOATS, VECTOR>::over_ranks(channel, own, index);
 }
-
-DEVICE int at_most(int64_t left, int count) { return left < count ? static_cast<int>(left > 0 ? left : 0) : count; }
 
 KERNEL void __launch_bounds__(THREADS, 1)
 all_reduce(void* data0, void* data1, void* data2, void* data3, void* data4, void* data5, void* data6, void* data7, // those of this launch

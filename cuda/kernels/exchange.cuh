@@ -13,12 +13,18 @@
 // flags [CHANNELS][RANKS]; the slots [CHANNELS][2][RANKS][SLOT_BYTES].
 #pragma once
 
-#include "ptx.cuh"
+#include "rows.cuh"
 
 constexpr int MAX_RANKS = 8;
 constexpr int EPOCHS = 32, FLAGS = EPOCHS + CHANNELS, SLOTS = (FLAGS + CHANNELS * RANKS + 31) / 32 * 32, SLOT_WORDS = SLOT_BYTES / 4;
 static_assert(RANKS >= 2 && RANKS <= MAX_RANKS, "pointers that a kernel has");
 static_assert(SLOT_BYTES % 16 == 0 && THREADS >= 32, "slots are whole vectors, and a warp waits for all ranks");
+
+// Parameters of a kernel, a pointer of every rank, and all of them.
+#define BY_RANK(TYPE, name) TYPE name##0, TYPE name##1, TYPE name##2, TYPE name##3, TYPE name##4, TYPE name##5, TYPE name##6, TYPE name##7
+#define OF_RANKS(name) {name##0, name##1, name##2, name##3, name##4, name##5, name##6, name##7}
+
+DEVICE int at_most(int64_t left, int count) { return left < count ? static_cast<int>(left > 0 ? left : 0) : count; }
 
 // One of several pointers, without an array in memory.
 template <typename T>
@@ -86,50 +92,40 @@ struct Channel {
     }
 };
 
-// A vector of COUNT elements of BYTES each: as it lies in memory, 16 bytes or a single element. In a slot it takes CELL_WORDS words.
+// A vector of COUNT elements of BYTES each, 16 bytes at most: as it lies in memory, and in a slot, where it takes CELL_WORDS words.
 template <int BYTES, int COUNT>
 struct Vector {
-    static_assert(COUNT == 1 || BYTES * COUNT == 16, "16 bytes or a single element");
-    static constexpr int CELL_WORDS = COUNT == 1 ? 1 : 4;
+    static_assert(COUNT == 1 || (BYTES * COUNT % 4 == 0 && BYTES * COUNT <= 16), "whole words or a single element");
+    static constexpr int CELL_WORDS = (BYTES * COUNT + 3) / 4;
     uint32_t words[CELL_WORDS];
 
     DEVICE void load(const void* global, int64_t index) {
-        if constexpr (COUNT > 1) {
-            const uint4 four = static_cast<const uint4*>(global)[index];
-            words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
-        } else if constexpr (BYTES == 2) {
+        if constexpr (BYTES * COUNT == 2) {
             words[0] = static_cast<const uint16_t*>(global)[index];
         } else {
-            words[0] = static_cast<const uint32_t*>(global)[index];
+            load_words(static_cast<const uint32_t*>(global) + index * CELL_WORDS, words);
         }
     }
 
     DEVICE void store(void* global, int64_t index) const {
-        if constexpr (COUNT > 1) {
-            static_cast<uint4*>(global)[index] = make_uint4(words[0], words[1], words[2], words[3]);
-        } else if constexpr (BYTES == 2) {
+        if constexpr (BYTES * COUNT == 2) {
             static_cast<uint16_t*>(global)[index] = static_cast<uint16_t>(words[0]);
         } else {
-            static_cast<uint32_t*>(global)[index] = words[0];
+            store_words(static_cast<uint32_t*>(global) + index * CELL_WORDS, words);
         }
     }
 
-    DEVICE void push(uint32_t* slot, int index) const {
-        if constexpr (COUNT > 1) {
-            reinterpret_cast<uint4*>(slot)[index] = make_uint4(words[0], words[1], words[2], words[3]);
-        } else {
-            slot[index] = words[0];
-        }
-    }
+    DEVICE void push(uint32_t* slot, int index) const { store_words(slot + index * CELL_WORDS, words); }
 
     // Past the L1, which may have the slot as it was two exchanges ago.
     DEVICE void take(const uint32_t* slot, int index) {
-        if constexpr (COUNT > 1) {
+        if constexpr (CELL_WORDS == 4) {
             const float4 four = load_published_16(reinterpret_cast<const float4*>(slot) + index);
             words[0] = __float_as_uint(four.x), words[1] = __float_as_uint(four.y);
             words[2] = __float_as_uint(four.z), words[3] = __float_as_uint(four.w);
         } else {
-            words[0] = load_published(slot + index);
+#pragma unroll
+            for (int i = 0; i < CELL_WORDS; ++i) words[i] = load_published(slot + index * CELL_WORDS + i);
         }
     }
 
@@ -140,5 +136,52 @@ struct Vector {
             const int other = (channel.rank + i) % RANKS;
             push(channel.slot(of_rank(workspaces, other), channel.rank), index);
         }
+    }
+};
+
+// A sum over ranks: in f32, in rank order, rounded once.
+template <bool FLOAT, int COUNT>
+struct Sum {
+    using Elements = Vector<FLOAT ? 4 : 2, COUNT>;
+    float values[COUNT];
+
+    DEVICE void add(const Elements& x, bool first) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            float value;
+            if constexpr (FLOAT) {
+                value = __uint_as_float(x.words[i]);
+            } else {
+                value = i % 2 == 0 ? bf16_low(x.words[i / 2]) : bf16_high(x.words[i / 2]);
+            }
+            values[i] = first ? value : values[i] + value;
+        }
+    }
+
+    DEVICE Elements rounded() const {
+        Elements x;
+        if constexpr (FLOAT) {
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) x.words[i] = __float_as_uint(values[i]);
+        } else {
+            narrow_to_bf16(values, x.words);
+        }
+        return x;
+    }
+
+    // Of a vector of which this rank has `own`; the others' are at `index` of its slots.
+    DEVICE static Elements over_ranks(const Channel& channel, const Elements& own, int index) {
+        Elements parts[RANKS];
+#pragma unroll
+        for (int source = 0; source < RANKS; ++source) {
+            if (source == channel.rank)
+                parts[source] = own;
+            else
+                parts[source].take(channel.slot(channel.own, source), index);
+        }
+        Sum sum;
+#pragma unroll
+        for (int source = 0; source < RANKS; ++source) sum.add(parts[source], source == 0);
+        return sum.rounded();
     }
 };

@@ -76,47 +76,60 @@ DEVICE float block_sum(float value, float (&of_warps)[WARPS]) {
     return value;
 }
 
+// One row, which begins at `start`: with its residual added, where there is one, normed to `words`.
+DEVICE void norm_row(const Row& row, int64_t start, float* residual, const float (&w)[CHUNKS][VECTOR], float eps, float (&of_warps)[WARPS],
+                     uint32_t (&words)[CHUNKS][WORDS]) {
+    float squares = 0.0f, values[CHUNKS][VECTOR];
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+        widen_x<X_FLOAT>(row.x[chunk], values[chunk]);
+        if constexpr (RESIDUAL) {
+            uint32_t sums[VECTOR];
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) {
+                values[chunk][i] += __uint_as_float(row.residual[chunk][i]);
+                sums[i] = __float_as_uint(values[chunk][i]);
+            }
+            if (column(chunk) < WIDTH) store_words(residual + start + column(chunk), sums);
+        }
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) squares += values[chunk][i] * values[chunk][i];
+    }
+    const float mean = block_sum(squares, of_warps) * (1.0f / WIDTH);
+    const float reciprocal = rsqrtf(mean + eps);
+
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) values[chunk][i] = w[chunk][i] * (values[chunk][i] * reciprocal);
+        narrow_to_bf16(values[chunk], words[chunk]);
+    }
+}
+
+DEVICE void load_weight(const void* weight, float (&w)[CHUNKS][VECTOR]) {
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+        if (column(chunk) < WIDTH) load_weights<WEIGHT_TYPE>(weight, column(chunk), w[chunk]);
+    }
+}
+
 DEVICE void norm_rows(Shared& shared, const void* __restrict__ x, float* __restrict__ residual, const void* __restrict__ weight,
                       uint16_t* __restrict__ out, int64_t first, int64_t step, int rows, float eps) {
     Row current = {};
     float w[CHUNKS][VECTOR] = {};
     load_row(current, x, residual, first * WIDTH);
-#pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-        if (column(chunk) < WIDTH) load_weights<WEIGHT_TYPE>(weight, column(chunk), w[chunk]);
-    }
+    load_weight(weight, w);
 
     int turn = 0;
     for (int64_t row = first; row < rows; row += step) {
         Row next = {};
         if (row + step < rows) load_row(next, x, residual, (row + step) * WIDTH);
 
-        float squares = 0.0f, values[CHUNKS][VECTOR];
+        uint32_t words[CHUNKS][WORDS];
+        norm_row(current, row * WIDTH, residual, w, eps, shared.squares[turn], words);
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-            widen_x<X_FLOAT>(current.x[chunk], values[chunk]);
-            if constexpr (RESIDUAL) {
-                uint32_t sums[VECTOR];
-#pragma unroll
-                for (int i = 0; i < VECTOR; ++i) {
-                    values[chunk][i] += __uint_as_float(current.residual[chunk][i]);
-                    sums[i] = __float_as_uint(values[chunk][i]);
-                }
-                if (column(chunk) < WIDTH) store_words(residual + row * WIDTH + column(chunk), sums);
-            }
-#pragma unroll
-            for (int i = 0; i < VECTOR; ++i) squares += values[chunk][i] * values[chunk][i];
-        }
-        const float mean = block_sum(squares, shared.squares[turn]) * (1.0f / WIDTH);
-        const float reciprocal = rsqrtf(mean + eps);
-
-#pragma unroll
-        for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-#pragma unroll
-            for (int i = 0; i < VECTOR; ++i) values[chunk][i] = w[chunk][i] * (values[chunk][i] * reciprocal);
-            uint32_t words[WORDS];
-            narrow_to_bf16(values[chunk], words);
-            if (column(chunk) < WIDTH) store_bf16<VECTOR>(out + row * WIDTH + column(chunk), words);
+            if (column(chunk) < WIDTH) store_bf16<VECTOR>(out + row * WIDTH + column(chunk), words[chunk]);
         }
         current = next;
         turn ^= 1;

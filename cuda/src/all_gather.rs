@@ -4,7 +4,7 @@ use dsa80_reference::{DType, DeviceTensor, Error, Result};
 
 use crate::all_reduce::resident_blocks;
 use crate::device::{Arg, Device, Launch, Program};
-use crate::exchange::{Exchange, deal, expect_alike, vector};
+use crate::exchange::{SUMMED, Exchange, deal, expect_alike, vector};
 use crate::tensor::{CudaTensor, element_bytes};
 
 const KERNEL: &str = "all_gather";
@@ -24,8 +24,8 @@ pub fn all_gather<D: Device>(
 ) -> Result<()> {
     exchange.expect_parts(KERNEL, shards.len())?;
     exchange.expect_parts(KERNEL, outs.len())?;
-    expect_alike(KERNEL, "shard", shards)?;
-    expect_alike(KERNEL, "out", outs)?;
+    expect_alike(KERNEL, "shard", shards, SUMMED)?;
+    expect_alike(KERNEL, "out", outs, SUMMED)?;
     let shard = &shards[0];
     let Some((&columns, rows)) = shard.shape().split_last() else {
         let expected = "at least one dimension".into();
@@ -54,7 +54,7 @@ pub fn broadcast<D: Device>(
 ) -> Result<()> {
     const KERNEL: &str = "broadcast";
     exchange.expect_parts(KERNEL, tensors.len())?;
-    expect_alike(KERNEL, "tensor", tensors)?;
+    expect_alike(KERNEL, "tensor", tensors, SUMMED)?;
     if root >= exchange.dims.ranks {
         let expected = format!("a rank below {}", exchange.dims.ranks);
         return Err(Error::Value { kernel: KERNEL, name: "root", expected, found: root.to_string() });
@@ -104,8 +104,9 @@ fn launch<D: Device>(
 }
 
 fn program<B>(exchange: &Exchange<B>, dtype: DType, vector: usize, broadcast: bool) -> Program {
-    let mut defines = exchange.dims.defines(THREADS);
+    let mut defines = exchange.dims.defines();
     defines.extend([
+        ("THREADS", THREADS.to_string()),
         ("ELEMENT_BYTES", element_bytes(dtype).to_string()),
         ("VECTOR", vector.to_string()),
         ("BROADCAST", u8::from(broadcast).to_string()),

@@ -3,8 +3,10 @@
 use dsa80_reference::{DType, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::all_reduce_norm::AllReduceNormTiles;
+use crate::crossover::Crossover;
 use crate::device::{Arg, Device, Launch, Limits, Program, ProgramEntry};
-use crate::exchange::{Exchange, ExchangeDims, deal, expect_alike, vector};
+use crate::exchange::{SUMMED, Exchange, ExchangeDims, deal, expect_alike, vector};
 use crate::tensor::{CudaTensor, element_bytes};
 use crate::tile::{Cost, Tile, require};
 
@@ -30,15 +32,30 @@ pub enum Shots {
 }
 
 impl Shots {
-    /// What serves `bytes` on each of `ranks` ranks.
+    /// What serves `bytes` on each of `ranks` ranks, as far as it can be told without a measurement.
     pub fn of(bytes: usize, ranks: usize) -> Self {
+        let pushed = bytes.saturating_mul(ranks - 1);
+        Self::sparing(pushed / ranks * ranks.saturating_sub(2), pushed)
+    }
+
+    /// Likewise where a norm follows, which two shots also share out: residuals and norms are four times the bytes, at about eight times
+    /// the rate of a link.
+    pub fn of_norm(bytes: usize, ranks: usize) -> Self {
+        let pushed = bytes.saturating_mul(ranks - 1);
+        Self::sparing(pushed / ranks * ranks.saturating_sub(2) + pushed / ranks / 2, pushed)
+    }
+
+    /// What serves where two shots would spare so many bytes of those that one would push.
+    fn sparing(spared: usize, pushed: usize) -> Self {
         // Of a rank. Measured between two H100: a second wait takes as long as so many bytes take, and copies of this size are quicker
         // in halves.
         const SECOND_WAIT_BYTES: usize = 768 << 10;
         const ONE_SHOT_BYTES: usize = 16 << 20;
-        let pushed = bytes.saturating_mul(ranks - 1);
-        let spared = pushed / ranks * ranks.saturating_sub(2);
         if spared <= SECOND_WAIT_BYTES && pushed <= ONE_SHOT_BYTES { Shots::One } else { Shots::Two }
+    }
+
+    fn up_to(at_most: usize, bytes: usize) -> Self {
+        if bytes <= at_most { Shots::One } else { Shots::Two }
     }
 }
 
@@ -49,23 +66,45 @@ pub struct AllReduceTiles {
     pub one_shot: AllReduceTile,
     /// For two.
     pub two_shots: AllReduceTile,
+    /// Of the sums that a norm follows.
+    pub norm: AllReduceNormTiles,
+    /// Up to which size one shot serves, where that is known; else it is inferred.
+    pub crossover: Option<Crossover>,
 }
 
 impl AllReduceTiles {
     /// Those that fit any device.
     pub fn safe() -> Self {
-        Self { one_shot: AllReduceTile::safe(Shots::One), two_shots: AllReduceTile::safe(Shots::Two) }
+        Self {
+            one_shot: AllReduceTile::safe(Shots::One),
+            two_shots: AllReduceTile::safe(Shots::Two),
+            norm: AllReduceNormTiles::safe(),
+            crossover: None,
+        }
     }
 
-    fn of(&self, shots: Shots) -> AllReduceTile {
+    /// That of one way.
+    pub fn of(&self, shots: Shots) -> AllReduceTile {
         if shots == Shots::One { self.one_shot } else { self.two_shots }
+    }
+
+    /// What sums `bytes` on each of `ranks` ranks.
+    pub fn shots(&self, bytes: usize, ranks: usize) -> Shots {
+        self.crossover.map_or_else(|| Shots::of(bytes, ranks), |at| Shots::up_to(at.all_reduce_bytes, bytes))
+    }
+
+    /// What sums and norms them.
+    pub fn shots_of_norm(&self, bytes: usize, ranks: usize) -> Shots {
+        self.crossover
+            .map_or_else(|| Shots::of_norm(bytes, ranks), |at| Shots::up_to(at.all_reduce_norm_bytes, bytes))
     }
 }
 
 impl AllReduceTile {
     fn program(&self, dims: ExchangeDims, shots: Shots, dtype: DType, vector: usize) -> Program {
-        let mut defines = dims.defines(self.threads);
+        let mut defines = dims.defines();
         defines.extend([
+            ("THREADS", self.threads.to_string()),
             ("FLOATS", u8::from(dtype == DType::Float).to_string()),
             ("VECTOR", vector.to_string()),
             ("TWO_SHOTS", u8::from(shots == Shots::Two).to_string()),
@@ -132,7 +171,7 @@ pub fn all_reduce<D: Device>(
     data: &[CudaTensor<D>],
 ) -> Result<()> {
     let bytes = data.first().map_or(0, |x| x.len() * element_bytes(dsa80_reference::DeviceTensor::dtype(x)));
-    let shots = Shots::of(bytes, exchange.dims.ranks);
+    let shots = tiles.shots(bytes, exchange.dims.ranks);
     all_reduce_in(shots, device, &tiles.of(shots), exchange, data)
 }
 
@@ -148,7 +187,7 @@ pub fn all_reduce_in<D: Device>(
     data: &[CudaTensor<D>],
 ) -> Result<()> {
     exchange.expect_parts(KERNEL, data.len())?;
-    expect_alike(KERNEL, "data", data)?;
+    expect_alike(KERNEL, "data", data, SUMMED)?;
     tile.validate(shots, device.limits())?;
     let (dims, elements) = (exchange.dims, data[0].len());
     if elements == 0 {
@@ -212,6 +251,20 @@ mod tests {
             [1, 1365, 1366].map(|tokens| Shots::of(tokens * token, 2)),
             [Shots::One, Shots::One, Shots::Two]
         );
+    }
+
+    #[test]
+    fn what_was_measured_decides_where_it_is_known() {
+        let token = 6144 * 2;
+        let inferred = AllReduceTiles::safe();
+        // A norm is shared out by two shots, which pay sooner.
+        assert_eq!([256, 257].map(|n| inferred.shots_of_norm(n * token, 2)), [Shots::One, Shots::Two]);
+        assert_eq!([11, 12].map(|n| inferred.shots_of_norm(n * token, 8)), [Shots::One, Shots::Two]);
+        assert_eq!(inferred.shots(1000 * token, 2), Shots::One);
+        let at = Crossover { all_reduce_bytes: 2 * token, all_reduce_norm_bytes: token };
+        let measured = AllReduceTiles { crossover: Some(at), ..inferred };
+        assert_eq!([2, 3].map(|n| measured.shots(n * token, 2)), [Shots::One, Shots::Two]);
+        assert_eq!([1, 2].map(|n| measured.shots_of_norm(n * token, 2)), [Shots::One, Shots::Two]);
     }
 
     #[test]

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use dsa80_reference::{Communicator, Error, Rendezvous, Result};
+use dsa80_reference::{Communicator, DeviceTensor, Error, Rendezvous, Result};
 
 use crate::all_gather::{all_gather, broadcast};
 use crate::all_reduce::{AllReduceTiles, all_reduce};
+use crate::all_reduce_norm::{AllReduceNormDims, NormParts, all_reduce_norm, fits};
 use crate::device::Device;
 use crate::exchange::{self, Exchange, ExchangeDims};
-use crate::tensor::CudaTensor;
+use crate::tensor::{CudaTensor, element_bytes};
 
 /// How long a rank waits for another before the group is broken: longer than any step, and than what a first launch compiles.
 pub const PATIENCE: Duration = Duration::from_secs(120);
@@ -138,6 +139,28 @@ impl<D: Device> Communicator<CudaTensor<D>> for PeerCommunicator<D> {
 
     fn all_reduce(&self, tensor: &mut CudaTensor<D>) -> Result<()> {
         self.collective(&[tensor], |of| all_reduce(&self.device, &self.tiles, &self.exchange, &of[0]))
+    }
+
+    fn all_reduce_norm(
+        &self,
+        x: &mut CudaTensor<D>,
+        residual: &mut CudaTensor<D>,
+        weight: &CudaTensor<D>,
+        eps: f64,
+        out: &mut CudaTensor<D>,
+    ) -> Result<bool> {
+        let exchange = self.exchange.dims;
+        let shots = self.tiles.shots_of_norm(x.len() * element_bytes(x.dtype()), exchange.ranks);
+        let tile = self.tiles.norm.of(shots);
+        let dims = AllReduceNormDims { width: x.shape().last().copied().unwrap_or(0), shots };
+        if !fits(&tile, exchange, dims, self.device.limits()) {
+            return Ok(false);
+        }
+        self.collective(&[x, residual, weight, out], |of| {
+            let parts = NormParts { x: &of[0], residual: &of[1], weight: &of[2], out: &of[3] };
+            all_reduce_norm(shots, &self.device, &tile, &self.exchange, &parts, eps)
+        })?;
+        Ok(true)
     }
 
     fn all_gather(&self, shard: &CudaTensor<D>, out: &mut CudaTensor<D>) -> Result<()> {

@@ -50,13 +50,12 @@ impl ExchangeDims {
         4 * self.header_words() + 2 * self.channels * self.ranks * self.slot_bytes
     }
 
-    /// The constants of `exchange.cuh`.
-    pub(crate) fn defines(&self, threads: usize) -> Vec<(&'static str, String)> {
+    /// The constants of `exchange.cuh`, but the threads of a block.
+    pub(crate) fn defines(&self) -> Vec<(&'static str, String)> {
         vec![
             ("RANKS", self.ranks.to_string()),
             ("CHANNELS", self.channels.to_string()),
             ("SLOT_BYTES", self.slot_bytes.to_string()),
-            ("THREADS", threads.to_string()),
         ]
     }
 }
@@ -164,16 +163,20 @@ pub(crate) fn vector(elements: usize, dtype: DType) -> usize {
     if elements.is_multiple_of(vector) { vector } else { 1 }
 }
 
-/// Fails unless all tensors have the first one's shape and type, which is bf16 or f32.
+/// What is summed and gathered.
+pub(crate) const SUMMED: (&[DType], &str) = (&[DType::Act, DType::Float], "activations or floats");
+
+/// Fails unless all tensors have the first one's shape and type, which is one of `dtypes`.
 pub(crate) fn expect_alike<D: Device>(
     kernel: &'static str,
     name: &'static str,
     tensors: &[CudaTensor<D>],
+    (dtypes, expected): (&[DType], &'static str),
 ) -> Result<()> {
     let Some(first) = tensors.first() else { return Ok(()) };
     let shape = first.shape();
     for tensor in tensors {
-        tensor.expect_dtype(kernel, name, &[DType::Act, DType::Float], "activations or floats")?;
+        tensor.expect_dtype(kernel, name, dtypes, expected)?;
         tensor
             .expect(kernel, name, tensor.shape() == shape, || format!("{shape:?}, as on the first rank"))?;
         if tensor.dtype() != first.dtype() {

@@ -4,6 +4,7 @@ use dsa80_reference::{Result, RopeLayout};
 
 use crate::absorb::{self, AbsorbTile, AbsorbTokens};
 use crate::all_reduce::{self, AllReduceTile, Shots};
+use crate::all_reduce_norm::{self, AllReduceNormDims, AllReduceNormTile};
 use crate::device::{Limits, ProgramEntry};
 use crate::embed::{self, EmbedDims, EmbedTile};
 use crate::expanded_mla::{self, ExpandedMlaDims, ExpandedMlaTile};
@@ -340,6 +341,18 @@ impl PinnedTile for AllReduceTile {
     }
 }
 
+impl PinnedTile for AllReduceNormTile {
+    const CLASSES: &'static [&'static str] = AllReduceTile::CLASSES;
+
+    fn glm_dims(class: &str) -> AllReduceNormDims {
+        AllReduceNormDims { width: 6144, shots: AllReduceTile::glm_dims(class) }
+    }
+
+    fn programs(&self, dims: AllReduceNormDims) -> Vec<ProgramEntry> {
+        all_reduce_norm::programs(self, dims)
+    }
+}
+
 /// A [`PinnedTile`] without its type: tiles are what a tile file holds.
 #[derive(Debug, Clone, Copy)]
 pub struct Registered {
@@ -380,6 +393,7 @@ pub const KERNELS: &[Registered] = &[
     Registered::of::<LinearInt4Tile>(),
     Registered::of::<LinearInt4WideTile>(),
     Registered::of::<AllReduceTile>(),
+    Registered::of::<AllReduceNormTile>(),
 ];
 
 /// The kernel of that name.

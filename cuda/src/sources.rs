@@ -11,6 +11,7 @@ const EMBEDDED: &[(&str, &str)] = &[
     ("absorb_merged.cu", include_str!("../kernels/absorb_merged.cu")),
     ("all_gather.cu", include_str!("../kernels/all_gather.cu")),
     ("all_reduce.cu", include_str!("../kernels/all_reduce.cu")),
+    ("all_reduce_norm.cu", include_str!("../kernels/all_reduce_norm.cu")),
     ("bench_fill.cu", include_str!("../kernels/bench_fill.cu")),
     ("ceilings.cu", include_str!("../kernels/ceilings.cu")),
     ("embed.cu", include_str!("../kernels/embed.cu")),

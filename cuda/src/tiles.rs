@@ -8,7 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::absorb::{AbsorbTile, AbsorbTokens};
 use crate::all_reduce::{AllReduceTiles, Shots};
+use crate::all_reduce_norm::{AllReduceNormTile, AllReduceNormTiles};
+use crate::crossover::Crossover;
 use crate::device::Limits;
+use crate::exchange::MAX_RANKS;
 use crate::indexer_logits::{IndexerLogitsDims, IndexerLogitsTile};
 use crate::linear::{LinearTiles, LinearTokens};
 use crate::linear_int4::{LinearInt4Tiles, LinearInt4Tokens};
@@ -30,7 +33,19 @@ pub struct Tiles {
     pub file: String,
     /// What the file says about itself.
     pub about: About,
+    /// By number of ranks, `"ranks_2"`.
+    crossovers: BTreeMap<String, PinnedCrossover>,
     kernels: BTreeMap<String, BTreeMap<String, Pinned>>,
+}
+
+/// Up to which size one shot of `all_reduce` serves, between GPUs as they were linked where it was measured.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PinnedCrossover {
+    /// How it was chosen.
+    pub chosen: String,
+    /// The sizes.
+    pub sizes: Crossover,
 }
 
 /// What a file says about itself.
@@ -127,7 +142,16 @@ impl Tiles {
         let about = table.remove("about").ok_or_else(|| failed("", "there is no [about] table"))?;
         let about: About =
             about.try_into().map_err(|error: toml::de::Error| failed("about: ", error.message()))?;
-        let mut tiles = Self { file: file.to_owned(), about, kernels: BTreeMap::new() };
+        let crossovers = table.remove("crossover").unwrap_or_else(|| toml::Table::new().into());
+        let crossovers: BTreeMap<String, PinnedCrossover> = crossovers
+            .try_into()
+            .map_err(|error: toml::de::Error| failed("crossover: ", error.message()))?;
+        let known: Vec<String> = (2..=MAX_RANKS).map(crossover_key).collect();
+        if let Some(key) = crossovers.keys().find(|key| !known.contains(key)) {
+            let place = format!("crossover.{key}: ");
+            return Err(failed(&place, &format!("unknown number of ranks, expected one of {}", known.join(", "))));
+        }
+        let mut tiles = Self { file: file.to_owned(), about, crossovers, kernels: BTreeMap::new() };
         for (kernel, classes) in table {
             let registered = registry::find(&kernel)
                 .ok_or_else(|| failed(&format!("{kernel}: "), "there is no kernel of this name"))?;
@@ -160,16 +184,28 @@ impl Tiles {
         #[derive(Serialize)]
         struct File<'a> {
             about: &'a About,
+            #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+            crossover: &'a BTreeMap<String, PinnedCrossover>,
             #[serde(flatten)]
             kernels: &'a BTreeMap<String, BTreeMap<String, Pinned>>,
         }
-        toml::to_string(&File { about: &self.about, kernels: &self.kernels })
+        toml::to_string(&File { about: &self.about, crossover: &self.crossovers, kernels: &self.kernels })
             .map_err(|error| refuse(format!("{}: {error}", self.file)))
     }
 
     /// What is pinned for a kernel's class of shapes.
     pub fn pinned(&self, kernel: &str, class: &str) -> Option<&Pinned> {
         self.kernels.get(kernel)?.get(class)
+    }
+
+    /// What is pinned for the collectives of so many ranks.
+    pub fn crossover(&self, ranks: usize) -> Option<Crossover> {
+        self.crossovers.get(&crossover_key(ranks)).map(|pinned| pinned.sizes)
+    }
+
+    /// Replaces it.
+    pub fn pin_crossover(&mut self, ranks: usize, pinned: PinnedCrossover) {
+        self.crossovers.insert(crossover_key(ranks), pinned);
     }
 
     /// Every kernel, class and tile.
@@ -220,11 +256,16 @@ impl Tiles {
         AbsorbTile { few: few.few, many: many.many }
     }
 
-    /// The tiles of `all_reduce`.
+    /// The tiles of `all_reduce` and `all_reduce_norm`, for any number of ranks.
     pub fn all_reduce(&self, limits: &Limits) -> AllReduceTiles {
         AllReduceTiles {
             one_shot: self.tile("one_shot", Shots::One, limits),
             two_shots: self.tile("two_shots", Shots::Two, limits),
+            norm: AllReduceNormTiles {
+                one_shot: self.tile("one_shot", AllReduceNormTile::glm_dims("one_shot"), limits),
+                two_shots: self.tile("two_shots", AllReduceNormTile::glm_dims("two_shots"), limits),
+            },
+            crossover: None,
         }
     }
 
@@ -262,6 +303,10 @@ impl Tiles {
             ..SparseMlaTiles::safe(dims)
         }
     }
+}
+
+fn crossover_key(ranks: usize) -> String {
+    format!("ranks_{ranks}")
 }
 
 fn refuse(message: String) -> Error {
@@ -306,6 +351,25 @@ mod tests {
         assert_eq!((pinned.median_us, pinned.margin_percent), (Some(1.5), Some(2.0)));
         assert_eq!(Tiles::parse("a100.toml", &tiles.to_toml().unwrap()).unwrap(), tiles);
         assert_eq!(tiles.iter().count(), 1);
+    }
+
+    #[test]
+    fn a_crossover_is_pinned_for_a_number_of_ranks() {
+        let mut tiles = Tiles::parse("a100.toml", GOOD).unwrap();
+        assert_eq!(tiles.crossover(2), None);
+        let sizes = Crossover { all_reduce_bytes: 1000, all_reduce_norm_bytes: 10 };
+        tiles.pin_crossover(2, PinnedCrossover { chosen: "measured".into(), sizes });
+        let text = tiles.to_toml().unwrap();
+        let read = Tiles::parse("a100.toml", &text).unwrap();
+        assert_eq!(read, tiles);
+        assert_eq!((read.crossover(2), read.crossover(4)), (Some(sizes), None));
+        for (from, to, words) in [
+            ("ranks_2", "ranks_9", "a100.toml: crossover.ranks_9: unknown number of ranks, expected one of ranks_2"),
+            ("all_reduce_bytes", "bytes", "a100.toml: crossover: unknown field `bytes`"),
+        ] {
+            let error = Tiles::parse("a100.toml", &text.replace(from, to)).unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+        }
     }
 
     #[test]

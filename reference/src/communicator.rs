@@ -24,6 +24,22 @@ pub trait Communicator<T>: Send {
     /// Replaces `tensor` by its sum over ranks, accumulated in `Float`, rounded to the tensor's type once.
     fn all_reduce(&self, tensor: &mut T) -> Result<()>;
 
+    /// [`all_reduce`](Self::all_reduce) of `x`, then [`rms_norm_residual`](crate::Kernels::rms_norm_residual) of it, with the roundings of both,
+    /// in one launch. False, on every rank, where there is no such launch, or none for this shape: then nothing was done.
+    ///
+    /// `x` is unspecified afterwards. So are rows of `residual` that another rank keeps up to date: which one does is the same in every call
+    /// of the same shape, so that a step, which makes no others, may go on with them. `out` is whole on every rank.
+    fn all_reduce_norm(
+        &self,
+        _x: &mut T,
+        _residual: &mut T,
+        _weight: &T,
+        _eps: f64,
+        _out: &mut T,
+    ) -> Result<bool> {
+        Ok(false)
+    }
+
     /// Concatenates the ranks' `shard`s along the last dimension into `out`, in rank order.
     fn all_gather(&self, shard: &T, out: &mut T) -> Result<()>;
 

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use dsa80_reference::Result;
 
 use super::{Cuda, refuse, usable};
+use crate::all_reduce::AllReduceTiles;
 use crate::communicator::{PATIENCE, PeerCommunicator, Placement};
+use crate::crossover;
 use crate::device::Device as _;
 use crate::gpu::Gpu;
 use crate::sources::Sources;
@@ -44,6 +46,16 @@ impl RankOnGpu {
             gpus.iter().map(|gpu| Tiles::for_gpu(&gpu.limits().name, None)).collect::<Result<Vec<_>>>()?;
         // Those of the first: a launch has the same blocks on every rank.
         let of_all = tiles[0].all_reduce(gpus[0].limits());
+        let pinned = tiles[0].crossover(ranks);
+        let crossover = pinned.map_or_else(|| crossover::measure(&gpus, &of_all), Ok)?;
+        tracing::info!(
+            ranks,
+            all_reduce_bytes = crossover.all_reduce_bytes,
+            all_reduce_norm_bytes = crossover.all_reduce_norm_bytes,
+            "ranks sum in one shot up to these sizes, {}",
+            if pinned.is_some() { "as pinned for this GPU" } else { "measured now" },
+        );
+        let of_all = AllReduceTiles { crossover: Some(crossover), ..of_all };
         let communicators = PeerCommunicator::group(gpus.clone(), of_all, Placement::Apart, PATIENCE)?;
         let backends = gpus.into_iter().zip(tiles).map(|(gpu, tiles)| Cuda::new(gpu, tiles));
         let ranks = backends.zip(communicators);

@@ -30,12 +30,14 @@ impl<K: Kernels> Forward<'_, K> {
         layers: &[Layer<K>],
         mut probe: Option<&mut dyn Probe>,
     ) -> Result<()> {
-        let (kernels, config) = (self.kernels, self.config);
+        let (kernels, config, probed) = (self.kernels, self.config, probe.is_some());
         self.workspace.set_tokens(self.shape, self.tokens)?;
         let ws = &mut *self.workspace;
         kernels.rope_table(self.device_batch, config.rope_theta, &mut ws.cos_sin)?;
         kernels.embed(self.device_batch, &ends.embed_tokens, ends.vocab_start, &mut ws.residual)?;
-        self.sum_over_ranks(|ws| &mut ws.residual)?;
+        if self.communicator.world_size() > 1 {
+            self.communicator.all_reduce(&mut self.workspace.residual)?;
+        }
 
         for (index, layer) in layers.iter().enumerate() {
             // The first layer has nothing to add to the residual stream yet.
@@ -48,30 +50,30 @@ impl<K: Kernels> Forward<'_, K> {
                     &mut ws.normed,
                 )?;
             } else {
-                self.add_and_norm(&layer.input_layernorm)?;
+                self.sum_and_norm(&layer.input_layernorm, probed)?;
             }
             self.probe_hidden(index, &mut probe)?;
             self.attention(index, &layer.attention, &mut probe)?;
-            self.sum_over_ranks(|ws| &mut ws.delta)?;
-            self.add_and_norm(&layer.post_attention_layernorm)?;
+            self.sum_and_norm(&layer.post_attention_layernorm, probed)?;
             self.mlp(index, &layer.mlp, &mut probe)?;
-            self.sum_over_ranks(|ws| &mut ws.delta)?;
         }
-        self.add_and_norm(&ends.norm)?;
+        self.sum_and_norm(&ends.norm, probed)?;
         self.probe_hidden(layers.len(), &mut probe)
     }
 
-    fn add_and_norm(&mut self, weight: &K::Tensor) -> Result<()> {
-        let ws = &mut *self.workspace;
+    /// What the ranks' parts of a block add to the residual stream, and its norm. A probe sees the whole stream, of which a rank would
+    /// otherwise have the rows that it keeps.
+    fn sum_and_norm(&mut self, weight: &K::Tensor, probed: bool) -> Result<()> {
         let eps = self.config.rms_norm_eps;
-        self.kernels.rms_norm_residual(&ws.delta, &mut ws.residual, weight, eps, &mut ws.normed)
-    }
-
-    fn sum_over_ranks(&mut self, tensor: impl FnOnce(&mut Workspace<K>) -> &mut K::Tensor) -> Result<()> {
-        if self.communicator.world_size() == 1 {
+        let Workspace { delta, residual, normed, .. } = &mut *self.workspace;
+        let several = self.communicator.world_size() > 1;
+        if several && !probed && self.communicator.all_reduce_norm(delta, residual, weight, eps, normed)? {
             return Ok(());
         }
-        self.communicator.all_reduce(tensor(self.workspace))
+        if several {
+            self.communicator.all_reduce(delta)?;
+        }
+        self.kernels.rms_norm_residual(delta, residual, weight, eps, normed)
     }
 
     fn probe_hidden(&mut self, layer: usize, probe: &mut Option<&mut dyn Probe>) -> Result<()> {

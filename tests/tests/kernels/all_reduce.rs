@@ -155,13 +155,13 @@ fn planted_faults_are_seen() {
         ("exchange.cuh", "        __syncthreads();\n        const int other", "        const int other"),
         // Another order on every rank.
         (
-            "all_reduce.cu",
+            "exchange.cuh",
             "sum.add(parts[source], source == 0)",
             "sum.add(parts[(source + rank_of(channel)) % RANKS], source == 0)",
         ),
         // The last segment runs over.
         (
-            "all_reduce.cu",
+            "exchange.cuh",
             "return left < count ? static_cast<int>(left > 0 ? left : 0) : count;",
             "return count;",
         ),

@@ -1,72 +1,116 @@
-//! What `all_reduce` takes between GPUs, replayed as a graph. Prints; a GPU machine with one GPU has nothing to print.
+//! What the collectives take between GPUs, replayed as graphs. Prints; a GPU machine with one GPU has nothing to print.
 
-use std::sync::{Arc, Barrier};
-use std::time::Duration;
+use std::sync::Arc;
 
-use dsa80_cuda::all_reduce::{AllReduceTile, Shots, all_reduce_in};
-use dsa80_cuda::exchange::{self, Exchange, ExchangeDims};
-use dsa80_cuda::{CudaTensor, Device, Gpu, GpuBuffer};
+use dsa80_cuda::all_gather::all_gather;
+use dsa80_cuda::all_reduce::{AllReduceTile, AllReduceTiles, Shots, all_reduce_in};
+use dsa80_cuda::all_reduce_norm::{AllReduceNormTile, AllReduceNormTiles};
+use dsa80_cuda::crossover::{self, Summed, WIDTH, microseconds, zeros};
+use dsa80_cuda::rms_norm::{RmsNormDims, RmsNormTile, rms_norm_residual};
+use dsa80_cuda::{Device, Gpu, Tiles};
 use dsa80_reference::DType;
 use dsa80_tests::parity::devices;
 
-const IN_A_GRAPH: usize = 20;
-const REPLAYS: usize = 12;
-
-/// The median over replays of the microseconds of one `all_reduce` on the slowest GPU.
-fn measure(gpus: &[Gpu], tokens: usize, shots: Shots, tile: AllReduceTile) -> f64 {
-    let dims = ExchangeDims::new(gpus.len()).unwrap();
-    let workspaces: Vec<GpuBuffer> =
-        gpus.iter().map(|gpu| exchange::alloc_workspace(gpu, dims).unwrap()).collect();
-    let barrier = Arc::new(Barrier::new(gpus.len()));
-    let of_gpu = |rank: usize, gpu: &Gpu| {
-        let exchange = Exchange {
-            dims,
-            workspaces: workspaces.clone(),
-            first_rank: rank,
-            patience: Duration::from_secs(5),
-        };
-        let data = [CudaTensor::alloc(gpu, "data", DType::Act, &[tokens, 6144]).unwrap()];
-        gpu.write(data[0].buffer(), 0, &vec![0; tokens * 6144 * 2]).unwrap();
-        let run = || all_reduce_in(shots, gpu, &tile, &exchange, &data);
-        run().unwrap();
-        gpu.synchronize().unwrap();
-        let graph = gpu.capture(|| (0..IN_A_GRAPH).try_for_each(|_| run())).unwrap();
-        barrier.wait();
-        let times = gpu.time(REPLAYS, || graph.launch()).unwrap();
-        let failed = exchange::failure(gpu, &exchange.workspaces[rank], exchange.patience).unwrap();
-        assert_eq!(failed, None);
-        barrier.wait();
-        let mut times = times[2..].to_vec();
-        times.sort_by(f64::total_cmp);
-        times[times.len() / 2] / IN_A_GRAPH as f64
-    };
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = gpus
-            .iter()
-            .enumerate()
-            .map(|(rank, gpu)| {
-                let of_gpu = &of_gpu;
-                scope.spawn(move || of_gpu(rank, gpu))
-            })
-            .collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).fold(0.0, f64::max)
-    })
+/// Groups of 2, 4 and 8 of the GPUs that there are.
+fn groups() -> Vec<Vec<Arc<Gpu>>> {
+    let gpus: Vec<Arc<Gpu>> = devices::gpus().into_iter().map(Arc::new).collect();
+    for gpu in &gpus {
+        gpus.iter().for_each(|other| gpu.reach(other).unwrap());
+    }
+    [2, 4, 8].into_iter().filter(|&ranks| ranks <= gpus.len()).map(|ranks| gpus[..ranks].to_vec()).collect()
 }
+
+const SHOTS: [Shots; 2] = [Shots::One, Shots::Two];
 
 #[test]
 fn microseconds_between_gpus() {
-    let gpus = devices::gpus();
-    for ranks in [2, 4, 8].into_iter().filter(|&ranks| ranks <= gpus.len()) {
-        for tokens in [1, 32, 256, 2048] {
-            for shots in [Shots::One, Shots::Two] {
+    for gpus in groups() {
+        let ranks = gpus.len();
+        for rows in [1, 32, 256, 2048] {
+            for shots in SHOTS {
                 let mut words = Vec::new();
-                for threads in [128, 256, 512] {
-                    for blocks in [16, 32, 64] {
-                        let us = measure(&gpus[..ranks], tokens, shots, AllReduceTile { threads, blocks });
-                        words.push(format!("{threads}x{blocks} {us:.1}"));
-                    }
+                for (threads, blocks) in [(256, 64), (512, 32), (512, 64)] {
+                    let tile = AllReduceTile { threads, blocks };
+                    let tiles =
+                        AllReduceTiles { one_shot: tile, two_shots: tile, ..AllReduceTiles::safe() };
+                    let us = crossover::time(&gpus, Summed::Alone, shots, &tiles, rows).unwrap();
+                    words.push(format!("{threads}x{blocks} {us:.1}"));
                 }
-                println!("{ranks} GPUs, {tokens} x 6144 bf16, {shots:?}: us {}", words.join(", "));
+                println!("{ranks} GPUs, {rows} x 6144 bf16, alone, {shots:?}: us {}", words.join(", "));
+                let mut words = Vec::new();
+                for (vectors, blocks) in [(1, 32), (1, 64), (2, 64)] {
+                    let tile = AllReduceNormTile { vectors, blocks };
+                    let norm = AllReduceNormTiles { one_shot: tile, two_shots: tile };
+                    let tiles = AllReduceTiles { norm, ..AllReduceTiles::safe() };
+                    let us = crossover::time(&gpus, Summed::WithNorm, shots, &tiles, rows).unwrap();
+                    words.push(format!("{vectors}x{blocks} {us:.1}"));
+                }
+                println!("{ranks} GPUs, {rows} x 6144 bf16, with norm, {shots:?}: us {}", words.join(", "));
+            }
+        }
+    }
+}
+
+/// A sum and a norm in a launch of their own, and q_a and kv_a gathered from what their shards would give.
+#[test]
+fn microseconds_of_what_could_be_instead() {
+    for gpus in groups() {
+        let ranks = gpus.len();
+        let limits = gpus[0].limits().clone();
+        let tiles = Tiles::for_gpu(&limits.name, None).unwrap();
+        for rows in [1, 4, 32, 256, 2048] {
+            let class = RmsNormTile::class(rows, &limits);
+            let tile: RmsNormTile = tiles.tile(class, RmsNormDims { width: WIDTH }, &limits);
+            let pair = |shots| {
+                microseconds(&gpus, |gpu, exchange| {
+                    let x = [zeros(gpu, DType::Act, &[rows, WIDTH])?];
+                    let residual = zeros(gpu, DType::Float, &[rows, WIDTH])?;
+                    let weight = zeros(gpu, DType::Bf16, &[WIDTH])?;
+                    let out = zeros(gpu, DType::Act, &[rows, WIDTH])?;
+                    let tensors = std::cell::RefCell::new((residual, out));
+                    let of_sum = AllReduceTiles::safe().of(shots);
+                    Ok(Box::new(move || {
+                        let (residual, out) = &mut *tensors.borrow_mut();
+                        all_reduce_in(shots, gpu, &of_sum, &exchange, &x)?;
+                        rms_norm_residual(gpu, &tile, &x[0], residual, &weight, 1e-5, out)
+                    }))
+                })
+                .unwrap()
+            };
+            let pair = SHOTS.map(pair);
+            let gather = microseconds(&gpus, |gpu, exchange| {
+                let shard = [zeros(gpu, DType::Act, &[rows, 2624 / ranks])?];
+                let out = [zeros(gpu, DType::Act, &[rows, 2624])?];
+                Ok(Box::new(move || all_gather(gpu, &exchange, &shard, &out)))
+            })
+            .unwrap();
+            println!(
+                "{ranks} GPUs, {rows} rows: sum then norm {:.1} us in one shot, {:.1} in two; all_gather of 2624 columns {gather:.1} us",
+                pair[0], pair[1]
+            );
+        }
+    }
+}
+
+/// What ranks measure when they start, where nothing is pinned: says it, and that it is no size where the other way is quicker by far.
+#[test]
+fn the_measured_crossover_is_the_quicker_way() {
+    for gpus in groups() {
+        let tiles = Tiles::for_gpu(&gpus[0].limits().name, None).unwrap().all_reduce(gpus[0].limits());
+        let started = std::time::Instant::now();
+        let at = crossover::measure(&gpus, &tiles).unwrap();
+        println!("{} GPUs: {at:?}, measured in {:?}", gpus.len(), started.elapsed());
+        let tiles = AllReduceTiles { crossover: Some(at), ..tiles };
+        for rows in [1, 64, 2048] {
+            for summed in [Summed::Alone, Summed::WithNorm] {
+                let bytes = rows * WIDTH * 2;
+                let chosen = match summed {
+                    Summed::Alone => tiles.shots(bytes, gpus.len()),
+                    Summed::WithNorm => tiles.shots_of_norm(bytes, gpus.len()),
+                };
+                let times = SHOTS.map(|shots| crossover::time(&gpus, summed, shots, &tiles, rows).unwrap());
+                let of_chosen = times[usize::from(chosen == Shots::Two)];
+                assert!(of_chosen <= 1.3 * times[0].min(times[1]), "{summed:?} of {rows} rows: {times:?}");
             }
         }
     }

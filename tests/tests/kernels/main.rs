@@ -7,6 +7,7 @@
 
 mod absorb;
 mod all_reduce;
+mod all_reduce_norm;
 mod all_reduce_times;
 mod attention;
 mod cache_rows;

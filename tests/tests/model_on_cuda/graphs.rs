@@ -44,10 +44,10 @@ impl Both {
 
 /// A sequence of the prompt's tokens that stands at `computed`, and what it asks for.
 #[derive(Clone)]
-struct Sequence {
-    computed: usize,
-    pages: Vec<u32>,
-    target: SampleTarget,
+pub(super) struct Sequence {
+    pub(super) computed: usize,
+    pub(super) pages: Vec<u32>,
+    pub(super) target: SampleTarget,
 }
 
 fn slices<'a>(sequences: &'a [Sequence], tokens: &'a [u32]) -> Vec<SequenceSlice<'a>> {
@@ -59,13 +59,13 @@ fn slices<'a>(sequences: &'a [Sequence], tokens: &'a [u32]) -> Vec<SequenceSlice
     sequences.iter().map(slice).collect()
 }
 
-fn step(sequences: &[Sequence], tokens: &[u32]) -> Step {
+pub(super) fn step(sequences: &[Sequence], tokens: &[u32]) -> Step {
     let batch = Batch::new(PAGE_SIZE, &slices(sequences, tokens)).unwrap();
     let target = |(row, sequence): (usize, &Sequence)| SampleTarget { row, ..sequence.target.clone() };
     Step { batch, targets: sequences.iter().enumerate().map(target).collect() }
 }
 
-fn target(params: SamplingParams) -> SampleTarget {
+pub(super) fn target(params: SamplingParams) -> SampleTarget {
     SampleTarget {
         row: 0,
         params: Arc::new(params),

@@ -3,57 +3,113 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use dsa80_cuda::all_reduce::AllReduceTiles;
+use dsa80_cuda::all_reduce::{AllReduceTiles, Shots};
 use dsa80_cuda::communicator::PATIENCE;
+use dsa80_cuda::crossover::Crossover;
 use dsa80_cuda::{Cuda, CudaTensor, Device, PeerCommunicator, Placement, Tiles};
 use dsa80_model::checkpoint::Checkpoint;
-use dsa80_model::runner::{INDEX_LOGITS, Rank};
-use dsa80_reference::{Communicator, DType};
+use dsa80_model::engine::StepLimits;
+use dsa80_model::runner::{INDEX_LOGITS, Probe, Rank};
+use dsa80_reference::{Batch, Communicator, DType, SamplingParams, SequenceSlice};
 use dsa80_tests::fixture::{self, Fixture};
 use dsa80_tests::judge::{self, BF16_BOUND_OF_ONE_PROMPT, Bf16Distance};
 use dsa80_tests::parity::{TestDevice, devices};
 use dsa80_tests::prompt::{self, Run};
 
+use super::graphs::{Sequence, step, target};
+
 const PAGE_SIZE: usize = 16;
 
-/// Runs the prompt on a rank for every device, and returns what came out, which is the same on all of them.
-fn run(fixture: &Fixture, devices: Vec<TestDevice>, placement: Placement) -> Run {
+type OnDevice = Cuda<Arc<TestDevice>>;
+
+/// What `body` gives on a rank for every device, which is the same on all of them.
+fn on_every_rank<R: Send + PartialEq>(
+    fixture: &Fixture,
+    devices: Vec<TestDevice>,
+    (placement, tiles): (Placement, AllReduceTiles),
+    body: impl Fn(&mut Rank<OnDevice>, &StepLimits) -> R + Sync,
+) -> R {
     let devices: Vec<Arc<TestDevice>> = devices.into_iter().map(Arc::new).collect();
-    let communicators =
-        PeerCommunicator::group(devices.clone(), AllReduceTiles::safe(), placement, PATIENCE).unwrap();
+    let communicators = PeerCommunicator::group(devices.clone(), tiles, placement, PATIENCE).unwrap();
     let checkpoint = Checkpoint::open(&fixture.dir).unwrap();
     let limits = judge::limits(fixture, PAGE_SIZE);
-    let pages = prompt::scattered_pages(&limits, 0);
-    let pieces = prompt::pieces(fixture.tokens.len(), 64);
-    let runs: Vec<Run> = std::thread::scope(|scope| {
+    let results: Vec<R> = std::thread::scope(|scope| {
         let ranks = devices.into_iter().zip(communicators).map(|(device, communicator)| {
-            let (checkpoint, limits, pages, pieces) = (&checkpoint, &limits, &pages, &pieces);
+            let (checkpoint, limits, body) = (&checkpoint, &limits, &body);
             scope.spawn(move || {
                 let tiles = Tiles::for_gpu(&device.limits().name, None).unwrap();
                 let cuda = Cuda::new(device, tiles);
                 let mut rank =
                     Rank::load(cuda, Box::new(communicator), checkpoint, limits, INDEX_LOGITS).unwrap();
-                prompt::run(&mut rank, &fixture.tokens, pages, PAGE_SIZE, pieces).unwrap()
+                body(&mut rank, limits)
             })
         });
         let ranks: Vec<_> = ranks.collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
     });
-    for run in &runs[1..] {
-        assert!(run.logits == runs[0].logits, "ranks differ");
-    }
-    runs.into_iter().next().unwrap()
+    assert!(results[1..].iter().all(|result| *result == results[0]), "ranks differ");
+    results.into_iter().next().unwrap()
 }
 
-/// The fixture that can be cut into eight, in as many ranks as `ways` says.
+/// The first `len` tokens in pieces. Nothing looks in: sums and norms are one launch.
+fn run(rank: &mut Rank<OnDevice>, limits: &StepLimits, tokens: &[u32]) -> Run {
+    let pages = prompt::scattered_pages(limits, 0);
+    let mut run = Run::default();
+    for piece in prompt::pieces(tokens.len(), 64) {
+        let (token_ids, computed_len) = (&tokens[piece.clone()], piece.start);
+        let slice = SequenceSlice { token_ids, computed_len, pages: &pages };
+        rank.forward(&Batch::new(PAGE_SIZE, &[slice]).unwrap(), None).unwrap();
+        run.logits.extend(rank.logits(&(0..piece.len()).collect::<Vec<_>>()).unwrap());
+    }
+    run
+}
+
+/// The first `len` tokens one by one, each a step, from graphs or launched.
+fn decode(rank: &mut Rank<OnDevice>, limits: &StepLimits, tokens: &[u32], graphs: bool) -> Run {
+    if graphs {
+        let one = StepLimits { max_batch_seqs: 1, ..*limits };
+        assert!(rank.record_graphs(&one).unwrap() > 0, "nothing is recorded");
+    }
+    let (pages, target) = (prompt::scattered_pages(limits, 2), target(SamplingParams::default()));
+    let mut sequence = Sequence { computed: 0, pages, target };
+    let mut run = Run::default();
+    for computed in 0..tokens.len() {
+        sequence.computed = computed;
+        rank.step(&step(std::slice::from_ref(&sequence), tokens)).unwrap();
+        run.logits.extend(rank.logits(&[0]).unwrap());
+    }
+    run
+}
+
+/// Every sum in so many shots, whatever its size.
+fn always(shots: Shots) -> AllReduceTiles {
+    let bytes = if shots == Shots::One { usize::MAX } else { 0 };
+    let crossover = Crossover { all_reduce_bytes: bytes, all_reduce_norm_bytes: bytes };
+    AllReduceTiles { crossover: Some(crossover), ..AllReduceTiles::safe() }
+}
+
+const BOTH: [Shots; 2] = [Shots::One, Shots::Two];
+
+fn fixture() -> Fixture {
+    Fixture::open(fixture::root().join("cases/int4_asym_g32_tp8")).unwrap()
+}
+
+/// The fixture that can be cut into eight, in as many ranks as `ways` says, in one shot and in two.
 fn compare(ways: &[usize], placement: Placement, device: impl Fn(usize) -> Option<TestDevice>) {
-    let fixture = Fixture::open(fixture::root().join("cases/int4_asym_g32_tp8")).unwrap();
+    let fixture = fixture();
     for &ranks in ways {
-        let Some(devices) = (0..ranks).map(&device).collect::<Option<Vec<_>>>() else { return };
-        let run = run(&fixture, devices, placement);
-        let way = format!("{ranks} ranks");
-        let distance = Bf16Distance::of(&fixture, &way, &run);
-        distance.assert_within(BF16_BOUND_OF_ONE_PROMPT, &fixture.name, &way);
+        let mut logits = Vec::new();
+        for shots in BOTH {
+            let Some(devices) = (0..ranks).map(&device).collect::<Option<Vec<_>>>() else { return };
+            let run = on_every_rank(&fixture, devices, (placement, always(shots)), |rank, limits| {
+                run(rank, limits, &fixture.tokens)
+            });
+            let way = format!("{ranks} ranks, {shots:?}");
+            let distance = Bf16Distance::of(&fixture, &way, &run);
+            distance.assert_within(BF16_BOUND_OF_ONE_PROMPT, &fixture.name, &way);
+            logits.push(run.logits);
+        }
+        assert!(logits[0] == logits[1], "{ranks} ranks: one shot and two differ");
     }
 }
 
@@ -72,14 +128,86 @@ fn ranks_that_share_a_gpu_are_as_far_from_hf_as_hf_in_bf16() {
     compare(&[2, 4, 8], Placement::Together, |_| devices::gpu());
 }
 
+/// GPUs that reach each other, for as many ranks as there can be.
+fn groups_of_gpus() -> impl Iterator<Item = (usize, impl Fn(usize) -> Option<TestDevice>)> {
+    let count = devices::gpus().len();
+    [2, 4, 8].into_iter().filter(move |&ranks| ranks <= count).map(|ranks| {
+        let gpus = Mutex::new(Vec::new());
+        let next = move |rank| {
+            let mut gpus = gpus.lock().unwrap();
+            if rank == 0 {
+                *gpus = devices::gpus();
+                gpus.truncate(ranks);
+            }
+            Some(TestDevice::Gpu(Box::new(gpus.remove(0))))
+        };
+        (ranks, next)
+    })
+}
+
 #[test]
 fn ranks_on_a_gpu_each_are_as_far_from_hf_as_hf_in_bf16() {
-    let count = devices::gpus().len();
-    let ways: Vec<usize> = [2, 4, 8].into_iter().filter(|&ranks| ranks <= count).collect();
-    for ranks in ways {
-        let gpus = Mutex::new(devices::gpus());
-        let next = |_| gpus.lock().unwrap().pop().map(|gpu| TestDevice::Gpu(Box::new(gpu)));
+    for (ranks, next) in groups_of_gpus() {
         compare(&[ranks], Placement::Apart, next);
+    }
+}
+
+/// Two ranks: steps from graphs beside the same steps launched, and returns those of the graphs.
+fn compare_graphs(ranks: usize, len: usize, device: impl Fn(usize) -> Option<TestDevice>) -> Option<Run> {
+    let fixture = fixture();
+    let mut runs = Vec::new();
+    for shots in BOTH {
+        for graphs in [true, false] {
+            let devices = (0..ranks).map(&device).collect::<Option<Vec<_>>>()?;
+            let way = (Placement::Apart, always(shots));
+            runs.push(on_every_rank(&fixture, devices, way, |rank, limits| {
+                decode(rank, limits, &fixture.tokens[..len], graphs)
+            }));
+        }
+    }
+    assert!(runs.iter().all(|run| *run == runs[0]), "{ranks} ranks: graphs, or the other way, differ");
+    runs.into_iter().next()
+}
+
+#[test]
+fn steps_of_several_ranks_from_graphs_are_the_launched_ones_bit_for_bit() {
+    compare_graphs(2, 6, |_| devices::emulator());
+    for (ranks, next) in groups_of_gpus() {
+        let fixture = fixture();
+        let Some(run) = compare_graphs(ranks, fixture.tokens.len(), next) else { return };
+        let way = format!("{ranks} ranks, graphs");
+        let distance = Bf16Distance::of(&fixture, &way, &run);
+        distance.assert_within(BF16_BOUND_OF_ONE_PROMPT, &fixture.name, &way);
+    }
+}
+
+/// A probe sees the whole residual stream, for which sums and norms are launches of their own.
+#[test]
+fn sums_with_norms_are_sums_and_then_norms() {
+    struct Sees(Vec<f64>);
+    impl Probe for Sees {
+        fn hidden(&mut self, _layer: usize, values: &[f64]) {
+            self.0.extend_from_slice(values);
+        }
+    }
+    let fixture = fixture();
+    let tokens = &fixture.tokens[..9];
+    let body = |rank: &mut Rank<OnDevice>, limits: &StepLimits| {
+        let fused = run(rank, limits, tokens);
+        let pages = prompt::scattered_pages(limits, 0);
+        let slice = SequenceSlice { token_ids: tokens, computed_len: 0, pages: &pages };
+        let mut seen = Sees(Vec::new());
+        rank.forward(&Batch::new(PAGE_SIZE, &[slice]).unwrap(), Some(&mut seen)).unwrap();
+        let apart = rank.logits(&(0..tokens.len()).collect::<Vec<_>>()).unwrap();
+        assert!(fused.logits == apart, "in one launch and in two");
+        seen.0
+    };
+    for (placement, ranks) in [(Placement::Together, 4), (Placement::Apart, 2)] {
+        let streams = BOTH.map(|shots| {
+            let devices = (0..ranks).map(|_| devices::emulator()).collect::<Option<Vec<_>>>()?;
+            Some(on_every_rank(&fixture, devices, (placement, always(shots)), body))
+        });
+        assert!(streams[0] == streams[1], "{placement:?}: one shot and two differ");
     }
 }
 

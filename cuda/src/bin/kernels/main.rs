@@ -5,6 +5,7 @@ mod args;
 mod bench;
 mod cases;
 mod check;
+mod crossings;
 mod inputs;
 mod oracle;
 mod report;

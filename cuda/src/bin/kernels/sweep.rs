@@ -10,6 +10,8 @@ use dsa80_cuda::{Device, Gpu, Limits, ProgramEntry, Tiles};
 use crate::NoMachine;
 use crate::args::{Machine, Select};
 use crate::cases::{self, Case, LIBRARY};
+use crate::crossings;
+use crate::measure::time_calls;
 use crate::report::microseconds;
 use crate::resources::{compile_all, tile_words, unfit_for_a100};
 use crate::table::Table;
@@ -87,6 +89,12 @@ pub(crate) fn run(machine: &Machine, select: &Select, folder: &Path, dry_run: bo
         tiles.pin(case.kernel, case.class, pinned);
         if !dry_run {
             // A sweep that is broken off leaves what it has.
+            std::fs::write(&path, tiles.to_toml()?).with_context(|| path.display().to_string())?;
+        }
+    }
+    if done.iter().any(|(kernel, _)| crossings::KERNELS.contains(kernel)) {
+        crossings::pin(machine, &mut tiles)?;
+        if !dry_run {
             std::fs::write(&path, tiles.to_toml()?).with_context(|| path.display().to_string())?;
         }
     }

@@ -2,6 +2,7 @@
 
 mod absorb;
 mod all_reduce;
+mod all_reduce_norm;
 mod embed;
 mod expanded_mla;
 mod indexer_logits;
@@ -109,6 +110,7 @@ pub(crate) fn all() -> Vec<Case> {
         swiglu::cases(),
         linear_split::cases(),
         all_reduce::cases(),
+        all_reduce_norm::cases(),
     ]
     .into_iter()
     .flatten()
