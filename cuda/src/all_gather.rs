@@ -4,7 +4,7 @@ use dsa80_reference::{DType, DeviceTensor, Error, Result};
 
 use crate::all_reduce::resident_blocks;
 use crate::device::{Arg, Device, Launch, Program};
-use crate::exchange::{SUMMED, Exchange, deal, expect_alike, vector};
+use crate::exchange::{Exchange, SUMMED, deal, expect_alike, vector};
 use crate::tensor::{CudaTensor, element_bytes};
 
 const KERNEL: &str = "all_gather";

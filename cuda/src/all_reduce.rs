@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::all_reduce_norm::AllReduceNormTiles;
 use crate::crossover::Crossover;
 use crate::device::{Arg, Device, Launch, Limits, Program, ProgramEntry};
-use crate::exchange::{SUMMED, Exchange, ExchangeDims, deal, expect_alike, vector};
+use crate::exchange::{Exchange, ExchangeDims, SUMMED, deal, expect_alike, vector};
 use crate::tensor::{CudaTensor, element_bytes};
 use crate::tile::{Cost, Tile, require};
 

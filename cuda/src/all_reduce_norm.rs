@@ -91,7 +91,8 @@ impl Tile for AllReduceNormTile {
     }
 
     fn candidates(dims: AllReduceNormDims, limits: &Limits) -> Vec<Self> {
-        let tiles = [1, 2].into_iter().flat_map(|vectors| [16, 32, 64].map(|blocks| Self { vectors, blocks }));
+        let tiles =
+            [1, 2].into_iter().flat_map(|vectors| [16, 32, 64].map(|blocks| Self { vectors, blocks }));
         tiles.filter(|tile| tile.validate(dims, limits).is_ok()).collect()
     }
 
@@ -130,7 +131,12 @@ fn rows_of_slot(exchange: ExchangeDims, width: usize) -> usize {
 }
 
 /// Whether the kernel can norm rows of `width` columns: a slot has to hold one, and so have the registers of a block.
-pub fn fits(tile: &AllReduceNormTile, exchange: ExchangeDims, dims: AllReduceNormDims, limits: &Limits) -> bool {
+pub fn fits(
+    tile: &AllReduceNormTile,
+    exchange: ExchangeDims,
+    dims: AllReduceNormDims,
+    limits: &Limits,
+) -> bool {
     tile.validate(dims, limits).is_ok() && rows_of_slot(exchange, dims.width) > 0
 }
 

@@ -52,9 +52,8 @@ pub fn measure(gpus: &[Arc<Gpu>], tiles: &AllReduceTiles) -> Result<Crossover> {
 
 /// The sizes up to which one shot is the better choice, by what `time` says that it takes with so many rows.
 fn choose(mut time: impl FnMut(Summed, Shots, usize) -> Result<f64>) -> Result<Crossover> {
-    let sizes: Vec<usize> = std::iter::successors(Some(1), |rows| Some(rows * 2))
-        .take_while(|&rows| rows <= MOST_ROWS)
-        .collect();
+    let sizes: Vec<usize> =
+        std::iter::successors(Some(1), |rows| Some(rows * 2)).take_while(|&rows| rows <= MOST_ROWS).collect();
     let mut up_to = |summed| -> Result<usize> {
         let ratios = sizes
             .iter()
@@ -202,9 +201,7 @@ mod tests {
         };
         let Crossover { all_reduce_bytes, all_reduce_norm_bytes } = choose(time).unwrap();
         assert_eq!((all_reduce_bytes, all_reduce_norm_bytes), (192 * token, 48 * token));
-        let always = |quicker| {
-            move |_, shots, _| Ok::<_, Error>(if shots == quicker { 1.0 } else { 2.0 })
-        };
+        let always = |quicker| move |_, shots, _| Ok::<_, Error>(if shots == quicker { 1.0 } else { 2.0 });
         assert!(choose(always(Shots::One)).unwrap().all_reduce_bytes > MOST_ROWS * token);
         assert!(choose(always(Shots::Two)).unwrap().all_reduce_norm_bytes < token);
         let broken = |_, _, _| Err(Error::Backend { backend: "test", message: "no link".into() });

@@ -143,13 +143,15 @@ impl Tiles {
         let about: About =
             about.try_into().map_err(|error: toml::de::Error| failed("about: ", error.message()))?;
         let crossovers = table.remove("crossover").unwrap_or_else(|| toml::Table::new().into());
-        let crossovers: BTreeMap<String, PinnedCrossover> = crossovers
-            .try_into()
-            .map_err(|error: toml::de::Error| failed("crossover: ", error.message()))?;
+        let crossovers: BTreeMap<String, PinnedCrossover> =
+            crossovers.try_into().map_err(|error: toml::de::Error| failed("crossover: ", error.message()))?;
         let known: Vec<String> = (2..=MAX_RANKS).map(crossover_key).collect();
         if let Some(key) = crossovers.keys().find(|key| !known.contains(key)) {
             let place = format!("crossover.{key}: ");
-            return Err(failed(&place, &format!("unknown number of ranks, expected one of {}", known.join(", "))));
+            return Err(failed(
+                &place,
+                &format!("unknown number of ranks, expected one of {}", known.join(", ")),
+            ));
         }
         let mut tiles = Self { file: file.to_owned(), about, crossovers, kernels: BTreeMap::new() };
         for (kernel, classes) in table {
@@ -364,7 +366,11 @@ mod tests {
         assert_eq!(read, tiles);
         assert_eq!((read.crossover(2), read.crossover(4)), (Some(sizes), None));
         for (from, to, words) in [
-            ("ranks_2", "ranks_9", "a100.toml: crossover.ranks_9: unknown number of ranks, expected one of ranks_2"),
+            (
+                "ranks_2",
+                "ranks_9",
+                "a100.toml: crossover.ranks_9: unknown number of ranks, expected one of ranks_2",
+            ),
             ("all_reduce_bytes", "bytes", "a100.toml: crossover: unknown field `bytes`"),
         ] {
             let error = Tiles::parse("a100.toml", &text.replace(from, to)).unwrap_err().to_string();

@@ -14,9 +14,6 @@ use dsa80_tests::parity::devices;
 /// Groups of 2, 4 and 8 of the GPUs that there are.
 fn groups() -> Vec<Vec<Arc<Gpu>>> {
     let gpus: Vec<Arc<Gpu>> = devices::gpus().into_iter().map(Arc::new).collect();
-    for gpu in &gpus {
-        gpus.iter().for_each(|other| gpu.reach(other).unwrap());
-    }
     [2, 4, 8].into_iter().filter(|&ranks| ranks <= gpus.len()).map(|ranks| gpus[..ranks].to_vec()).collect()
 }
 
@@ -31,8 +28,7 @@ fn microseconds_between_gpus() {
                 let mut words = Vec::new();
                 for (threads, blocks) in [(256, 64), (512, 32), (512, 64)] {
                     let tile = AllReduceTile { threads, blocks };
-                    let tiles =
-                        AllReduceTiles { one_shot: tile, two_shots: tile, ..AllReduceTiles::safe() };
+                    let tiles = AllReduceTiles { one_shot: tile, two_shots: tile, ..AllReduceTiles::safe() };
                     let us = crossover::time(&gpus, Summed::Alone, shots, &tiles, rows).unwrap();
                     words.push(format!("{threads}x{blocks} {us:.1}"));
                 }

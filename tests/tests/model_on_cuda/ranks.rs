@@ -10,7 +10,7 @@ use dsa80_cuda::{Cuda, CudaTensor, Device, PeerCommunicator, Placement, Tiles};
 use dsa80_model::checkpoint::Checkpoint;
 use dsa80_model::engine::StepLimits;
 use dsa80_model::runner::{INDEX_LOGITS, Probe, Rank};
-use dsa80_reference::{Batch, Communicator, DType, SamplingParams, SequenceSlice};
+use dsa80_reference::{Batch, Communicator, DType, HostTensor, Kernels, SamplingParams, SequenceSlice};
 use dsa80_tests::fixture::{self, Fixture};
 use dsa80_tests::judge::{self, BF16_BOUND_OF_ONE_PROMPT, Bf16Distance};
 use dsa80_tests::parity::{TestDevice, devices};
@@ -208,6 +208,42 @@ fn sums_with_norms_are_sums_and_then_norms() {
             Some(on_every_rank(&fixture, devices, (placement, always(shots)), body))
         });
         assert!(streams[0] == streams[1], "{placement:?}: one shot and two differ");
+    }
+}
+
+/// Rows that a slot, and the registers of a block, can hold are summed and normed in one launch; others are left to two.
+#[test]
+fn peers_norm_what_they_sum_where_it_fits() {
+    for (width, fused) in [(64, true), (20_000, false)] {
+        let Some(devices) = (0..2).map(|_| devices::emulator().map(Arc::new)).collect::<Option<Vec<_>>>()
+        else {
+            return;
+        };
+        let ranks =
+            PeerCommunicator::group(devices.clone(), AllReduceTiles::safe(), Placement::Apart, PATIENCE)
+                .unwrap();
+        std::thread::scope(|scope| {
+            for (device, communicator) in devices.into_iter().zip(ranks) {
+                scope.spawn(move || {
+                    let cuda = Cuda::new(device, Tiles::default());
+                    let filled = |dtype, shape: &[usize], value| {
+                        let mut tensor = cuda.alloc(dtype, shape).unwrap();
+                        cuda.write(&vec![value; shape.iter().product()], &mut tensor).unwrap();
+                        tensor
+                    };
+                    let shape = [3, width];
+                    let (mut x, mut residual) =
+                        (filled(DType::Act, &shape, 0.5), filled(DType::Float, &shape, 1.0));
+                    let mut out = filled(DType::Act, &shape, 0.0);
+                    let weight = cuda.upload(HostTensor::f32([width], vec![3.0; width])).unwrap();
+                    let done = communicator.all_reduce_norm(&mut x, &mut residual, &weight, 0.0, &mut out);
+                    assert_eq!(done.unwrap(), fused, "{width} columns");
+                    let expected = if fused { (2.0, 3.0) } else { (1.0, 0.0) };
+                    assert!(cuda.read(&residual).unwrap().iter().all(|&sum| sum == expected.0));
+                    assert!(cuda.read(&out).unwrap().iter().all(|&norm| (norm - expected.1).abs() < 0.02));
+                });
+            }
+        });
     }
 }
 

@@ -81,8 +81,7 @@ impl Plain for Ranks {
     }
 
     fn launch(&mut self, gpu: &Gpu, tile: &AllReduceNormTile, exchange: &Self::Common) -> Result<()> {
-        let parts =
-            NormParts { x: &self.x, residual: &self.residual, weight: &self.weight, out: &self.out };
+        let parts = NormParts { x: &self.x, residual: &self.residual, weight: &self.weight, out: &self.out };
         all_reduce_norm(self.shape.shots, gpu, tile, exchange, &parts, EPS)
     }
 
