@@ -19,6 +19,9 @@ pub enum LaunchError {
     /// An option does not fit the model or the machine; the message gives the arithmetic and what would fit.
     #[error("{0}")]
     Options(String),
+    /// The ranks of several processes did not find each other, or one of them failed; the message says which, and why.
+    #[error("{0}")]
+    Ranks(String),
     /// A rank's thread ended without an answer.
     #[error("rank {rank} of {world_size} ended while loading; its panic message is above")]
     RankLost {

@@ -2,6 +2,7 @@
 
 pub mod checkpoint;
 pub mod config;
+pub mod distributed;
 pub mod dummy;
 pub mod engine;
 mod error;

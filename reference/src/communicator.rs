@@ -1,15 +1,18 @@
 //! Collectives between the ranks of a tensor-parallel group.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use crate::error::{Error, Result};
 use crate::tensor::DeviceTensor;
 
+/// Breaks a group with a reason, from any thread: also while its ranks wait.
+pub type Breaker = Arc<dyn Fn(&str) + Send + Sync>;
+
 /// The collectives that the model needs, over tensors of one backend. Every rank calls the same ones in the
 /// same order.
 ///
-/// Sums are taken in rank order on every rank, so results are equal bit for bit on all ranks and from run to
-/// run.
+/// Sums are taken in the same order on every rank, so results are equal bit for bit on all ranks and from run to run: in rank order, but
+/// where a library sums (NCCL), whose order is fixed for a group and a size and is not ours to choose.
 ///
 /// # Errors
 /// Every method fails with [`Error::Communicator`] when another rank has failed
@@ -57,6 +60,12 @@ pub trait Communicator<T>: Send {
     /// Breaks the group: collectives that wait, and all later ones, fail on every rank with `reason`.
     /// Dropping a communicator does the same.
     fn abort(&self, reason: &str);
+
+    /// [`abort`](Self::abort) for another thread than this rank's, which may be waiting for its device. None where nothing waits for
+    /// another rank.
+    fn breaker(&self) -> Option<Breaker> {
+        None
+    }
 }
 
 /// The group of one rank, on any backend: its tensors are the whole already.

@@ -18,12 +18,12 @@ pub mod sampling;
 pub mod tensor;
 
 pub use batch::{Batch, SequenceSlice};
-pub use communicator::Communicator;
+pub use communicator::{Breaker, Communicator};
 pub use error::{Error, Result};
 pub use kernels::{IndexKeys, Kernels, RecordedKernel, RopeLayout, RouterParams, SampleOutput, host_times};
 pub use host_array::HostArray;
 pub use lone_rank::LoneRank;
 pub use random::{RandomFormat, RandomLinear, RandomTensor};
-pub use rendezvous::Rendezvous;
+pub use rendezvous::{Rendezvous, ranks_have};
 pub use sampling::{SampleRow, SamplingParams};
 pub use tensor::{DType, DeviceTensor, HostData, HostExpert, HostInt4, HostLinear, HostTensor};

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use crate::communicator::Breaker;
 use crate::error::{Error, Result};
 
 /// One rank's end of a group of threads.
@@ -28,6 +29,24 @@ struct State<P> {
     put: usize,
     taken: usize,
     broken: Option<String>,
+}
+
+impl<P> State<P> {
+    /// The ranks that others wait for.
+    fn missing(&self) -> Vec<usize> {
+        let waiting = self.put > 0 && self.put < self.parts.len();
+        let absent = |rank: &usize| waiting && self.parts[*rank].is_none();
+        (0..self.parts.len()).filter(absent).collect()
+    }
+}
+
+/// `rank 1 has`, `ranks 1, 2 have`.
+pub fn ranks_have(ranks: &[usize]) -> String {
+    let list: Vec<String> = ranks.iter().map(usize::to_string).collect();
+    match ranks {
+        [rank] => format!("rank {rank} has"),
+        _ => format!("ranks {} have", list.join(", ")),
+    }
 }
 
 impl<P: Clone> Rendezvous<P> {
@@ -95,6 +114,23 @@ impl<P> Rendezvous<P> {
     /// [`Error::Communicator`] with the first reason.
     pub fn check(&self) -> Result<()> {
         self.check_state(&self.lock())
+    }
+
+    /// Breaks the group from any thread, and names the ranks that the others wait for.
+    pub fn breaker(&self) -> Breaker
+    where
+        P: Send + 'static,
+    {
+        let group = Arc::clone(&self.group);
+        Arc::new(move |reason| {
+            let mut state = group.state.lock().unwrap_or_else(PoisonError::into_inner);
+            let missing = state.missing();
+            state.broken.get_or_insert_with(|| match missing.is_empty() {
+                true => reason.to_owned(),
+                false => format!("{reason}; {} not come to a collective", ranks_have(&missing)),
+            });
+            group.changed.notify_all();
+        })
     }
 
     /// Breaks the group. The first reason is the cause; later ones are its consequences.

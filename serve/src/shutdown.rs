@@ -5,6 +5,7 @@ use std::io;
 use std::time::Duration;
 
 use axum::serve::ListenerExt;
+use dsa80_model::engine::EngineHandle;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, interval, timeout, timeout_at};
@@ -77,6 +78,22 @@ async fn drain(state: &ServerState) {
     if timeout(FLUSH, state.idle()).await.is_err() {
         tracing::warn!("some responses were not read to their end in time");
     }
+}
+
+/// Resolves when the engine has stopped without being asked to, with the reason.
+pub async fn failure(engine: &EngineHandle) -> String {
+    let mut ticks = interval(Duration::from_millis(100));
+    loop {
+        ticks.tick().await;
+        if let Some(failure) = engine.failure() {
+            return failure;
+        }
+    }
+}
+
+/// Waits, for a moment at most, until the responses of a server whose engine has failed are read.
+pub async fn flush(state: &ServerState) {
+    let _ = timeout(FLUSH, state.idle()).await;
 }
 
 /// Resolves on SIGTERM or Ctrl-C.

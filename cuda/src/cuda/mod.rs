@@ -19,7 +19,7 @@ use dsa80_reference::{
 };
 
 use self::chosen::Chosen;
-pub use self::group::RankOnGpu;
+pub use self::group::{Between, GpuOfRank, RankOnGpu};
 pub(crate) use self::memory::{alloc, upload};
 use self::scratch::Grown;
 use crate::absorb::{absorb_output, absorb_query};

@@ -4,11 +4,12 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use dsa80_reference::Breaker;
+use tokio::sync::mpsc::{UnboundedReceiver, WeakUnboundedSender, unbounded_channel};
 
 use super::batching::Batching;
 use super::block_manager::BlockManager;
@@ -19,6 +20,7 @@ use super::sequence::Sequence;
 use super::stats::EngineStats;
 use super::step::{StepError, StepLimits, StepModel};
 use super::validate;
+use super::watchdog::{self, StepClock};
 
 /// How an engine is run; what the model was built for bounds all of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +36,8 @@ pub struct EngineOptions {
     pub max_running: usize,
     /// Whether pages of known prefixes are found again.
     pub enable_prefix_caching: bool,
+    /// A step that takes longer stops the engine.
+    pub step_timeout: Duration,
 }
 
 impl Default for EngineOptions {
@@ -44,6 +48,7 @@ impl Default for EngineOptions {
             max_batch_tokens: 2048,
             max_running: 256,
             enable_prefix_caching: true,
+            step_timeout: Duration::from_secs(120),
         }
     }
 }
@@ -57,8 +62,8 @@ pub struct Engine {
     limits: StepLimits,
     max_waiting: usize,
     eos_token_ids: Vec<u32>,
-    commands: Sender<Command>,
-    shared: Arc<Mutex<Shared>>,
+    commands: Arc<Sender<Command>>,
+    shared: Arc<Shared>,
     /// Until it is joined.
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -66,7 +71,7 @@ pub struct Engine {
 impl Engine {
     /// Starts the thread that steps `model`. Should the system refuse a thread, the engine is stopped from
     /// the start ([`EngineHandle::is_alive`]) and the log says why.
-    pub fn start(model: Box<dyn StepModel>, options: EngineOptions) -> EngineHandle {
+    pub fn start(mut model: Box<dyn StepModel>, options: EngineOptions) -> EngineHandle {
         let limits = model.limits();
         let EngineOptions {
             max_waiting,
@@ -74,6 +79,7 @@ impl Engine {
             max_batch_tokens,
             max_running,
             enable_prefix_caching,
+            step_timeout,
         } = options;
         eos_token_ids.retain(|&token| (token as usize) < limits.vocab_size);
         let scheduler = Scheduler::new(
@@ -83,17 +89,37 @@ impl Engine {
             BlockManager::new(limits.page_size, limits.num_pages),
         );
         let batching = Batching::new(scheduler, limits.vocab_size);
-        let shared =
-            Arc::new(Mutex::new(Shared { accepting: true, alive: true, queued: 0, stats: batching.stats() }));
+        let shared = Arc::new(Shared::new(batching.stats()));
         let (commands, inbox) = channel();
-        let worker =
-            Worker { model, batching, shared: Arc::clone(&shared), inbox, draining: false, deadline: None };
+        let commands = Arc::new(commands);
+        model.on_loss(tell_of_loss(&commands));
+        let clock = Arc::new(StepClock::default());
+        let failed = {
+            let shared = Arc::clone(&shared);
+            move |reason: String| shared.abandon(&format!("the engine stopped: {reason}"))
+        };
+        if let Err(error) = watchdog::start(Arc::clone(&clock), step_timeout, model.breaker(), failed) {
+            tracing::error!(
+                "steps have no deadline: the thread that watches them could not be started: {error}"
+            );
+        }
+        let worker = Worker {
+            model,
+            batching,
+            shared: Arc::clone(&shared),
+            inbox,
+            clock,
+            draining: false,
+            deadline: None,
+            lost: None,
+        };
         let thread = std::thread::Builder::new().name("dsa80-engine".into()).spawn(|| worker.run());
         let thread = match thread {
             Ok(thread) => Some(thread),
             Err(error) => {
-                tracing::error!("the engine's thread could not be started: {error}");
-                lock(&shared).stop();
+                let failure = format!("the engine's thread could not be started: {error}");
+                tracing::error!("{failure}");
+                shared.stop(Some(failure));
                 None
             }
         };
@@ -116,9 +142,10 @@ impl EngineBackend for Engine {
     ) -> Result<UnboundedReceiver<Event>, SubmitError> {
         validate::check(&request, &self.limits, &self.eos_token_ids)?;
         let (events, receiver) = unbounded_channel();
+        let listener = events.downgrade();
         let sequence = Box::new(Sequence::new(request, &self.eos_token_ids, cancelled, events));
         // Sent under the lock: a request that was accepted reaches the thread before the word that ends it.
-        let mut shared = lock(&self.shared);
+        let mut shared = self.shared.lock();
         if !shared.accepting {
             return Err(SubmitError::ShuttingDown);
         }
@@ -127,11 +154,13 @@ impl EngineBackend for Engine {
         }
         self.commands.send(Command::Submit(sequence)).map_err(|_| SubmitError::ShuttingDown)?;
         shared.queued += 1;
+        shared.listeners.retain(|listener| listener.strong_count() > 0);
+        shared.listeners.push(listener);
         Ok(receiver)
     }
 
     fn stats(&self) -> EngineStats {
-        let shared = lock(&self.shared);
+        let shared = self.shared.lock();
         EngineStats { waiting: shared.queued + shared.stats.waiting, ..shared.stats }
     }
 
@@ -140,10 +169,10 @@ impl EngineBackend for Engine {
         self.limits.max_model_len.min(self.limits.num_pages * self.limits.page_size)
     }
 
-    /// A step that is being made is waited for, also beyond `grace`.
+    /// A step that is being made is waited for, also beyond `grace`, but not beyond a step's own deadline.
     fn shutdown(&self, grace: Duration) {
         {
-            let mut shared = lock(&self.shared);
+            let mut shared = self.shared.lock();
             shared.accepting = false;
             // A grace beyond what the clock can count is no deadline.
             let deadline = Instant::now().checked_add(grace);
@@ -152,7 +181,9 @@ impl EngineBackend for Engine {
         }
         // Held while joining, so that a second caller returns only when the thread has ended, too.
         let mut thread = lock(&self.thread);
+        let abandoned = self.shared.wait_stopped();
         if let Some(thread) = thread.take()
+            && !abandoned
             && thread.join().is_err()
         {
             tracing::error!("the engine's thread panicked");
@@ -160,19 +191,43 @@ impl EngineBackend for Engine {
     }
 
     fn is_alive(&self) -> bool {
-        lock(&self.shared).alive
+        self.shared.lock().alive
     }
+
+    fn failure(&self) -> Option<String> {
+        self.shared.lock().failure.clone()
+    }
+}
+
+/// Tells the engine's thread, which may be asleep, that its model is lost. Does not keep it alive.
+fn tell_of_loss(commands: &Arc<Sender<Command>>) -> Breaker {
+    let commands = Arc::downgrade(commands);
+    Arc::new(move |reason| {
+        if let Some(commands) = commands.upgrade() {
+            let _ = commands.send(Command::Lost(reason.to_owned()));
+        }
+    })
 }
 
 #[derive(Debug)]
 enum Command {
     Submit(Box<Sequence>),
-    Shutdown { deadline: Option<Instant> },
+    Shutdown {
+        deadline: Option<Instant>,
+    },
+    /// The model cannot be stepped any more.
+    Lost(String),
 }
 
 /// What the thread and the handles both look at.
 #[derive(Debug)]
 struct Shared {
+    state: Mutex<State>,
+    stopped: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
     /// Whether requests are taken.
     accepting: bool,
     /// Whether the thread runs.
@@ -181,13 +236,67 @@ struct Shared {
     queued: usize,
     /// As of the thread's last word; `waiting` counts the preempted ones only.
     stats: EngineStats,
+    /// Why the thread has stopped, if nobody asked it to.
+    failure: Option<String>,
+    /// The thread is stuck in a step: those who wait were told in its place, and it is not waited for.
+    abandoned: bool,
+    /// Those who wait for events, and some who do not any more.
+    listeners: Vec<WeakUnboundedSender<Event>>,
 }
 
 impl Shared {
-    /// The thread has ended, or is about to.
-    fn stop(&mut self) {
-        self.accepting = false;
-        self.alive = false;
+    fn new(stats: EngineStats) -> Self {
+        let state = State {
+            accepting: true,
+            alive: true,
+            queued: 0,
+            stats,
+            failure: None,
+            abandoned: false,
+            listeners: Vec::new(),
+        };
+        Self { state: Mutex::new(state), stopped: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    /// The thread has ended, or is about to; false where it was given up before.
+    fn stop(&self, failure: Option<String>) -> bool {
+        let mut state = self.lock();
+        state.accepting = false;
+        state.alive = false;
+        self.stopped.notify_all();
+        if !state.abandoned {
+            state.failure = failure;
+        }
+        !state.abandoned
+    }
+
+    /// Ends all requests in place of the thread, which is stuck.
+    fn abandon(&self, reason: &str) {
+        tracing::error!("{reason}");
+        let mut state = self.lock();
+        if !state.alive {
+            return;
+        }
+        state.accepting = false;
+        state.alive = false;
+        state.abandoned = true;
+        state.failure = Some(reason.to_owned());
+        for listener in state.listeners.drain(..).filter_map(|listener| listener.upgrade()) {
+            // Who has gone needs no reason.
+            let _ = listener.send(Event::Failed(reason.to_owned()));
+        }
+        self.stopped.notify_all();
+    }
+
+    /// Waits until the thread has ended or is about to, or was given up; whether it was.
+    fn wait_stopped(&self) -> bool {
+        let alive = |state: &mut State| state.alive;
+        let state = self.stopped.wait_while(self.lock(), alive).unwrap_or_else(PoisonError::into_inner);
+        state.abandoned
     }
 }
 
@@ -195,11 +304,14 @@ impl Shared {
 struct Worker {
     model: Box<dyn StepModel>,
     batching: Batching,
-    shared: Arc<Mutex<Shared>>,
+    shared: Arc<Shared>,
     inbox: Receiver<Command>,
+    clock: Arc<StepClock>,
     draining: bool,
     /// When draining ends at the latest, if it is bounded.
     deadline: Option<Instant>,
+    /// Why the model cannot be stepped any more.
+    lost: Option<String>,
 }
 
 impl Worker {
@@ -214,9 +326,11 @@ impl Worker {
         if let Some(failure) = &failure {
             tracing::error!("{failure}");
         }
-        let message =
-            failure.unwrap_or_else(|| "the engine was shut down before the request was finished".into());
-        lock(&self.shared).stop();
+        let message = failure
+            .clone()
+            .unwrap_or_else(|| "the engine was shut down before the request was finished".into());
+        self.clock.end();
+        let is_first = self.shared.stop(failure);
         // Nothing more can be accepted, so this takes out all there is.
         while let Ok(command) = self.inbox.try_recv() {
             self.obey(command);
@@ -224,7 +338,9 @@ impl Worker {
         self.batching.drop_cancelled();
         self.batching.fail_all(&message);
         self.publish();
-        self.batching.send_events();
+        if is_first {
+            self.batching.send_events();
+        }
     }
 
     /// Steps as long as there is something to do, and sleeps when there is not.
@@ -241,6 +357,9 @@ impl Worker {
             while let Ok(command) = self.inbox.try_recv() {
                 self.obey(command);
             }
+            if let Some(reason) = self.lost.take() {
+                return Err(StepError(reason));
+            }
             self.batching.drop_cancelled();
             let out_of_time = self.deadline.is_some_and(|deadline| Instant::now() >= deadline);
             if self.draining && (self.batching.is_idle() || out_of_time) {
@@ -252,11 +371,12 @@ impl Worker {
             // While the device makes this step, what the last one gave is sent (waking those who wait for it takes about as long as
             // everything else that is done for a token), and the next one is described.
             let (targets, batching) = (step.targets.len(), &mut self.batching);
-            let mut meanwhile = || {
+            self.clock.start();
+            let sampled = self.model.step_while(Arc::new(step), &mut || {
                 batching.send_events();
                 batching.describe_ahead();
-            };
-            let sampled = self.model.step_while(Arc::new(step), &mut meanwhile)?;
+            })?;
+            self.clock.stop();
             self.batching.complete(targets, sampled)?;
             self.publish();
         }
@@ -269,6 +389,9 @@ impl Worker {
                 self.draining = true;
                 self.deadline = [self.deadline, deadline].into_iter().flatten().min();
             }
+            Command::Lost(reason) => {
+                self.lost.get_or_insert(reason);
+            }
         }
     }
 
@@ -276,7 +399,7 @@ impl Worker {
     fn publish(&mut self) {
         let left_queue = self.batching.take_left_queue();
         let stats = self.batching.stats();
-        let mut shared = lock(&self.shared);
+        let mut shared = self.shared.lock();
         shared.queued = shared.queued.saturating_sub(left_queue);
         shared.stats = stats;
     }

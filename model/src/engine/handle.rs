@@ -36,6 +36,11 @@ pub trait EngineBackend: Send + Sync {
     /// Whether the engine thread still runs; false after shutdown or after a failure that it could not
     /// survive.
     fn is_alive(&self) -> bool;
+
+    /// Why the engine has stopped, if nobody asked it to.
+    fn failure(&self) -> Option<String> {
+        None
+    }
 }
 
 /// A shared handle to a running engine.
@@ -76,6 +81,11 @@ impl EngineHandle {
     /// Whether the engine still runs.
     pub fn is_alive(&self) -> bool {
         self.0.is_alive()
+    }
+
+    /// Why the engine has stopped, if nobody asked it to.
+    pub fn failure(&self) -> Option<String> {
+        self.0.failure()
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! `engine` is the thread and the handle's side of it, `batching` what it does between two steps, `scheduler`
 //! the decision who computes how much, `block_manager` the pages, `sequence` a request on its way, `stop`
-//! when it ends, `validate` whether it may begin. The model is seen through [`StepModel`] alone.
+//! when it ends, `validate` whether it may begin, `watchdog` a step's deadline. The model is seen through [`StepModel`] alone.
 
 mod batching;
 mod block_manager;
@@ -16,6 +16,7 @@ mod stats;
 mod step;
 mod stop;
 mod validate;
+mod watchdog;
 
 #[cfg(test)]
 mod tests;

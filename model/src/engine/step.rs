@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use dsa80_reference::{Batch, DType, SamplingParams};
+use dsa80_reference::{Batch, Breaker, DType, SamplingParams};
 
 use super::request::TokenLogprobs;
 
@@ -29,6 +29,14 @@ pub trait StepModel: Send {
 
     /// What a step may hold. Must not change while the model lives.
     fn limits(&self) -> StepLimits;
+
+    /// What ends, from any thread, a step in which one rank waits for another; None where no rank does.
+    fn breaker(&self) -> Option<Breaker> {
+        None
+    }
+
+    /// Calls `tell` with the reason when the model can no longer be stepped, though no step is being made.
+    fn on_loss(&mut self, _tell: Breaker) {}
 }
 
 /// One step: what to compute, and the rows from which to sample.

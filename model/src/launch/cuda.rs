@@ -3,15 +3,16 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use dsa80_cuda::{Cuda, Device as _, Gpu, RankOnGpu};
+use dsa80_cuda::{Between, Cuda, Device as _, Gpu, GpuOfRank, Nccl, NcclCommunicator, NcclId, RankOnGpu};
 use dsa80_reference::communicator::SingleRank;
 use dsa80_reference::{Batch, Error, Kernels, SamplingParams, SequenceSlice};
 
 use super::limits;
 use super::memory::{self, GpuMemory};
-use super::options::LaunchOptions;
+use super::options::{Collectives, LaunchOptions};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
+use crate::distributed::{Leader, Member, Place};
 use crate::engine::{SampleTarget, Step, StepLimits, StepModel};
 use crate::error::LaunchError;
 use crate::runner::{RankGroup, RankParts, WeightSource};
@@ -28,14 +29,20 @@ pub(super) enum Opened {
 /// The GPUs that the model can run on, or why there are none and what to do about it.
 pub(super) fn open(options: &LaunchOptions) -> Result<Opened, String> {
     let opened = if options.tp > 1 {
-        RankOnGpu::open_group(options.tp).map(Opened::Several)
+        let between = if options.collectives == Collectives::Nccl { Between::Nccl } else { Between::Peers };
+        RankOnGpu::open_group(options.tp, between, options.step_timeout).map(Opened::Several)
     } else {
         Cuda::open().map(|cuda| Opened::One(Box::new(cuda)))
     };
-    opened.map_err(|error| match error {
+    opened.map_err(reason)
+}
+
+/// What a backend says, without its name.
+fn reason(error: Error) -> String {
+    match error {
         Error::Backend { message, .. } => message,
         other => other.to_string(),
-    })
+    }
 }
 
 /// Loads the model, and makes a few steps so that the first request finds every kernel compiled.
@@ -70,10 +77,7 @@ pub(super) fn load(
             }
             let parts = ranks
                 .into_iter()
-                .map(|RankOnGpu { backend, communicator }| RankParts {
-                    kernels: backend,
-                    communicator: Box::new(communicator),
-                })
+                .map(|RankOnGpu { backend, communicator }| RankParts { kernels: backend, communicator })
                 .collect();
             let weights: Arc<dyn WeightSource> = Arc::clone(checkpoint) as _;
             let group =
@@ -81,6 +85,88 @@ pub(super) fn load(
             ready(group, config, options)
         }
     }
+}
+
+/// The GPU of one of several processes.
+pub(super) struct RankOpened {
+    place: Place,
+    of_rank: GpuOfRank,
+}
+
+impl RankOpened {
+    /// The process's GPU, or why there is none and what to do about it.
+    pub(super) fn open(place: &Place) -> Result<Self, String> {
+        let of_rank = GpuOfRank::open(place.local_rank).map_err(reason)?;
+        Ok(Self { place: place.clone(), of_rank })
+    }
+
+    /// Joins the others' collectives, unless the group fails meanwhile.
+    fn join(
+        self,
+        id: NcclId,
+        options: &LaunchOptions,
+        failed: &dyn Fn() -> Option<String>,
+    ) -> Result<RankParts<Cuda<Arc<Gpu>>>, LaunchError> {
+        let (Place { rank, world_size, .. }, GpuOfRank { backend, gpu }) = (self.place, self.of_rank);
+        let patience = options.join_timeout;
+        let communicator = NcclCommunicator::join(gpu, id, [rank, world_size], patience, failed)?;
+        Ok(RankParts { kernels: backend, communicator: Box::new(communicator) })
+    }
+}
+
+fn refuse_peers(options: &LaunchOptions) -> Result<(), LaunchError> {
+    if options.collectives != Collectives::Peer {
+        return Ok(());
+    }
+    Err(LaunchError::Options(
+        "--collectives peer reaches into the memory of GPUs of the same process; between processes use nccl (or auto)".into(),
+    ))
+}
+
+/// Loads rank 0 of several processes.
+pub(super) fn lead(
+    opened: RankOpened,
+    leader: Leader,
+    checkpoint: &Arc<Checkpoint>,
+    options: &LaunchOptions,
+) -> Result<Box<dyn StepModel>, LaunchError> {
+    refuse_peers(options)?;
+    let config = checkpoint.config();
+    say_what_is_used(opened.of_rank.backend.device(), config, options);
+    let id = Nccl::load()?.unique_id()?;
+    leader.begin("cuda", id.bytes())?;
+    let fate = Arc::clone(leader.fate());
+    let parts = opened.join(id, options, &|| fate.reason())?;
+    if let Some(breaker) = parts.communicator.breaker() {
+        fate.on_failure(breaker);
+    }
+    let widest = limits::widest(config, options);
+    // By now NCCL has what it takes of the memory.
+    let limits = settle(parts.kernels.device(), checkpoint, options)?;
+    let (others, weights) = (leader.followers(), &**checkpoint);
+    let group = RankGroup::lead(parts, others, weights, &widest, INDEX_LOGITS, move |_| Ok(limits))?;
+    ready(group, config, options)
+}
+
+/// Loads another rank of several processes, which then does what rank 0 says.
+pub(super) fn follow(
+    opened: RankOpened,
+    member: &Member,
+    checkpoint: &Arc<Checkpoint>,
+    options: &LaunchOptions,
+) -> Result<(), LaunchError> {
+    refuse_peers(options)?;
+    let config = checkpoint.config();
+    say_what_is_used(opened.of_rank.backend.device(), config, options);
+    let id = NcclId::from_bytes(&member.begin("cuda")?)?;
+    let fate = member.fate();
+    let parts = opened.join(id, options, &|| fate.reason())?;
+    if let Some(breaker) = parts.communicator.breaker() {
+        fate.on_failure(breaker);
+    }
+    let widest = limits::widest(config, options);
+    let limits = settle(parts.kernels.device(), checkpoint, options)?;
+    member.follow(parts, &**checkpoint, &widest, INDEX_LOGITS, move |_| Ok(limits))
 }
 
 /// Warms the model up, and records its decode steps: by then what the kernels keep between launches is as large as it gets.
@@ -104,6 +190,7 @@ fn ready<K: Kernels + 'static>(
             "decode steps are recorded"
         );
     }
+    model.set_step_timeout(options.step_timeout);
     Ok(Box::new(model))
 }
 

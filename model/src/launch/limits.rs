@@ -38,6 +38,9 @@ pub(super) fn check(config: &ModelConfig, options: &LaunchOptions) -> Result<(),
             "--gpu-memory-utilization is {found}; expected a share above 0 and at most 1"
         )));
     }
+    if options.step_timeout.is_zero() {
+        return Err(LaunchError::Options("--step-timeout is 0; expected at least 1 second".into()));
+    }
     if options.kv_cache_dtype == KvCacheDtype::Fp8 && !options.page_size.is_multiple_of(4) {
         return Err(LaunchError::Options(format!(
             "--page-size {} is not a multiple of 4, which --kv-cache-dtype fp8 needs",

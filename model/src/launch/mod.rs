@@ -3,6 +3,7 @@
 mod alone;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod distributed;
 mod limits;
 #[cfg(feature = "cuda")]
 mod memory;
@@ -13,7 +14,8 @@ use std::sync::Arc;
 use dsa80_reference::cpu::{Cpu, ThreadCommunicator};
 
 pub use self::alone::{Alone, launch_alone};
-pub use self::options::{Device, KvCacheDtype, LaunchOptions, LoadFormat};
+pub use self::options::{Device, KvCacheDtype, LaunchOptions, LoadFormat, Collectives};
+pub use self::distributed::{follow, launch_leader};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::engine::{Engine, EngineHandle, EngineOptions, StepLimits, StepModel};
@@ -35,24 +37,34 @@ pub fn launch(checkpoint: &Arc<Checkpoint>, options: &LaunchOptions) -> Result<E
             tracing::info!("device: cpu, as asked for");
             on_cpu(checkpoint, options)?
         }
-        Device::Wgpu => {
-            return Err(LaunchError::Options(
-                "--device wgpu is not in this build; use --device cpu (or auto)".into(),
-            ));
-        }
+        Device::Wgpu => return Err(no_wgpu()),
         Device::Cuda => on_cuda(checkpoint, options)?,
         Device::Auto => on_the_best(checkpoint, options)?,
     };
-    Ok(Engine::start(
-        model,
-        EngineOptions {
-            max_waiting: options.max_waiting,
-            eos_token_ids: checkpoint.config().eos_token_ids.clone(),
-            max_batch_tokens: options.max_num_batched_tokens,
-            max_running: options.max_num_seqs,
-            enable_prefix_caching: options.enable_prefix_caching,
-        },
-    ))
+    Ok(start_engine(model, checkpoint, options))
+}
+
+fn start_engine(model: Box<dyn StepModel>, checkpoint: &Checkpoint, options: &LaunchOptions) -> EngineHandle {
+    let options = EngineOptions {
+        max_waiting: options.max_waiting,
+        eos_token_ids: checkpoint.config().eos_token_ids.clone(),
+        max_batch_tokens: options.max_num_batched_tokens,
+        max_running: options.max_num_seqs,
+        enable_prefix_caching: options.enable_prefix_caching,
+        step_timeout: options.step_timeout,
+    };
+    Engine::start(model, options)
+}
+
+fn no_wgpu() -> LaunchError {
+    LaunchError::Options("--device wgpu is not in this build; use --device cpu (or auto)".into())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn no_cuda() -> LaunchError {
+    let message =
+        "--device cuda is not in this build (its feature `cuda` is off); use --device cpu (or auto)";
+    LaunchError::Options(message.into())
 }
 
 #[cfg(feature = "cuda")]
@@ -81,9 +93,7 @@ fn on_cuda(
     _checkpoint: &Arc<Checkpoint>,
     _options: &LaunchOptions,
 ) -> Result<Box<dyn StepModel>, LaunchError> {
-    Err(LaunchError::Options(
-        "--device cuda is not in this build (its feature `cuda` is off); use --device cpu (or auto)".into(),
-    ))
+    Err(no_cuda())
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -97,12 +107,7 @@ fn on_the_best(
 
 /// The oracle in f32, a thread for every rank.
 fn on_cpu(checkpoint: &Arc<Checkpoint>, options: &LaunchOptions) -> Result<Box<dyn StepModel>, LaunchError> {
-    check_cpu_cache(options)?;
-    let memory = limits::CacheMemory {
-        bytes: options.kv_cache_bytes.unwrap_or(CPU_CACHE_BYTES),
-        act_bytes: size_of::<f32>(),
-    };
-    let limits = limits::within(checkpoint.config(), options, memory)?;
+    let limits = cpu_limits(checkpoint.config(), options)?;
     say_what_is_loaded(checkpoint.config(), options, &limits);
     let cpu = Cpu::<f32>::new();
     let ranks = ThreadCommunicator::group(cpu, options.tp)
@@ -110,7 +115,19 @@ fn on_cpu(checkpoint: &Arc<Checkpoint>, options: &LaunchOptions) -> Result<Box<d
         .map(|rank| RankParts { kernels: cpu, communicator: Box::new(rank) })
         .collect();
     let weights: Arc<dyn WeightSource> = Arc::clone(checkpoint) as _;
-    Ok(Box::new(RankGroup::load(ranks, &weights, limits)?))
+    let mut group = RankGroup::load(ranks, &weights, limits)?;
+    group.set_step_timeout(options.step_timeout);
+    Ok(Box::new(group))
+}
+
+/// The limits with caches in host memory.
+fn cpu_limits(config: &ModelConfig, options: &LaunchOptions) -> Result<StepLimits, LaunchError> {
+    check_cpu_cache(options)?;
+    let memory = limits::CacheMemory {
+        bytes: options.kv_cache_bytes.unwrap_or(CPU_CACHE_BYTES),
+        act_bytes: size_of::<f32>(),
+    };
+    limits::within(config, options, memory)
 }
 
 fn check_cpu_cache(options: &LaunchOptions) -> Result<(), LaunchError> {

@@ -1,6 +1,7 @@
 //! Where and how a model is launched.
 
 use std::str::FromStr;
+use std::time::Duration;
 
 use dsa80_reference::DType;
 
@@ -120,6 +121,41 @@ impl std::fmt::Display for KvCacheDtype {
     }
 }
 
+/// What sums over the ranks of GPUs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Collectives {
+    /// Our own kernels between the GPUs of one process, NCCL between processes.
+    #[default]
+    Auto,
+    /// Our own kernels, which reach into the other GPUs' memory: in one process.
+    Peer,
+    /// NVIDIA's library.
+    Nccl,
+}
+
+impl FromStr for Collectives {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        match name {
+            "auto" => Ok(Collectives::Auto),
+            "peer" => Ok(Collectives::Peer),
+            "nccl" => Ok(Collectives::Nccl),
+            _ => Err(format!("unknown collectives `{name}`; expected auto, peer or nccl")),
+        }
+    }
+}
+
+impl std::fmt::Display for Collectives {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Collectives::Auto => "auto",
+            Collectives::Peer => "peer",
+            Collectives::Nccl => "nccl",
+        })
+    }
+}
+
 /// How a model is launched.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LaunchOptions {
@@ -151,6 +187,12 @@ pub struct LaunchOptions {
     pub enable_prefix_caching: bool,
     /// On a GPU, record decode steps as CUDA graphs when the model is launched, and replay those.
     pub cuda_graphs: bool,
+    /// What sums over the ranks of GPUs.
+    pub collectives: Collectives,
+    /// A step that takes longer stops the engine, and with it all ranks.
+    pub step_timeout: Duration,
+    /// How long the ranks of several processes wait for each other at the start.
+    pub join_timeout: Duration,
 }
 
 impl Default for LaunchOptions {
@@ -169,6 +211,9 @@ impl Default for LaunchOptions {
             max_waiting: 256,
             enable_prefix_caching: true,
             cuda_graphs: true,
+            collectives: Collectives::Auto,
+            step_timeout: Duration::from_secs(120),
+            join_timeout: Duration::from_secs(300),
         }
     }
 }

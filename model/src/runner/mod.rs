@@ -16,6 +16,7 @@ mod workspace;
 
 pub(crate) use cache::CacheWidths;
 pub use graphs::decode_graphs;
+pub(crate) use group::Follower;
 pub use group::{RankGroup, RankParts};
 pub use probe::Probe;
 pub use rank::{INDEX_LOGITS, Rank, RecordedStep};

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use dsa80_reference::{Batch, Communicator, Kernels, RecordedKernel, Result, SampleRow, SamplingParams};
+use dsa80_reference::{Batch, Communicator, Kernels, RecordedKernel, Result, SampleRow, SamplingParams, Breaker};
 
 use super::cache::Caches;
 use super::forward::{Forward, LogitRows, lm_head};
@@ -318,6 +318,11 @@ impl<K: Kernels> Rank<K> {
     /// Breaks the group of ranks: every rank that waits in a collective fails with `reason`.
     pub fn abort(&self, reason: &str) {
         self.communicator.abort(reason);
+    }
+
+    /// [`abort`](Self::abort) for another thread, while this rank may be waiting.
+    pub fn breaker(&self) -> Option<Breaker> {
+        self.communicator.breaker()
     }
 
     /// Appends what was sampled for every target; `row_of` says at which of the sampled rows the target of an index is. Waits for the device.

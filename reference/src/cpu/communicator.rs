@@ -1,33 +1,81 @@
-//! Tensor parallelism between the threads of one process.
+//! Tensor parallelism on the CPU: between the threads of one process, or wherever else ranks meet.
 
 use std::sync::Arc;
 
 use super::{Cpu, CpuTensor, Real};
-use crate::communicator::Communicator;
+use crate::communicator::{Breaker, Communicator};
 use crate::error::{Error, Result};
 use crate::rendezvous::Rendezvous;
 use crate::tensor::{DType, DeviceTensor};
+
+/// Where the ranks of a group exchange what each of them has: in shared memory, or over a network.
+pub trait Meeting<F>: Send {
+    /// This rank.
+    fn rank(&self) -> usize;
+
+    /// Number of ranks.
+    fn world_size(&self) -> usize;
+
+    /// Gives `part` to the others and returns everybody's, in rank order. `what` is the collective, which must be the same on all ranks.
+    ///
+    /// # Errors
+    /// [`Error::Communicator`] when the group is broken, or breaks meanwhile.
+    fn meet(&self, what: &'static str, part: &[F]) -> Result<Vec<Arc<[F]>>>;
+
+    /// Breaks the group with `reason`; the first one is the cause.
+    fn break_group(&self, reason: &str);
+
+    /// The same for any thread, which names the ranks that others wait for.
+    fn breaker(&self) -> Breaker;
+}
+
+impl<F: Real> Meeting<F> for Rendezvous<Arc<[F]>> {
+    fn rank(&self) -> usize {
+        self.rank()
+    }
+
+    fn world_size(&self) -> usize {
+        self.world_size()
+    }
+
+    fn meet(&self, _what: &'static str, part: &[F]) -> Result<Vec<Arc<[F]>>> {
+        self.exchange(part.into())
+    }
+
+    fn break_group(&self, reason: &str) {
+        self.break_group(|| reason.to_owned());
+    }
+
+    fn breaker(&self) -> Breaker {
+        self.breaker()
+    }
+}
+
+/// One rank of a group on the CPU. The sums are each rank's own, so they are the same wherever the ranks meet.
+#[derive(Debug)]
+pub struct CpuCommunicator<F, M> {
+    cpu: Cpu<F>,
+    meeting: M,
+}
 
 /// One rank of a group of threads that meet in shared memory.
 ///
 /// A rank that is dropped before the others have finished (its thread failed or panicked) breaks the group:
 /// every collective that waits, and every later one, fails with the reason.
-#[derive(Debug)]
-pub struct ThreadCommunicator<F> {
-    cpu: Cpu<F>,
-    rendezvous: Rendezvous<Arc<[F]>>,
-}
+pub type ThreadCommunicator<F> = CpuCommunicator<F, Rendezvous<Arc<[F]>>>;
 
 impl<F: Real> ThreadCommunicator<F> {
     /// The ranks of a group of `world_size`, in order; each goes to its own thread. Sums of activations are
     /// rounded as `cpu` rounds.
     pub fn group(cpu: Cpu<F>, world_size: usize) -> Vec<Self> {
-        Rendezvous::group(world_size).into_iter().map(|rendezvous| Self { cpu, rendezvous }).collect()
+        Rendezvous::group(world_size).into_iter().map(|meeting| Self { cpu, meeting }).collect()
     }
+}
 
-    /// Gives `part` to the others and returns everybody's, in rank order.
-    fn exchange(&self, part: &[F]) -> Result<Vec<Arc<[F]>>> {
-        self.rendezvous.exchange(part.into())
+impl<F: Real, M: Meeting<F>> CpuCommunicator<F, M> {
+    /// The rank that meets the others at `meeting`. Sums of activations are rounded as `cpu` rounds.
+    pub fn new(cpu: Cpu<F>, meeting: M) -> Self {
+        Self { cpu, meeting }
     }
 
     /// Fails unless every part has as many elements as this rank's.
@@ -37,24 +85,24 @@ impl<F: Real> ThreadCommunicator<F> {
             Some(rank) => Err(Error::Value {
                 kernel,
                 name: "tensor",
-                expected: format!("{len} elements on every rank, as on rank {}", self.rendezvous.rank()),
+                expected: format!("{len} elements on every rank, as on rank {}", self.meeting.rank()),
                 found: format!("{} on rank {rank}", parts[rank].len()),
             }),
         }
     }
 }
 
-impl<F: Real> Communicator<CpuTensor<F>> for ThreadCommunicator<F> {
+impl<F: Real, M: Meeting<F>> Communicator<CpuTensor<F>> for CpuCommunicator<F, M> {
     fn rank(&self) -> usize {
-        self.rendezvous.rank()
+        self.meeting.rank()
     }
 
     fn world_size(&self) -> usize {
-        self.rendezvous.world_size()
+        self.meeting.world_size()
     }
 
     fn all_reduce(&self, tensor: &mut CpuTensor<F>) -> Result<()> {
-        let parts = self.exchange(tensor.reals("all_reduce", "tensor")?)?;
+        let parts = self.meeting.meet("all_reduce", tensor.reals("all_reduce", "tensor")?)?;
         let is_act = tensor.dtype() == DType::Act;
         let out = tensor.reals_mut("all_reduce", "tensor")?;
         self.same_length("all_reduce", &parts, out.len())?;
@@ -66,7 +114,7 @@ impl<F: Real> Communicator<CpuTensor<F>> for ThreadCommunicator<F> {
     }
 
     fn all_gather(&self, shard: &CpuTensor<F>, out: &mut CpuTensor<F>) -> Result<()> {
-        let (Some((&columns, rows)), world_size) = (shard.shape().split_last(), self.rendezvous.world_size())
+        let (Some((&columns, rows)), world_size) = (shard.shape().split_last(), self.meeting.world_size())
         else {
             return Err(Error::Shape {
                 kernel: "all_gather",
@@ -76,7 +124,7 @@ impl<F: Real> Communicator<CpuTensor<F>> for ThreadCommunicator<F> {
             });
         };
         out.expect_shape("all_gather", "out", &[rows, &[columns * world_size]].concat())?;
-        let parts = self.exchange(shard.reals("all_gather", "shard")?)?;
+        let parts = self.meeting.meet("all_gather", shard.reals("all_gather", "shard")?)?;
         let out = out.reals_mut("all_gather", "out")?;
         self.same_length("all_gather", &parts, out.len() / world_size)?;
         if columns == 0 {
@@ -91,7 +139,7 @@ impl<F: Real> Communicator<CpuTensor<F>> for ThreadCommunicator<F> {
     }
 
     fn broadcast(&self, tensor: &mut CpuTensor<F>, root: usize) -> Result<()> {
-        let (rank, world_size) = (self.rendezvous.rank(), self.rendezvous.world_size());
+        let (rank, world_size) = (self.meeting.rank(), self.meeting.world_size());
         if root >= world_size {
             return Err(Error::Value {
                 kernel: "broadcast",
@@ -101,7 +149,7 @@ impl<F: Real> Communicator<CpuTensor<F>> for ThreadCommunicator<F> {
             });
         }
         let own: &[F] = if root == rank { tensor.reals("broadcast", "tensor")? } else { &[] };
-        let parts = self.exchange(own)?;
+        let parts = self.meeting.meet("broadcast", own)?;
         let out = tensor.reals_mut("broadcast", "tensor")?;
         self.same_length("broadcast", &parts[root..=root], out.len())?;
         out.copy_from_slice(&parts[root]);
@@ -109,11 +157,15 @@ impl<F: Real> Communicator<CpuTensor<F>> for ThreadCommunicator<F> {
     }
 
     fn barrier(&self) -> Result<()> {
-        self.exchange(&[]).map(drop)
+        self.meeting.meet("barrier", &[]).map(drop)
     }
 
     fn abort(&self, reason: &str) {
-        self.rendezvous.break_group(|| format!("rank {}: {reason}", self.rendezvous.rank()));
+        self.meeting.break_group(&format!("rank {}: {reason}", self.meeting.rank()));
+    }
+
+    fn breaker(&self) -> Option<Breaker> {
+        Some(self.meeting.breaker())
     }
 }
 

@@ -45,7 +45,7 @@ use std::convert::Infallible;
 use std::ops::Range;
 
 pub use batch::CpuBatch;
-pub use communicator::ThreadCommunicator;
+pub use communicator::{CpuCommunicator, Meeting, ThreadCommunicator};
 pub use linear_int4::CpuInt4;
 pub use moe::CpuExperts;
 pub use real::Real;

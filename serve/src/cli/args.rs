@@ -1,9 +1,12 @@
 //! Options that `serve` and `generate` share.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
+use anyhow::bail;
 use clap::{Args, ValueEnum};
-use dsa80_model::launch::{Device, KvCacheDtype, LaunchOptions, LoadFormat};
+use dsa80_model::distributed::Place;
+use dsa80_model::launch::{Collectives, Device, KvCacheDtype, LaunchOptions, LoadFormat};
 
 use super::size;
 
@@ -18,9 +21,9 @@ pub(super) struct ModelArgs {
     #[arg(long, default_value = "auto")]
     device: Device,
 
-    /// Tensor-parallel ranks.
-    #[arg(long, value_name = "N", default_value_t = 1, visible_alias = "tensor-parallel-size")]
-    pub(super) tp: usize,
+    /// Tensor-parallel ranks; by default 1, or as many as a launcher has started (WORLD_SIZE).
+    #[arg(long, value_name = "N", visible_alias = "tensor-parallel-size")]
+    tp: Option<usize>,
 
     /// Where the weights come from: auto or safetensors (the checkpoint's files), or dummy (random numbers, from config.json and the
     /// tokenizer's files alone).
@@ -72,6 +75,18 @@ pub(super) struct ModelArgs {
     /// On a GPU: decode steps are recorded as CUDA graphs at the start and replayed (on), or every kernel is launched by itself (off).
     #[arg(long, value_enum, value_name = "on|off", default_value = "on")]
     cuda_graphs: Switch,
+
+    /// What sums over the ranks of GPUs: auto (the kernels of dsa80 in one process, NCCL between several), peer or nccl.
+    #[arg(long, default_value = "auto")]
+    collectives: Collectives,
+
+    /// Seconds that a step may take: a rank that hangs stops all of them then, with an error to every request.
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..))]
+    step_timeout: u64,
+
+    /// Seconds that the ranks of several processes wait for each other at the start.
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    join_timeout: u64,
 }
 
 /// Something that is done or not.
@@ -87,7 +102,7 @@ impl ModelArgs {
         let default = LaunchOptions::default();
         LaunchOptions {
             device: self.device,
-            tp: self.tp,
+            tp: self.tp.unwrap_or(default.tp),
             max_model_len: self.max_model_len,
             max_num_seqs: self.max_num_seqs.unwrap_or(default.max_num_seqs),
             max_num_batched_tokens: self.max_num_batched_tokens.unwrap_or(default.max_num_batched_tokens),
@@ -99,6 +114,24 @@ impl ModelArgs {
             max_waiting: self.max_queued_requests.unwrap_or(default.max_waiting),
             enable_prefix_caching: !self.no_prefix_caching,
             cuda_graphs: self.cuda_graphs == Switch::On,
+            collectives: self.collectives,
+            step_timeout: Duration::from_secs(self.step_timeout),
+            join_timeout: Duration::from_secs(self.join_timeout),
+        }
+    }
+
+    /// [`launch_options`](Self::launch_options) of a rank of several processes, if this is one: of as many as the launcher says.
+    pub(super) fn launch_options_at(&self, place: Option<&Place>) -> anyhow::Result<LaunchOptions> {
+        let options = self.launch_options();
+        let Some(place) = place else { return Ok(options) };
+        match self.tp {
+            Some(tp) if tp != place.world_size => {
+                bail!(
+                    "--tp is {tp}, but WORLD_SIZE is {}: leave --tp out, or start {tp} ranks",
+                    place.world_size
+                )
+            }
+            _ => Ok(LaunchOptions { tp: place.world_size, ..options }),
         }
     }
 }
@@ -122,5 +155,17 @@ mod tests {
         assert!(graphs(&[]) && graphs(&["--cuda-graphs", "on"]) && !graphs(&["--cuda-graphs", "off"]));
         let error = parse(&["--cuda-graphs", "maybe"]).unwrap_err().to_string();
         assert!(error.contains("[possible values: on, off]"), "{error}");
+    }
+
+    #[test]
+    fn a_launcher_says_how_many_ranks_there_are() {
+        let place = Place { rank: 1, world_size: 4, local_rank: 1, master: "node0".into(), port: 29500 };
+        let options = |args: &[&str]| {
+            let cli = Cli::try_parse_from([&["dsa80"], args].concat()).unwrap();
+            cli.model.launch_options_at(Some(&place)).map_err(|error| error.to_string())
+        };
+        assert_eq!(options(&[]).unwrap().tp, 4);
+        assert_eq!(options(&["--tp", "4"]).unwrap().tp, 4);
+        assert!(options(&["--tp", "2"]).unwrap_err().contains("--tp is 2, but WORLD_SIZE is 4"));
     }
 }

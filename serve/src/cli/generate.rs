@@ -110,7 +110,7 @@ pub(super) fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
             text
         }
     };
-    let model = load(&args.model)?;
+    let model = load(&args.model, None)?;
     let ids = args.encode(&model, &prompt)?;
     let record = Arc::new(RequestRecord::new("generate".into()));
     let plan = Plan {

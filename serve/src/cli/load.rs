@@ -6,7 +6,9 @@ use std::time::Instant;
 
 use anyhow::Context;
 use dsa80_model::checkpoint::{Checkpoint, LoadingBar, Shard};
-use dsa80_model::launch::{LoadFormat, launch};
+use dsa80_model::distributed::Place;
+use dsa80_model::launch::{self, LaunchOptions, LoadFormat, launch, launch_leader};
+use dsa80_reference::Breaker;
 
 use super::args::ModelArgs;
 use crate::embedded;
@@ -30,25 +32,19 @@ fn open_dummy(dir: Option<&Path>) -> anyhow::Result<Checkpoint> {
     })
 }
 
-/// Loads the model and starts its engine. It takes as long as reading the weights takes.
-pub(super) fn load(args: &ModelArgs) -> anyhow::Result<ServedModel> {
+/// Loads the model and starts its engine. It takes as long as reading the weights takes. Rank 0 of several processes waits for the others.
+pub(super) fn load(args: &ModelArgs, place: Option<&Place>) -> anyhow::Result<ServedModel> {
     let started = Instant::now();
-    let checkpoint = match args.load_format {
-        LoadFormat::Auto | LoadFormat::Safetensors => open(args.model.as_deref())?,
-        LoadFormat::Dummy => open_dummy(args.model.as_deref())?,
-    };
-    if checkpoint.is_dummy() {
-        tracing::warn!("--load-format dummy: the weights are random numbers, and so are the answers");
-    }
+    let options = args.launch_options_at(place)?;
+    let checkpoint = open_for(args)?;
     let name = checkpoint.name().to_owned();
     let files = TextFiles::from_checkpoint(&checkpoint)?;
     let text = TextModel::load(&files).with_context(|| format!("in {name}"))?;
-    let options = args.launch_options();
-    // A degree that does not divide the model is for `launch` to refuse.
-    let bytes = checkpoint.shard_bytes(Shard { rank: 0, world_size: options.tp }).unwrap_or(0);
-    let bar = LoadingBar::new(bytes.saturating_mul(options.tp as u64));
-    let checkpoint = Arc::new(checkpoint.with_progress(Arc::new(bar)));
-    let engine = launch(&checkpoint, &options)?;
+    let checkpoint = Arc::new(with_bar(checkpoint, &options, place));
+    let engine = match place {
+        None => launch(&checkpoint, &options)?,
+        Some(place) => launch_leader(&checkpoint, &options, place)?,
+    };
     tracing::info!(
         model = name,
         max_model_len = engine.max_model_len(),
@@ -56,4 +52,31 @@ pub(super) fn load(args: &ModelArgs) -> anyhow::Result<ServedModel> {
         "the model is loaded"
     );
     Ok(ServedModel { text: Arc::new(text), engine })
+}
+
+/// Loads another rank than 0, which then does what rank 0 says; returns when rank 0 has left. `lost` is called when the ranks fail.
+pub(super) fn follow(args: &ModelArgs, place: &Place, lost: Breaker) -> anyhow::Result<()> {
+    let options = args.launch_options_at(Some(place))?;
+    let checkpoint = Arc::new(with_bar(open_for(args)?, &options, Some(place)));
+    Ok(launch::follow(&checkpoint, &options, place, lost)?)
+}
+
+fn open_for(args: &ModelArgs) -> anyhow::Result<Checkpoint> {
+    let checkpoint = match args.load_format {
+        LoadFormat::Auto | LoadFormat::Safetensors => open(args.model.as_deref())?,
+        LoadFormat::Dummy => open_dummy(args.model.as_deref())?,
+    };
+    if checkpoint.is_dummy() {
+        tracing::warn!("--load-format dummy: the weights are random numbers, and so are the answers");
+    }
+    Ok(checkpoint)
+}
+
+/// With a bar that counts what this process reads: the shard of its rank, or all of them.
+fn with_bar(checkpoint: Checkpoint, options: &LaunchOptions, place: Option<&Place>) -> Checkpoint {
+    let (rank, ranks) = place.map_or((0, options.tp), |place| (place.rank, 1));
+    // A degree that does not divide the model is for `launch` to refuse.
+    let bytes = checkpoint.shard_bytes(Shard { rank, world_size: options.tp }).unwrap_or(0);
+    let bar = LoadingBar::new(bytes.saturating_mul(ranks as u64));
+    checkpoint.with_progress(Arc::new(bar))
 }

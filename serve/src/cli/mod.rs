@@ -5,6 +5,7 @@ mod bench;
 mod generate;
 mod inspect;
 mod load;
+mod rank;
 mod serve;
 mod size;
 

@@ -4,14 +4,15 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use clap::Args;
+use dsa80_model::distributed::Place;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
 use super::args::ModelArgs;
 use super::load::load;
-use super::size;
+use super::{rank, size};
 use crate::embedded;
 use crate::http::{ServerOptions, ServerState};
 use crate::shutdown;
@@ -54,15 +55,26 @@ pub(super) struct ServeArgs {
     sse_keep_alive: u64,
 }
 
+/// What rank 0 needs beside `--shutdown-timeout` to leave.
+const DRAIN_MARGIN: Duration = Duration::from_secs(20);
+
 pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
+    let place = Place::from_env()?;
+    if let Some(place) = place.as_ref().filter(|place| place.rank > 0) {
+        return rank::run(&args.model, place, Duration::from_secs(args.shutdown_timeout) + DRAIN_MARGIN);
+    }
     let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
-    let result = runtime.block_on(serve(args));
+    let result = runtime.block_on(serve(args, place));
+    if result.is_err() {
+        // A rank may be stuck in its device, which then does not let the process go.
+        rank::end_within(Duration::from_secs(10));
+    }
     // A loader that was interrupted still reads; nobody waits for it.
     runtime.shutdown_background();
     result.map(|()| ExitCode::SUCCESS)
 }
 
-async fn serve(args: ServeArgs) -> anyhow::Result<()> {
+async fn serve(args: ServeArgs, place: Option<Place>) -> anyhow::Result<()> {
     let options = args.server_options();
     let stop = shutdown::signal().context("cannot listen for signals")?;
     let listener = TcpListener::bind((args.host.as_str(), args.port))
@@ -79,7 +91,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let (loaded, ready) = oneshot::channel();
     std::thread::spawn(move || {
         // Nobody waits any more if the signal to stop came first.
-        let _ = loaded.send(load(&args.model));
+        let _ = loaded.send(load(&args.model, place.as_ref()));
     });
     let serving = shutdown::serve(listener, state.clone(), async move {
         stop.await;
@@ -87,9 +99,14 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     });
     let loading = async {
         let model = ready.await.context("the loader ended without a word")??;
+        let engine = model.engine.clone();
         state.set_ready(model);
         tracing::info!("ready: http://{address}/v1 serves {names}");
-        std::future::pending::<anyhow::Result<()>>().await
+        let failure = shutdown::failure(&engine).await;
+        // Every request has been told; the responses need a moment to be read.
+        state.set_failed(&failure);
+        shutdown::flush(&state).await;
+        Err(anyhow!(failure))
     };
     tokio::select! {
         served = serving => served.context("the server failed"),

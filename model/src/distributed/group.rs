@@ -1,0 +1,303 @@
+//! The two ends of a group of processes: rank 0 leads, the others are its members.
+
+use std::net::{Shutdown, TcpStream};
+use std::sync::Arc;
+use std::time::Duration;
+
+use dsa80_reference::{Breaker, Kernels};
+
+use super::fate::Fate;
+use super::join::{self, Connection};
+use super::meeting::TcpMeeting;
+use super::message::{Answer, Creed, Order, Sign};
+use super::place::Place;
+use super::watch::{self, Pace, Speaker};
+use super::wire;
+use crate::engine::{Step, StepLimits};
+use crate::error::LaunchError;
+use crate::runner::{Follower, Rank, RankParts, WeightSource};
+
+/// Rank 0 of several processes, before it has a model.
+pub(crate) struct Leader {
+    place: Place,
+    fate: Arc<Fate>,
+    speaker: Arc<Speaker>,
+    orders: Vec<TcpStream>,
+    collectives: Vec<TcpStream>,
+}
+
+/// Another rank.
+pub(crate) struct Member {
+    place: Place,
+    fate: Arc<Fate>,
+    orders: TcpStream,
+    collectives: TcpStream,
+}
+
+/// Watches the connections, and closes them when the group fails, so that nobody waits at them any more.
+fn connect(
+    connections: Vec<Connection>,
+) -> Result<(Arc<Fate>, Arc<Speaker>, Vec<TcpStream>, Vec<TcpStream>), LaunchError> {
+    let failed = |error| LaunchError::Ranks(format!("the ranks' connections cannot be watched: {error}"));
+    let fate = Arc::new(Fate::default());
+    let (mut watches, mut orders, mut collectives, mut waited_at) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for Connection { rank, orders: of_orders, watch, collectives: of_collectives } in connections {
+        waited_at.push(of_orders.try_clone().map_err(failed)?);
+        waited_at.push(of_collectives.try_clone().map_err(failed)?);
+        watches.push((rank, watch));
+        orders.push(of_orders);
+        collectives.push(of_collectives);
+    }
+    let speaker = watch::start(&fate, watches, Pace::default()).map_err(failed)?;
+    // After the reason has been said.
+    fate.on_failure(Arc::new(move |_| {
+        for stream in &waited_at {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }));
+    Ok((fate, speaker, orders, collectives))
+}
+
+impl Leader {
+    /// Waits for the others.
+    pub(crate) fn gather(place: Place, creed: &Creed, patience: Duration) -> Result<Self, LaunchError> {
+        let (fate, speaker, orders, collectives) = connect(join::gather(&place, creed, patience)?)?;
+        tracing::info!("all {} ranks are there", place.world_size);
+        Ok(Self { place, fate, speaker, orders, collectives })
+    }
+
+    /// Waits until all have opened a `device` of this kind, then lets them join its collectives with what is in `bytes`.
+    pub(crate) fn begin(&self, device: &str, bytes: &[u8]) -> Result<(), LaunchError> {
+        for (rank, stream) in (1..).zip(&self.orders) {
+            match receive_answer(&self.fate, rank, stream)? {
+                Answer::Opened(other) if other == device => {}
+                Answer::Opened(other) => {
+                    return Err(LaunchError::Ranks(format!(
+                        "rank {rank} runs on {other}, and rank 0 on {device}; give all ranks the same --device, and a GPU each"
+                    )));
+                }
+                other => return Err(unexpected(rank, &other)),
+            }
+        }
+        let frame = Order::Begin(bytes.to_vec()).encode();
+        // Who does not hear it is noticed by the watch.
+        self.orders.iter().for_each(|stream| drop(wire::send(stream, &frame)));
+        Ok(())
+    }
+
+    pub(crate) fn fate(&self) -> &Arc<Fate> {
+        &self.fate
+    }
+
+    /// Where CPU ranks meet.
+    pub(crate) fn meeting(&self) -> Result<TcpMeeting, LaunchError> {
+        let streams = self.collectives.iter().map(clone).collect::<Result<_, _>>()?;
+        Ok(TcpMeeting::new(0, self.place.world_size, Arc::clone(&self.fate), streams))
+    }
+
+    /// The others, in rank order, as a group of ranks sees them.
+    pub(crate) fn followers(self) -> Vec<Box<dyn Follower>> {
+        let Self { fate, speaker, orders, .. } = self;
+        let remote = |(rank, orders)| -> Box<dyn Follower> {
+            let (fate, speaker) = (Arc::clone(&fate), Arc::clone(&speaker));
+            Box::new(RemoteFollower { rank, fate, speaker, orders })
+        };
+        (1..).zip(orders).map(remote).collect()
+    }
+}
+
+fn clone(stream: &TcpStream) -> Result<TcpStream, LaunchError> {
+    stream.try_clone().map_err(|error| LaunchError::Ranks(format!("a connection cannot be shared: {error}")))
+}
+
+fn unexpected(rank: usize, found: &impl std::fmt::Debug) -> LaunchError {
+    LaunchError::Ranks(format!("rank {rank} said {found:?} out of turn"))
+}
+
+/// Bytes of an answer at most.
+const MAX_ANSWER: usize = 1 << 16;
+
+fn receive_answer(fate: &Fate, rank: usize, stream: &TcpStream) -> Result<Answer, LaunchError> {
+    let answer = wire::receive(stream, MAX_ANSWER).and_then(|body| Answer::decode(&body));
+    answer.map_err(|error| {
+        LaunchError::Ranks(fate.reason_or(|| format!("rank {rank} has closed its connection ({error})")))
+    })
+}
+
+/// A rank in another process, as rank 0 sees it.
+///
+/// Steps are not acknowledged: every step has collectives, in which a rank that fell behind is waited for, and one that fails says so.
+struct RemoteFollower {
+    rank: usize,
+    fate: Arc<Fate>,
+    speaker: Arc<Speaker>,
+    orders: TcpStream,
+}
+
+impl RemoteFollower {
+    fn answer(&self) -> Result<Answer, LaunchError> {
+        receive_answer(&self.fate, self.rank, &self.orders)
+    }
+
+    fn send(&self, order: &Order) {
+        if let Err(error) = wire::send(&self.orders, &order.encode()) {
+            let rank = self.rank;
+            self.fate.reason_or(|| format!("rank {rank} cannot be told what to do ({error})"));
+        }
+    }
+
+    fn still_there(&self) -> Result<(), LaunchError> {
+        self.fate.reason().map_or(Ok(()), |reason| Err(LaunchError::Ranks(reason)))
+    }
+}
+
+impl Follower for RemoteFollower {
+    fn offered(&mut self) -> Result<StepLimits, LaunchError> {
+        match self.answer()? {
+            Answer::Offered(limits) => Ok(limits),
+            other => Err(unexpected(self.rank, &other)),
+        }
+    }
+
+    fn agree(&mut self, limits: StepLimits) {
+        self.send(&Order::Agreed(limits));
+    }
+
+    fn loaded(&mut self) -> Result<(), LaunchError> {
+        match self.answer()? {
+            Answer::Loaded => Ok(()),
+            other => Err(unexpected(self.rank, &other)),
+        }
+    }
+
+    fn step(&mut self, step: &Arc<Step>) {
+        self.send(&Order::Step(Arc::clone(step)));
+    }
+
+    fn stepped(&mut self, _patience: Duration) -> Result<(), LaunchError> {
+        self.still_there()
+    }
+
+    fn record_graphs(&mut self) {
+        self.send(&Order::RecordGraphs);
+    }
+
+    fn recorded(&mut self) -> Result<(), LaunchError> {
+        match self.answer()? {
+            Answer::Recorded => Ok(()),
+            other => Err(unexpected(self.rank, &other)),
+        }
+    }
+
+    fn give_up(&mut self, reason: &str) {
+        self.fate.fail(&format!("rank 0: {reason}"));
+    }
+
+    fn breaker(&self) -> Option<Breaker> {
+        Some(self.fate.breaker())
+    }
+
+    fn on_loss(&self, tell: Breaker) {
+        self.fate.on_failure(tell);
+    }
+
+    fn dismiss(&mut self) {
+        if self.fate.reason().is_none() {
+            // First, so that nobody takes the connections that close for a failure.
+            self.fate.finish();
+            self.speaker.say(&Sign::Left);
+            let _ = wire::send(&self.orders, &Order::Leave.encode());
+        }
+    }
+}
+
+impl Drop for RemoteFollower {
+    fn drop(&mut self) {
+        // The threads that listen end with their connections.
+        self.fate.finish();
+        self.speaker.hang_up();
+    }
+}
+
+impl Member {
+    /// Comes to rank 0.
+    pub(crate) fn join(place: Place, creed: &Creed, patience: Duration) -> Result<Self, LaunchError> {
+        let (fate, _speaker, orders, collectives) = connect(vec![join::come(&place, creed, patience)?])?;
+        let mut streams = orders.into_iter().zip(collectives);
+        let Some((orders, collectives)) = streams.next() else {
+            return Err(LaunchError::Ranks("the connection to rank 0 was lost".into()));
+        };
+        Ok(Self { place, fate, orders, collectives })
+    }
+
+    /// Says that this rank has opened a `device` of this kind, and hears what it needs to join rank 0's collectives.
+    pub(crate) fn begin(&self, device: &str) -> Result<Vec<u8>, LaunchError> {
+        self.answer(&Answer::Opened(device.to_owned()))?;
+        match self.order()? {
+            Order::Begin(bytes) => Ok(bytes),
+            other => Err(unexpected(0, &other)),
+        }
+    }
+
+    pub(crate) fn fate(&self) -> &Arc<Fate> {
+        &self.fate
+    }
+
+    /// Where CPU ranks meet.
+    pub(crate) fn meeting(&self) -> Result<TcpMeeting, LaunchError> {
+        let Place { rank, world_size, .. } = self.place;
+        Ok(TcpMeeting::new(rank, world_size, Arc::clone(&self.fate), vec![clone(&self.collectives)?]))
+    }
+
+    /// Loads this rank and does what rank 0 says, until there is nothing more to do.
+    ///
+    /// # Errors
+    /// This rank failed, or another: the reason is the first one's.
+    pub(crate) fn follow<K: Kernels>(
+        &self,
+        RankParts { kernels, communicator }: RankParts<K>,
+        weights: &dyn WeightSource,
+        widest: &StepLimits,
+        index_logits: usize,
+        settle: impl FnOnce(&K) -> Result<StepLimits, LaunchError>,
+    ) -> Result<(), LaunchError> {
+        let agree = |kernels: &K| {
+            self.answer(&Answer::Offered(settle(kernels)?))?;
+            match self.order()? {
+                Order::Agreed(limits) => Ok(limits),
+                other => Err(unexpected(0, &other)),
+            }
+        };
+        let (mut rank, limits) =
+            Rank::load_and_settle(kernels, communicator, weights, widest, index_logits, agree)?;
+        self.answer(&Answer::Loaded)?;
+        tracing::info!("rank {} of {} is loaded", self.place.rank, self.place.world_size);
+        loop {
+            match self.order()? {
+                Order::Step(step) => drop(rank.step(&step)?),
+                Order::RecordGraphs => {
+                    rank.record_graphs(&limits)?;
+                    self.answer(&Answer::Recorded)?;
+                }
+                Order::Leave => return Ok(()),
+                other => return Err(unexpected(0, &other)),
+            }
+        }
+    }
+
+    fn order(&self) -> Result<Order, LaunchError> {
+        let order = wire::receive(&self.orders, wire::MAX_FRAME).and_then(|body| Order::decode(&body));
+        order.or_else(|error| {
+            let reason = self.fate.reason_or(|| format!("rank 0 has closed its connection ({error})"));
+            // Rank 0 has left, and its last word was lost.
+            if self.fate.reason().is_none() { Ok(Order::Leave) } else { Err(LaunchError::Ranks(reason)) }
+        })
+    }
+
+    fn answer(&self, answer: &Answer) -> Result<(), LaunchError> {
+        wire::send(&self.orders, &answer.encode()).map_err(|error| {
+            LaunchError::Ranks(self.fate.reason_or(|| format!("rank 0 has closed its connection ({error})")))
+        })
+    }
+}
