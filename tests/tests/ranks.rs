@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use dsa80_model::checkpoint::{Checkpoint, CheckpointError, Shard};
 use dsa80_model::config::ModelConfig;
-use dsa80_model::engine::{Step, StepModel};
+use dsa80_model::engine::{Engine, EngineOptions, Event, Request, Step, StepModel};
 use dsa80_model::runner::{RankGroup, RankParts, WeightSource};
 use dsa80_model::weights::{HostEnds, HostLayer};
-use dsa80_reference::cpu::{Cpu, ThreadCommunicator};
-use dsa80_reference::{Batch, HostTensor, SequenceSlice};
+use dsa80_reference::cpu::{Cpu, CpuTensor, ThreadCommunicator};
+use dsa80_reference::{Batch, Breaker, Communicator, HostTensor, Result, SequenceSlice};
 use dsa80_tests::{fixture, prompt};
 
 /// A checkpoint of which one rank gets something wrong.
@@ -103,4 +103,89 @@ fn a_rank_that_fails_in_a_step_ends_the_step_with_its_own_reason() {
         let error = first_error(rank, Fault::Step);
         assert!(error.contains(&format!("rank {rank}: rms_norm")), "{error}");
     }
+}
+
+/// A rank that falls asleep in a step.
+struct Sleepy {
+    inner: ThreadCommunicator<f32>,
+    /// Before the first collective of the step, or after the last.
+    before: bool,
+    sleep: Duration,
+}
+
+impl Communicator<CpuTensor<f32>> for Sleepy {
+    fn rank(&self) -> usize {
+        Communicator::rank(&self.inner)
+    }
+
+    fn world_size(&self) -> usize {
+        Communicator::world_size(&self.inner)
+    }
+
+    fn all_reduce(&self, tensor: &mut CpuTensor<f32>) -> Result<()> {
+        if self.before {
+            std::thread::sleep(self.sleep);
+        }
+        self.inner.all_reduce(tensor)
+    }
+
+    fn all_gather(&self, shard: &CpuTensor<f32>, out: &mut CpuTensor<f32>) -> Result<()> {
+        let gathered = self.inner.all_gather(shard, out);
+        if !self.before {
+            std::thread::sleep(self.sleep);
+        }
+        gathered
+    }
+
+    fn broadcast(&self, tensor: &mut CpuTensor<f32>, root: usize) -> Result<()> {
+        self.inner.broadcast(tensor, root)
+    }
+
+    fn barrier(&self) -> Result<()> {
+        self.inner.barrier()
+    }
+
+    fn abort(&self, reason: &str) {
+        self.inner.abort(reason);
+    }
+
+    fn breaker(&self) -> Option<Breaker> {
+        self.inner.breaker()
+    }
+}
+
+/// How a request ends when rank 1 of two sleeps for longer than a step may take, and how long that took.
+fn slept(before: bool) -> (Option<Event>, Duration) {
+    let checkpoint = Checkpoint::open(&fixture::root().join("cases/int4_asym_g32_tp8")).unwrap();
+    let limits = prompt::limits(8, 4, checkpoint.config().vocab_size);
+    let weights: Arc<dyn WeightSource> = Arc::new(checkpoint);
+    let ranks = ThreadCommunicator::group(Cpu::<f32>::new(), 2).into_iter().map(|inner| {
+        let sleep = Duration::from_secs(60 * Communicator::rank(&inner) as u64);
+        RankParts { kernels: Cpu::new(), communicator: Box::new(Sleepy { inner, before, sleep }) as _ }
+    });
+    let mut group = RankGroup::load(ranks.collect(), &weights, limits).unwrap();
+    let step_timeout = Duration::from_secs(1);
+    group.set_step_timeout(step_timeout);
+    let engine = Engine::start(Box::new(group), EngineOptions { step_timeout, ..EngineOptions::default() });
+    let started = std::time::Instant::now();
+    let request = Request { prompt: vec![1, 2, 3], max_tokens: 4, ..Request::default() };
+    let mut events = engine.submit(request).unwrap();
+    let last = std::iter::from_fn(|| events.next_blocking()).last();
+    engine.shutdown(Duration::ZERO);
+    assert!(engine.failure().is_some());
+    (last, started.elapsed())
+}
+
+#[test]
+fn a_rank_that_sleeps_past_the_deadline_is_named_and_not_waited_for() {
+    let (ended, took) = slept(true);
+    let Some(Event::Failed(reason)) = ended else { panic!("{ended:?}") };
+    assert!(reason.contains("a step has not finished within 1s (--step-timeout)"), "{reason}");
+    assert!(reason.contains("rank 1 has not come to a collective"), "{reason}");
+    assert!(took < Duration::from_secs(20), "{took:?}");
+    // Rank 0 is through with its own part.
+    let (ended, took) = slept(false);
+    let Some(Event::Failed(reason)) = ended else { panic!("{ended:?}") };
+    assert!(reason.contains("rank 1 of 2 has not finished a step within 1s after rank 0"), "{reason}");
+    assert!(took < Duration::from_secs(20), "{took:?}");
 }

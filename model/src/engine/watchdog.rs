@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use dsa80_reference::Breaker;
 
-/// From the deadline to giving up, at most: time for ranks to hear why, and to say so.
-const GRACE: Duration = Duration::from_secs(5);
+/// From the deadline to giving up, as long as a step may take but within these: time for ranks to hear why, and to say so.
+const GRACE: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(5)];
 
 /// When the step that is being made began.
 #[derive(Debug)]
@@ -62,7 +62,7 @@ pub(super) fn start(
     breaker: Option<Breaker>,
     failed: impl FnOnce(String) + Send + 'static,
 ) -> io::Result<()> {
-    let grace = timeout.min(GRACE);
+    let grace = timeout.clamp(GRACE[0], GRACE[1]);
     let tick = (timeout / 20).clamp(Duration::from_millis(5), Duration::from_millis(500));
     let watch = move || {
         let mut broken = None;

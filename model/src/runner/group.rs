@@ -14,6 +14,8 @@ use crate::error::LaunchError;
 
 /// How long rank 0 waits for another's answer to a step that it has made itself: longer than what a first step compiles.
 const PATIENCE: Duration = Duration::from_secs(600);
+/// How long it waits when it has failed itself: another may have been first, and says why.
+const AFTER_FAILURE: Duration = Duration::from_millis(500);
 /// How long a rank that has nothing more to do may take to end.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -390,7 +392,7 @@ impl<K: Kernels + 'static> StepModel for RankGroup<K> {
         self.others.iter_mut().for_each(|other| other.step(&step));
         let done = self.first.step_while(&step, meanwhile).map_err(LaunchError::from);
         // Who has not answered by the time that rank 0 has failed does not count.
-        let patience = if done.is_ok() { self.patience } else { LEAVE_PATIENCE };
+        let patience = if done.is_ok() { self.patience } else { AFTER_FAILURE };
         self.together(done, |other| other.stepped(patience))
             .map_err(|(rank, error)| StepError(format!("rank {rank}: {error}")))
     }

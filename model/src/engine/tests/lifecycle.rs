@@ -310,3 +310,96 @@ fn a_token_is_told_while_the_next_step_is_made() {
     assert!(stream.next_blocking().is_none());
     engine.shutdown(Duration::ZERO);
 }
+
+/// A model whose steps hang, until they are broken off if that helps.
+struct Stuck {
+    entered: Sender<()>,
+    release: Receiver<()>,
+    breaker: Option<dsa80_reference::Breaker>,
+}
+
+impl StepModel for Stuck {
+    fn step_while(
+        &mut self,
+        _step: Arc<crate::engine::Step>,
+        _meanwhile: &mut dyn FnMut(),
+    ) -> Result<Vec<crate::engine::Sampled>, crate::engine::StepError> {
+        let _ = self.entered.send(());
+        let _ = self.release.recv();
+        Err(crate::engine::StepError("rank 1 has not come".into()))
+    }
+
+    fn limits(&self) -> StepLimits {
+        limits()
+    }
+
+    fn breaker(&self) -> Option<dsa80_reference::Breaker> {
+        self.breaker.clone()
+    }
+}
+
+const DEADLINE: Duration = Duration::from_millis(100);
+
+/// An engine whose first step hangs, and what releases it.
+fn stuck(helps: bool) -> (EngineHandle, Receiver<()>, Sender<()>) {
+    let ((entered_sender, entered), (release, released)) = (channel(), channel());
+    let own = release.clone();
+    let breaker: dsa80_reference::Breaker = Arc::new(move |reason| {
+        assert!(reason.contains("within 100ms (--step-timeout)"), "{reason}");
+        let _ = own.send(());
+    });
+    let model = Stuck { entered: entered_sender, release: released, breaker: helps.then_some(breaker) };
+    let options = EngineOptions { step_timeout: DEADLINE, ..options() };
+    (Engine::start(Box::new(model), options), entered, release)
+}
+
+#[test]
+fn a_step_past_its_deadline_is_broken_off_and_says_why_itself() {
+    let (engine, _entered, _release) = stuck(true);
+    let stream = engine.submit(request([2], 5)).unwrap();
+    assert_eq!(failure(stream), "the engine stopped: rank 1 has not come");
+    engine.shutdown(LONG);
+    assert_eq!(engine.failure().unwrap(), "the engine stopped: rank 1 has not come");
+}
+
+#[test]
+fn a_step_that_cannot_be_broken_off_is_given_up() {
+    let (engine, entered, release) = stuck(false);
+    let streams: Vec<_> = (0..3).map(|_| engine.submit(request([2], 5)).unwrap()).collect();
+    entered.recv().unwrap();
+    let words = "the engine stopped: a step has not finished within 100ms (--step-timeout)";
+    for mut stream in streams {
+        // Those that have begun, and those that wait.
+        let events: Vec<Event> = std::iter::from_fn(|| stream.next_blocking())
+            .take_while(|event| !matches!(event, Event::Failed(reason) if reason == words))
+            .collect();
+        assert!(events.iter().all(|event| matches!(event, Event::Started { .. })), "{events:?}");
+    }
+    assert!(!engine.is_alive());
+    assert_eq!(engine.failure().unwrap(), words);
+    assert!(matches!(engine.submit(request([2], 5)), Err(SubmitError::ShuttingDown)));
+    // Does not wait for the thread, which is still in its step.
+    engine.shutdown(LONG);
+    release.send(()).unwrap();
+}
+
+#[test]
+fn steps_within_the_deadline_go_on_for_longer_than_it() {
+    let mut model = MockModel::new(limits());
+    let (entered_sender, entered) = channel();
+    let (permits, permits_receiver) = channel();
+    model.gate = Some(Gate { entered: entered_sender, permits: permits_receiver });
+    let engine = Engine::start(Box::new(model), EngineOptions { step_timeout: 5 * DEADLINE, ..options() });
+    let request = request([2, 3], 12);
+    let stream = engine.submit(request.clone()).unwrap();
+    let allow = std::thread::spawn(move || {
+        for () in entered {
+            std::thread::sleep(DEADLINE);
+            let _ = permits.send(());
+        }
+    });
+    assert_served(&request, stream);
+    assert_eq!(engine.failure(), None);
+    engine.shutdown(LONG);
+    allow.join().unwrap();
+}
