@@ -20,6 +20,11 @@ use crate::runner::{Follower, Rank, RankParts, WeightSource};
 /// Rank 0 of several processes, before it has a model.
 pub(crate) struct Leader {
     place: Place,
+    links: Links,
+}
+
+/// Connections that are watched.
+struct Links {
     fate: Arc<Fate>,
     speaker: Arc<Speaker>,
     orders: Vec<TcpStream>,
@@ -35,9 +40,7 @@ pub(crate) struct Member {
 }
 
 /// Watches the connections, and closes them when the group fails, so that nobody waits at them any more.
-fn connect(
-    connections: Vec<Connection>,
-) -> Result<(Arc<Fate>, Arc<Speaker>, Vec<TcpStream>, Vec<TcpStream>), LaunchError> {
+fn connect(connections: Vec<Connection>) -> Result<Links, LaunchError> {
     let failed = |error| LaunchError::Ranks(format!("the ranks' connections cannot be watched: {error}"));
     let fate = Arc::new(Fate::default());
     let (mut watches, mut orders, mut collectives, mut waited_at) =
@@ -56,21 +59,21 @@ fn connect(
             let _ = stream.shutdown(Shutdown::Both);
         }
     }));
-    Ok((fate, speaker, orders, collectives))
+    Ok(Links { fate, speaker, orders, collectives })
 }
 
 impl Leader {
     /// Waits for the others.
     pub(crate) fn gather(place: Place, creed: &Creed, patience: Duration) -> Result<Self, LaunchError> {
-        let (fate, speaker, orders, collectives) = connect(join::gather(&place, creed, patience)?)?;
+        let links = connect(join::gather(&place, creed, patience)?)?;
         tracing::info!("all {} ranks are there", place.world_size);
-        Ok(Self { place, fate, speaker, orders, collectives })
+        Ok(Self { place, links })
     }
 
     /// Waits until all have opened a `device` of this kind, then lets them join its collectives with what is in `bytes`.
     pub(crate) fn begin(&self, device: &str, bytes: &[u8]) -> Result<(), LaunchError> {
-        for (rank, stream) in (1..).zip(&self.orders) {
-            match receive_answer(&self.fate, rank, stream)? {
+        for (rank, stream) in (1..).zip(&self.links.orders) {
+            match receive_answer(&self.links.fate, rank, stream)? {
                 Answer::Opened(other) if other == device => {}
                 Answer::Opened(other) => {
                     return Err(LaunchError::Ranks(format!(
@@ -82,23 +85,23 @@ impl Leader {
         }
         let frame = Order::Begin(bytes.to_vec()).encode();
         // Who does not hear it is noticed by the watch.
-        self.orders.iter().for_each(|stream| drop(wire::send(stream, &frame)));
+        self.links.orders.iter().for_each(|stream| drop(wire::send(stream, &frame)));
         Ok(())
     }
 
     pub(crate) fn fate(&self) -> &Arc<Fate> {
-        &self.fate
+        &self.links.fate
     }
 
     /// Where CPU ranks meet.
     pub(crate) fn meeting(&self) -> Result<TcpMeeting, LaunchError> {
-        let streams = self.collectives.iter().map(clone).collect::<Result<_, _>>()?;
-        Ok(TcpMeeting::new(0, self.place.world_size, Arc::clone(&self.fate), streams))
+        let streams = self.links.collectives.iter().map(clone).collect::<Result<_, _>>()?;
+        Ok(TcpMeeting::new(0, self.place.world_size, Arc::clone(&self.links.fate), streams))
     }
 
     /// The others, in rank order, as a group of ranks sees them.
     pub(crate) fn followers(self) -> Vec<Box<dyn Follower>> {
-        let Self { fate, speaker, orders, .. } = self;
+        let Links { fate, speaker, orders, .. } = self.links;
         let remote = |(rank, orders)| -> Box<dyn Follower> {
             let (fate, speaker) = (Arc::clone(&fate), Arc::clone(&speaker));
             Box::new(RemoteFollower { rank, fate, speaker, orders })
@@ -223,7 +226,7 @@ impl Drop for RemoteFollower {
 impl Member {
     /// Comes to rank 0.
     pub(crate) fn join(place: Place, creed: &Creed, patience: Duration) -> Result<Self, LaunchError> {
-        let (fate, _speaker, orders, collectives) = connect(vec![join::come(&place, creed, patience)?])?;
+        let Links { fate, orders, collectives, .. } = connect(vec![join::come(&place, creed, patience)?])?;
         let mut streams = orders.into_iter().zip(collectives);
         let Some((orders, collectives)) = streams.next() else {
             return Err(LaunchError::Ranks("the connection to rank 0 was lost".into()));

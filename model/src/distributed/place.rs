@@ -101,10 +101,10 @@ mod tests {
 
     #[test]
     fn what_is_missing_or_means_nothing_is_named() {
-        for left_out in 0..4 {
-            let others: Vec<_> = (0..4).filter(|&i| i != left_out).map(|i| FOUR[i]).collect();
+        for (left_out, _) in FOUR {
+            let others: Vec<_> = FOUR.into_iter().filter(|(name, _)| *name != left_out).collect();
             let error = read(&others).unwrap_err();
-            assert!(error.starts_with(&format!("{} is not set", FOUR[left_out].0)), "{error}");
+            assert!(error.starts_with(&format!("{left_out} is not set")), "{error}");
         }
         for (name, value, words) in [
             ("RANK", "2", "expected a rank below WORLD_SIZE, which is 2"),

@@ -29,7 +29,11 @@ pub(super) enum Opened {
 /// The GPUs that the model can run on, or why there are none and what to do about it.
 pub(super) fn open(options: &LaunchOptions) -> Result<Opened, String> {
     let opened = if options.tp > 1 {
-        let between = if options.collectives == Collectives::Nccl { Between::Nccl } else { Between::Peers };
+        let between = match options.collectives {
+            Collectives::Auto => Between::Either,
+            Collectives::Peer => Between::Peers,
+            Collectives::Nccl => Between::Nccl,
+        };
         RankOnGpu::open_group(options.tp, between, options.step_timeout).map(Opened::Several)
     } else {
         Cuda::open().map(|cuda| Opened::One(Box::new(cuda)))
