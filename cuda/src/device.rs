@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use dsa80_reference::{RecordedKernel, Result, host_times};
 use dsa80_reference::buffers::HostMemory;
+use dsa80_reference::{RecordedKernel, Result, host_times};
 
 /// What a device offers a block, as far as tiles are validated against it.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -23,12 +23,12 @@
 //! DeepSeek-V3.2 report for the lightning indexer; where a method differs, it says so.
 
 use std::ops::Range;
-use std::time::Instant;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::batch::Batch;
 use crate::buffers::HostMemory;
-use crate::error::{Result, Error};
+use crate::error::{Error, Result};
 use crate::random::{self, RandomLinear, RandomTensor};
 use crate::sampling::SampleRow;
 use crate::tensor::{DType, DeviceTensor, HostExpert, HostInt4, HostLinear, HostTensor};

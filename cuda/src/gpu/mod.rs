@@ -11,8 +11,8 @@ mod nvrtc;
 mod peers;
 mod pinned;
 mod resources;
-mod sieve;
 mod side;
+mod sieve;
 mod staging;
 
 use std::collections::HashMap;
@@ -23,19 +23,19 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
-use dsa80_reference::{Error, RecordedKernel, Result};
 use dsa80_reference::buffers::HostMemory;
+use dsa80_reference::{Error, RecordedKernel, Result};
 
 pub use self::cache::Compiled;
 pub use self::compiler::Compiler;
 use self::cublaslt::{CublasLt, Pointers, Shape};
 pub use self::graph::Graph;
 pub use self::memory::GpuBuffer;
-use self::pinned::Pinned;
 pub use self::nccl::{Nccl, NcclId};
+use self::pinned::Pinned;
 pub use self::resources::Resources;
-use self::sieve::Sieve;
 use self::side::Side;
+use self::sieve::Sieve;
 use self::staging::Staging;
 use crate::device::{Arg, Device, Gemm, Launch, Limits, Program};
 use crate::probe::{self, ProbeError};

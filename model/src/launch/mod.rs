@@ -14,8 +14,8 @@ use std::sync::Arc;
 use dsa80_reference::cpu::{Cpu, ThreadCommunicator};
 
 pub use self::alone::{Alone, launch_alone};
-pub use self::options::{Device, KvCacheDtype, LaunchOptions, LoadFormat, Collectives};
 pub use self::distributed::{follow, launch_leader};
+pub use self::options::{Collectives, Device, KvCacheDtype, LaunchOptions, LoadFormat};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::engine::{Engine, EngineHandle, EngineOptions, StepLimits, StepModel};

@@ -13,7 +13,7 @@ use crate::runner::RankParts;
 
 /// Ranks that can be measured together: what sums their parts, and on what.
 pub struct Group {
-    /// `threads`, `peer`: which implementation it is.
+    /// `threads`, `peer`, `nccl`: which implementation it is.
     pub name: &'static str,
     /// Where the ranks are, and what the times say nothing about.
     pub placement: String,
@@ -44,7 +44,7 @@ pub struct CollectiveTimes {
 /// Calls in a graph, and between two looks at the host's clock.
 const CALLS: [usize; 2] = [20, 4];
 
-/// Every implementation that `tp` ranks can be measured with here. Another (NCCL) is another entry.
+/// Every implementation that `tp` ranks can be measured with here.
 ///
 /// # Errors
 /// Fewer than two ranks; a device that this machine does not have.
@@ -98,14 +98,21 @@ mod gpus {
     use std::sync::Arc;
 
     use dsa80_cuda::communicator::PATIENCE;
-    use dsa80_cuda::{Cuda, Device as _, PeerCommunicator, Placement, RankOnGpu, Tiles};
+    use dsa80_cuda::{Between, Cuda, Device as _, PeerCommunicator, Placement, RankOnGpu, Tiles};
 
     use super::{GpuFacts, Group, RankParts, Ranks, Result};
 
     /// A GPU for every rank, or else all ranks on one.
     pub(super) fn groups(tp: usize) -> Result<Vec<Group>> {
-        match RankOnGpu::open_group(tp) {
-            Ok(ranks) => apart(tp, ranks).map(|group| vec![group]),
+        match RankOnGpu::open_group(tp, Between::Peers, PATIENCE) {
+            Ok(ranks) => {
+                let mut groups = vec![apart("peer", tp, ranks)?];
+                match RankOnGpu::open_group(tp, Between::Nccl, PATIENCE) {
+                    Ok(ranks) => groups.push(apart("nccl", tp, ranks)?),
+                    Err(reason) => tracing::warn!("NCCL is left out: {reason}"),
+                }
+                Ok(groups)
+            }
             Err(reason) => {
                 let group = together(tp)?;
                 tracing::warn!("{reason}: the ranks share one GPU instead");
@@ -114,14 +121,13 @@ mod gpus {
         }
     }
 
-    fn apart(tp: usize, ranks: Vec<RankOnGpu>) -> Result<Group> {
+    fn apart(name: &'static str, tp: usize, ranks: Vec<RankOnGpu>) -> Result<Group> {
         let gpu = ranks.first().map(|rank| GpuFacts::of(rank.backend.device(), false)).transpose()?;
-        let parts = ranks.into_iter().map(|RankOnGpu { backend, communicator }| RankParts {
-            kernels: backend,
-            communicator: Box::new(communicator) as _,
-        });
+        let parts = ranks
+            .into_iter()
+            .map(|RankOnGpu { backend, communicator }| RankParts { kernels: backend, communicator });
         Ok(Group {
-            name: "peer",
+            name,
             placement: format!("{tp} GPUs that reach each other's memory"),
             measures_a_link: true,
             gpu,

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use dsa80_reference::{Batch, Communicator, Kernels, RecordedKernel, Result, SampleRow, SamplingParams, Breaker};
+use dsa80_reference::{
+    Batch, Breaker, Communicator, Kernels, RecordedKernel, Result, SampleRow, SamplingParams,
+};
 
 use super::cache::Caches;
 use super::forward::{Forward, LogitRows, lm_head};

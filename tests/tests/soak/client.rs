@@ -33,7 +33,8 @@ pub(crate) async fn run(http: &reqwest::Client, url: &str, job: &Job) -> Result<
     let request = http.post(url).header("content-type", "application/json").body(job.body.clone());
     let answer = async { read(request.send().await?, job).await };
     match job.manner {
-        Manner::LeaveAfter(micros) => match tokio::time::timeout(Duration::from_micros(micros), answer).await {
+        Manner::LeaveAfter(micros) => match tokio::time::timeout(Duration::from_micros(micros), answer).await
+        {
             Ok(outcome) => outcome,
             Err(_) => Ok(Outcome::Left),
         },

@@ -137,8 +137,7 @@ pub(crate) fn greedy(prompt: usize, stream: bool) -> Job {
     let ids: Vec<usize> =
         (0..[5, 17, 40, 64, 96, 150][prompt]).map(|i| (i * 31 + prompt * 57) % VOCAB as usize).collect();
     let max_tokens = 12;
-    let fields =
-        json!({"prompt": ids, "max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": true});
+    let fields = json!({"prompt": ids, "max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": true});
     let job = Job { max_tokens, runs_to_the_end: true, greedy: Some(prompt), ..plain(stream) };
     finish("/v1/completions", fields, job)
 }

@@ -150,8 +150,7 @@ async fn settled(server: &Arc<TestServer>) -> EngineStats {
 }
 
 async fn soak(requests: usize) {
-    let start =
-        || TestServer::start(ServerOptions { launch: launch_options(), ..ServerOptions::default() });
+    let start = || TestServer::start(ServerOptions { launch: launch_options(), ..ServerOptions::default() });
     let server = Arc::new(tokio::task::block_in_place(start).unwrap());
     let started = Instant::now();
     let mut alone = HashMap::new();
@@ -194,7 +193,10 @@ async fn soak(requests: usize) {
     let stats = server.engine().stats();
     println!("{sum:?}\n{stats:?}");
     assert_eq!(sum.complete + sum.left + sum.refused, requests + job::GREEDY_PROMPTS);
-    assert!(sum.left * 20 >= requests && sum.refused * 30 >= requests && sum.complete * 2 >= requests, "{sum:?}");
+    assert!(
+        sum.left * 20 >= requests && sum.refused * 30 >= requests && sum.complete * 2 >= requests,
+        "{sum:?}"
+    );
     // A choice that a stop string ended is cancelled for the engine; of those whose clients left, some never reached it.
     let ended = (stats.finished + stats.cancelled) as usize;
     assert!((sum.choices..=sum.choices + sum.choices_left).contains(&ended), "{ended} ended: {sum:?}");

@@ -11,7 +11,6 @@ use crate::NoMachine;
 use crate::args::{Machine, Select};
 use crate::cases::{self, Case, LIBRARY};
 use crate::crossings;
-use crate::measure::time_calls;
 use crate::report::microseconds;
 use crate::resources::{compile_all, tile_words, unfit_for_a100};
 use crate::table::Table;

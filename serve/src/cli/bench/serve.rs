@@ -2,8 +2,8 @@
 
 mod arrivals;
 mod client;
-mod events;
 mod drive;
+mod events;
 mod report;
 #[cfg(test)]
 mod tests;

@@ -79,12 +79,7 @@ impl Failure {
 
 impl Endpoint {
     /// The endpoint `api` below `base`, which may end in `/v1`.
-    pub(super) fn new(
-        base: &str,
-        api: Api,
-        key: Option<String>,
-        timeout: Duration,
-    ) -> anyhow::Result<Self> {
+    pub(super) fn new(base: &str, api: Api, key: Option<String>, timeout: Duration) -> anyhow::Result<Self> {
         let root = base.trim_end_matches('/');
         let root = root.strip_suffix("/v1").unwrap_or(root).to_owned();
         ensure!(
@@ -119,7 +114,8 @@ impl Endpoint {
         if !status.is_success() {
             bail!("GET {url}: {status}: {}; --api-key gives a key, --model the name", short(&body));
         }
-        let body: Json = serde_json::from_str(&body).with_context(|| format!("GET {url}: {}", short(&body)))?;
+        let body: Json =
+            serde_json::from_str(&body).with_context(|| format!("GET {url}: {}", short(&body)))?;
         let name = body["data"][0]["id"].as_str();
         name.map(str::to_owned).with_context(|| format!("GET {url} lists no model; --model names one"))
     }

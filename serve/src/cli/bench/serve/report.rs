@@ -136,7 +136,9 @@ impl ServeReport {
             output_tokens,
             output_tokens_per_s: per_second(output_tokens),
             uncounted: answered().filter(|answer| !answer.counted).count(),
-            shorter: with_record().filter(|(asked, answer)| answer.output_tokens < asked.output_tokens).count(),
+            shorter: with_record()
+                .filter(|(asked, answer)| answer.output_tokens < asked.output_tokens)
+                .count(),
             time_to_first_token: Latency::of(answered().map(|answer| answer.first)),
             inter_token_latency: Latency::of(answered().flat_map(|answer| answer.gaps.iter().copied())),
             time_per_output_token: Latency::of(answered().filter_map(per_output_token)),
@@ -193,7 +195,10 @@ impl ServeReport {
         [
             (
                 self.uncounted > 0,
-                format!("{} answers came without usage: pieces of text stand for their tokens", self.uncounted),
+                format!(
+                    "{} answers came without usage: pieces of text stand for their tokens",
+                    self.uncounted
+                ),
             ),
             (
                 self.shorter > 0,
@@ -210,7 +215,9 @@ impl ServeReport {
             (
                 // As much as a timer may be off, and more than that says that the client is too slow for the load.
                 late > 5.0,
-                format!("requests were sent late by {late:.1} ms (p99): this machine does not keep up with the load"),
+                format!(
+                    "requests were sent late by {late:.1} ms (p99): this machine does not keep up with the load"
+                ),
             ),
         ]
     }
@@ -220,7 +227,8 @@ impl ServeReport {
         if self.errors.is_empty() {
             return "none".into();
         }
-        let kinds = self.errors.iter().map(|(kind, Failures { count, first })| format!("{count} {kind} ({first})"));
+        let kinds =
+            self.errors.iter().map(|(kind, Failures { count, first })| format!("{count} {kind} ({first})"));
         kinds.collect::<Vec<_>>().join(", ")
     }
 }
@@ -264,8 +272,14 @@ mod tests {
     #[test]
     fn the_first_token_is_no_part_of_the_time_of_the_others() {
         let [first, total] = [30, 130].map(Duration::from_millis);
-        let answer =
-            |output_tokens| Answer { first, gaps: vec![], total, input_tokens: None, output_tokens, counted: true };
+        let answer = |output_tokens| Answer {
+            first,
+            gaps: vec![],
+            total,
+            input_tokens: None,
+            output_tokens,
+            counted: true,
+        };
         assert_eq!(per_output_token(&answer(11)), Some(Duration::from_millis(10)));
         assert_eq!(per_output_token(&answer(1)), None);
     }

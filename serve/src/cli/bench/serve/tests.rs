@@ -47,7 +47,8 @@ fn slow() -> MockOptions {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_is_measured_as_it_is() {
     let (url, engine) = served(slow(), &["sesame"]).await;
-    let load = "--num-requests 12 --concurrency 4 --warmup 2 --input-len 20-40 --output-len 6 --vocab-size 256";
+    let load =
+        "--num-requests 12 --concurrency 4 --warmup 2 --input-len 20-40 --output-len 6 --vocab-size 256";
     let args = args(&url, &format!("{load} --ignore-eos --api-key sesame"));
     let report = measure(&args).await.unwrap();
     assert_eq!((report.requests, report.completed), (12, 12), "{:?}", report.errors);
@@ -81,7 +82,8 @@ async fn a_server_is_measured_as_it_is() {
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_at_a_rate_do_not_wait_for_each_other() {
     let (url, _engine) = served(MockOptions { token_delay: Duration::from_millis(100), ..slow() }, &[]).await;
-    let load = "--num-requests 20 --request-rate 200 --warmup 0 --input-len 8 --output-len 4 --vocab-size 256";
+    let load =
+        "--num-requests 20 --request-rate 200 --warmup 0 --input-len 8 --output-len 4 --vocab-size 256";
     let report = measure(&args(&url, &format!("{load} --ignore-eos"))).await.unwrap();
     assert_eq!(report.completed, 20, "{:?}", report.errors);
     // One after the other they would take more than eight seconds.
@@ -94,7 +96,8 @@ async fn requests_at_a_rate_do_not_wait_for_each_other() {
 async fn words_come_to_as_many_tokens_as_asked_for() {
     let (url, engine) = served(MockOptions { max_model_len: 8000, ..MockOptions::default() }, &[]).await;
     for endpoint in ["chat", "completions --prompts words"] {
-        let load = format!("--endpoint {endpoint} --num-requests 4 --warmup 0 --input-len 600 --output-len 50");
+        let load =
+            format!("--endpoint {endpoint} --num-requests 4 --warmup 0 --input-len 600 --output-len 50");
         let report = measure(&args(&url, &load)).await.unwrap();
         assert_eq!((report.completed, report.shorter), (4, 4), "the script is shorter: {:?}", report.errors);
         assert!(report.conditions.tokens_of_words.is_some());
@@ -141,7 +144,8 @@ fn odd(number: usize) -> (String, &'static str) {
         // Well enough: no counts, other line ends, comments, and an end without [DONE].
         11 => (format!("{HEAD}{}", format!(": hi\n\n{two}data: [DONE]\n\n").replace('\n', "\r\n")), ""),
         _ => {
-            let end = "data: {\"choices\": [{\"index\": 0, \"text\": \"\", \"finish_reason\": \"stop\"}]}\n\n";
+            let end =
+                "data: {\"choices\": [{\"index\": 0, \"text\": \"\", \"finish_reason\": \"stop\"}]}\n\n";
             (format!("{HEAD}{two}{end}"), "")
         }
     }
@@ -191,7 +195,10 @@ async fn what_goes_wrong_is_counted_by_kind() {
     assert_eq!(found, expected, "{}", report.errors_in_words());
     assert_eq!((report.requests, report.completed, report.uncounted), (REQUESTS, 2, 2));
     // Two pieces each, and the prompts as long as asked for.
-    assert_eq!((report.output_tokens, report.input_tokens, report.inter_token_latency.is_some()), (4, 6, true));
+    assert_eq!(
+        (report.output_tokens, report.input_tokens, report.inter_token_latency.is_some()),
+        (4, 6, true)
+    );
     assert_eq!(report.errors["http 429"].first, "HTTP 429: come back later");
     assert!(report.errors["http 500"].first.contains("<h1>oops</h1>"), "{:?}", report.errors);
     let text = report.text();

@@ -24,7 +24,9 @@ impl FromStr for Lengths {
         let (least, most) = text.split_once('-').unwrap_or((text, text));
         match (least.trim().parse(), most.trim().parse()) {
             (Ok(least), Ok(most)) if 1 <= least && least <= most => Ok(Self { least, most }),
-            _ => Err(format!("expected a number of tokens such as 1024, or two such as 512-2048, found {text:?}")),
+            _ => Err(format!(
+                "expected a number of tokens such as 1024, or two such as 512-2048, found {text:?}"
+            )),
         }
     }
 }
@@ -109,9 +111,9 @@ pub(super) struct Asked {
 
 /// Common in English, and in no order.
 const WORDS: [&str; 32] = [
-    "time", "water", "people", "long", "little", "house", "right", "small", "river", "again", "letter", "story",
-    "under", "light", "every", "country", "never", "plant", "between", "father", "city", "earth", "thought",
-    "head", "morning", "paper", "music", "travel", "winter", "number", "color", "garden",
+    "time", "water", "people", "long", "little", "house", "right", "small", "river", "again", "letter",
+    "story", "under", "light", "every", "country", "never", "plant", "between", "father", "city", "earth",
+    "thought", "head", "morning", "paper", "music", "travel", "winter", "number", "color", "garden",
 ];
 
 impl Workload {
