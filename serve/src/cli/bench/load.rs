@@ -119,7 +119,6 @@ pub(super) fn run(args: LoadArgs) -> anyhow::Result<()> {
     let on_cpu = alone.gpu.is_none();
     let environment = Environment::of(alone.gpu.clone(), args.report.git.as_deref());
     let (read, file_bytes) = (checkpoint.bytes_read().total(), checkpoint.file_bytes());
-    drop(source);
     drop((alone, checkpoint));
 
     if args.drop_cache {
