@@ -81,38 +81,96 @@ impl Gpu {
 
     /// Whether a launch is not to be made.
     pub(super) fn leaves_out(&self, key: impl FnOnce() -> Key) -> bool {
-        match &mut lock(&self.history).sieve {
-            None => false,
-            Some(Sieve::Listing(listed)) => {
-                listed.count(key());
-                false
-            }
-            Some(Sieve::Keeping { key: kept, .. }) => *kept != key(),
-        }
+        lock(&self.history).sieve.as_mut().is_some_and(|sieve| sieve.leaves_out(key()))
     }
 
     /// What is known of a product that is not to be launched; nothing where it is for NVIDIA's library to say.
     pub(super) fn leaves_out_product(&self, key: impl FnOnce() -> Key) -> Option<bool> {
-        match &mut lock(&self.history).sieve {
-            None => None,
-            Some(Sieve::Listing(listed)) => {
-                listed.asked = Some(key());
-                None
-            }
-            Some(Sieve::Keeping { key: kept, products }) => {
-                let answer = products.next().unwrap_or(false);
-                if answer && *kept == key() { None } else { Some(answer) }
-            }
-        }
+        lock(&self.history).sieve.as_mut().and_then(|sieve| sieve.leaves_out_product(key()))
     }
 
     /// Whether NVIDIA's library had the product that was asked for.
     pub(super) fn has_answered(&self, launched: bool) {
-        if let Some(Sieve::Listing(listed)) = &mut lock(&self.history).sieve {
+        if let Some(sieve) = &mut lock(&self.history).sieve {
+            sieve.has_answered(launched);
+        }
+    }
+}
+
+impl Sieve {
+    fn leaves_out(&mut self, key: Key) -> bool {
+        match self {
+            Sieve::Listing(listed) => {
+                listed.count(key);
+                false
+            }
+            Sieve::Keeping { key: kept, .. } => *kept != key,
+        }
+    }
+
+    fn leaves_out_product(&mut self, key: Key) -> Option<bool> {
+        match self {
+            Sieve::Listing(listed) => {
+                listed.asked = Some(key);
+                None
+            }
+            Sieve::Keeping { key: kept, products } => {
+                let answer = products.next().unwrap_or(false);
+                if answer && *kept == key { None } else { Some(answer) }
+            }
+        }
+    }
+
+    fn has_answered(&mut self, launched: bool) {
+        if let Sieve::Listing(listed) = self {
             listed.products.push(launched);
             if let Some(key) = listed.asked.take().filter(|_| launched) {
                 listed.count(key);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two launches of one kernel, a product that the library has and one that it has not, for which a kernel of ours is launched.
+    const STEP: [(&str, Option<bool>); 5] =
+        [("a", None), ("p", Some(true)), ("a", None), ("p", Some(false)), ("b", None)];
+
+    fn key(name: &str) -> Key {
+        (name.to_owned(), "2 x 8".to_owned())
+    }
+
+    /// What of a step is launched through a sieve.
+    fn launched(sieve: &mut Sieve) -> Vec<usize> {
+        let launches = |&(_, &(name, library)): &(usize, &(&str, Option<bool>))| match library {
+            None => !sieve.leaves_out(key(name)),
+            Some(has) => match sieve.leaves_out_product(key(name)) {
+                Some(known) => {
+                    assert_eq!(known, has, "the answer of the first time");
+                    false
+                }
+                None => {
+                    sieve.has_answered(has);
+                    has
+                }
+            },
+        };
+        STEP.iter().enumerate().filter(launches).map(|(index, _)| index).collect()
+    }
+
+    #[test]
+    fn everything_is_listed_and_then_kept_kernel_by_kernel() {
+        let mut sieve = Sieve::Listing(Listed::default());
+        assert_eq!(launched(&mut sieve), [0, 1, 2, 4]);
+        let Sieve::Listing(Listed { kernels, products, .. }) = sieve else { panic!("{sieve:?}") };
+        assert_eq!(kernels, [(key("a"), 2), (key("p"), 1), (key("b"), 1)]);
+        assert_eq!(products, [true, false]);
+        for (name, expected) in [("a", &[0, 2][..]), ("p", &[1]), ("b", &[4])] {
+            let mut sieve = Sieve::Keeping { key: key(name), products: products.clone().into_iter() };
+            assert_eq!(launched(&mut sieve), expected, "{name}");
         }
     }
 }
