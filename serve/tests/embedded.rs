@@ -155,6 +155,43 @@ mod binary {
     }
 
     #[test]
+    fn bench_serve_measures_the_default_model() {
+        let server = Server::start(&["--max-num-seqs", "4"]);
+        server.wait_ready();
+        let file = std::env::temp_dir().join(format!("dsa80-bench-serve-{}.json", std::process::id()));
+        let url = format!("http://{}", server.1);
+        let load = "--num-requests 12 --warmup 1 --input-len 20-60 --output-len 8 --ignore-eos --seed 3";
+        for (more, prompt_tokens) in
+            [("--concurrency 4", 20..=60), ("--request-rate 40 --endpoint chat", 10..=80)]
+        {
+            let args = ["bench", "serve", "--base-url", &url, "--json", file.to_str().unwrap()];
+            let words: Vec<&str> = args.into_iter().chain(load.split(' ')).chain(more.split(' ')).collect();
+            let text = stdout(&words);
+            let report: Json = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+            std::fs::remove_file(&file).unwrap();
+            assert_eq!(
+                (&report["completed"], &report["uncounted"], &report["shorter"]),
+                (&12.into(), &0.into(), &0.into()),
+                "{text}"
+            );
+            assert_eq!(report["output_tokens"], 96, "{text}");
+            for request in report["each"].as_array().unwrap() {
+                assert!(prompt_tokens.contains(&request["input_tokens"].as_u64().unwrap()), "{request}");
+            }
+            for latency in ["time_to_first_token", "inter_token_latency", "end_to_end"] {
+                let (p50, p99) = (&report[latency]["p50"], &report[latency]["p99"]);
+                assert!(p50.as_f64().unwrap() <= p99.as_f64().unwrap(), "{latency}: {report}");
+            }
+            assert!(report["environment"]["command"].as_str().unwrap().contains("bench serve"), "{report}");
+            assert!(text.contains("12 of 12 requests completed") && text.contains("errors: none"), "{text}");
+        }
+        let refused =
+            output(&["bench", "serve", "--base-url", &url, "--model", "another", "--num-requests", "2"]);
+        assert_eq!(refused.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&refused.stdout).contains("2 http 404"), "{refused:?}");
+    }
+
+    #[test]
     fn serve_with_a_folder_that_is_none_fails_with_a_message() {
         let output = output(&["serve", "--port", "0", "--model", "/nonexistent/model"]);
         assert_eq!(output.status.code(), Some(1));

@@ -9,8 +9,8 @@ pub(super) struct Dice(u64);
 impl Dice {
     /// Independent of the dice of another `stream` of the same seed.
     pub(super) fn new(seed: u64, stream: u64) -> Self {
-        let mut outer = Self(seed);
-        Self(outer.next() ^ Self(stream).next())
+        let mixed = Self(seed).next();
+        Self(Self(mixed ^ stream).next())
     }
 
     fn next(&mut self) -> u64 {
