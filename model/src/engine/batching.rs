@@ -66,7 +66,7 @@ impl Batching {
     pub(super) fn describe_ahead(&mut self) {
         self.ahead = None;
         let scheduler = &mut self.scheduler;
-        if scheduler.running.is_empty() || !scheduler.is_closed() || !scheduler.reserve_ahead() {
+        if scheduler.running.is_empty() || !scheduler.reserve_ahead() {
             return;
         }
         let running = scheduler.running.iter();
@@ -86,7 +86,7 @@ impl Batching {
 
     /// The step that was described ahead, with the tokens that were missing, if what it counted on came true.
     fn take_ahead(&mut self) -> Option<Step> {
-        let mut step = self.ahead.take().filter(|_| self.scheduler.is_closed())?;
+        let mut step = self.ahead.take().filter(|_| !self.scheduler.lets_in())?;
         self.scheduler.schedule_decodes();
         let places = step.batch.token_ids.iter_mut().zip(&mut step.targets);
         for ((place, target), sequence) in places.zip(&self.scheduler.running) {

@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 
-use super::block_manager::BlockManager;
+use super::block_manager::{BlockManager, PrefixHit};
 use super::sequence::Sequence;
 
 /// The queue, the running sequences and the pages that they hold.
@@ -78,10 +78,10 @@ impl Scheduler {
         all_decode && (0..self.running.len()).all(|index| self.cover(index, self.running[index].len() + 1))
     }
 
-    /// Whether [`schedule`](Self::schedule) would let nobody in: everybody who runs takes a row of the step.
-    pub(super) fn is_closed(&self) -> bool {
+    /// Whether [`schedule`](Self::schedule) would let somebody in beside those who run, each of whom takes a row of the step.
+    pub(super) fn lets_in(&mut self) -> bool {
         let most = self.max_running.min(self.max_batch_tokens);
-        self.waiting.is_empty() || self.running.len() >= most
+        self.running.len() < most && self.room_for_the_next(self.owed()).is_some()
     }
 
     /// A step of one token for everybody.
@@ -175,19 +175,11 @@ impl Scheduler {
     /// there for newcomers: starting one that must be preempted soon after would be work for nothing.
     fn admit(&mut self, mut budget: usize) {
         let page_size = self.blocks.page_size();
-        let owed_to = |sequence: &Sequence| {
-            (sequence.len().div_ceil(page_size) + 1).saturating_sub(sequence.pages.len())
-        };
-        let mut owed: usize = self.running.iter().map(owed_to).sum();
+        let mut owed = self.owed();
         while budget > 0 && self.running.len() < self.max_running {
+            let Some(hit) = self.room_for_the_next(owed) else { return };
             let Some(mut sequence) = self.waiting.pop_front() else { return };
-            let pages = sequence.len().div_ceil(page_size);
             let hashes = if self.prefix_caching { sequence.reusable_hashes(page_size) } else { &[] };
-            let hit = self.blocks.lookup(hashes);
-            if pages - hit.pages + hit.idle + owed > self.blocks.available() {
-                self.waiting.push_front(sequence);
-                return;
-            }
             let shared = hashes[..hit.pages].iter().map_while(|hash| self.blocks.acquire(hash)).collect();
             sequence.pages = shared;
             sequence.published = sequence.pages.len();
@@ -198,7 +190,26 @@ impl Scheduler {
             let chunk = self.grow(index, wanted);
             self.chunks.push(chunk);
             budget -= chunk;
-            owed += owed_to(&self.running[index]);
+            owed += self.owed_to(&self.running[index]);
         }
+    }
+
+    /// Pages that those who run still need, and one more for each to grow.
+    fn owed(&self) -> usize {
+        self.running.iter().map(|sequence| self.owed_to(sequence)).sum()
+    }
+
+    fn owed_to(&self, sequence: &Sequence) -> usize {
+        (sequence.len().div_ceil(self.blocks.page_size()) + 1).saturating_sub(sequence.pages.len())
+    }
+
+    /// What the prefix cache has for the first who waits, if there are pages for all that is known of it beside those that are `owed`.
+    fn room_for_the_next(&mut self, owed: usize) -> Option<PrefixHit> {
+        let page_size = self.blocks.page_size();
+        let sequence = self.waiting.front_mut()?;
+        let pages = sequence.len().div_ceil(page_size);
+        let hashes = if self.prefix_caching { sequence.reusable_hashes(page_size) } else { &[] };
+        let hit = self.blocks.lookup(hashes);
+        (pages - hit.pages + hit.idle + owed <= self.blocks.available()).then_some(hit)
     }
 }

@@ -98,3 +98,19 @@ fn pages_taken_ahead_are_given_back() {
     clients[2].assert_expected();
     assert_eq!(bench.stats().pages_used, 0);
 }
+
+#[test]
+fn who_waits_for_pages_keeps_nobody_from_being_described_ahead() {
+    // Each needs three pages in the end, and one to grow; there are seven.
+    let limits = StepLimits { num_pages: 7, ..limits() };
+    let mut bench = Bench::new(limits, false);
+    let mut clients = [2, 10, 20].map(|first| bench.submit(request(first..first + 7, 5)));
+    for _ in 0..4 {
+        bench.step();
+    }
+    let stats = bench.stats();
+    assert_eq!((stats.running, bench.batching.scheduler.waiting.len()), (2, 1));
+    assert!(stats.steps_ahead >= 1, "{stats:?}");
+    bench.drain();
+    clients.iter_mut().for_each(Client::assert_expected);
+}
