@@ -26,7 +26,7 @@ struct Shared {
         uint4 ring[TILE_WARPS][TILE_STAGES][STEP_VECTORS];
         float parts[TILE_WARPS][TOKENS][STRIDE];
     };
-    uint32_t last;
+    uint32_t adds;
 };
 static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
 
@@ -130,6 +130,47 @@ DEVICE void multiply(const uint4 (&step)[STEP_VECTORS], int lane, float (&c)[TIL
     }
 }
 
+// A word of a part that is not there yet, and a NaN that has come from sums.
+constexpr uint32_t NOT_THERE = 0xffffffffu, NAN_BITS = 0x7fffffffu;
+
+// To `own`, the part of split `self`, the others' are added, in their order, once they are there; where they lay is left as it was.
+DEVICE void add_parts(float (&own)[4], float4* parts, int splits, int self) {
+    constexpr int BATCH = 4;
+    float sums[4] = {};
+    for (int first = 0; first < splits; first += BATCH) {
+        // All under way before the first is waited for.
+        float4 batch[BATCH];
+        bool there;
+        do {
+            there = true;
+#pragma unroll
+            for (int j = 0; j < BATCH; ++j) batch[j] = load_awaited_16(parts + min(first + j, splits - 1) * (TOKENS * FEATURES / 4));
+#pragma unroll
+            for (int j = 0; j < BATCH; ++j) {
+                const uint32_t words[4] = {__float_as_uint(batch[j].x), __float_as_uint(batch[j].y), __float_as_uint(batch[j].z),
+                                           __float_as_uint(batch[j].w)};
+                if (first + j < splits && first + j != self) {
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) there = there && words[k] != NOT_THERE;
+                }
+            }
+        } while (!there);
+#pragma unroll
+        for (int j = 0; j < BATCH; ++j) {
+            if (first + j >= splits) break;
+            if (first + j == self) {
+                sums[0] += own[0], sums[1] += own[1], sums[2] += own[2], sums[3] += own[3];
+            } else {
+                sums[0] += batch[j].x, sums[1] += batch[j].y, sums[2] += batch[j].z, sums[3] += batch[j].w;
+                const float none = __uint_as_float(NOT_THERE);
+                parts[(first + j) * (TOKENS * FEATURES / 4)] = make_float4(none, none, none, none);
+            }
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) own[j] = sums[j];
+}
+
 KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
 linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
            const int32_t* __restrict__ gathered, // [tokens] rows of x, or null: one after the other
@@ -138,7 +179,7 @@ linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
            uint8_t* second,                       // [tokens, second_end - first_end], or null
            uint8_t* third,                        // [tokens, third_end - second_end], or null
            uint8_t* fourth,                       // [tokens, features - third_end], or null
-           float* __restrict__ parts,            // [row blocks, splits, TOKENS, FEATURES]
+           float* __restrict__ parts,            // [row blocks, splits, TOKENS, FEATURES], all ones
            uint32_t* __restrict__ arrivals,      // [row blocks], zero
            int x_rows, int tokens, int columns, int features, int first_end, int second_end, int third_end,
            int floats) {
@@ -146,6 +187,10 @@ linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
     const Outputs outputs = {first, second, third, fourth, first_end, second_end, third_end, features, floats};
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int splits = gridDim.y, first_feature = blockIdx.x * FEATURES;
+
+    // The last to come adds the parts up: the others are under way, and wait for nothing.
+    uint32_t before = 0;
+    if (splits > 1 && threadIdx.x == 0) before = atomicAdd(arrivals + blockIdx.x, 1u);
 
     Source source = {weight, {}, reinterpret_cast<const uint8_t*>(x), {}, x_rows > 0 ? tokens - lane / X_VECTORS : 0, columns};
 #pragma unroll
@@ -183,6 +228,7 @@ linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
         stage = stage + 1 == TILE_STAGES ? 0 : stage + 1;
     }
     cp_async_wait<0>();
+    if (threadIdx.x == 0) shared.adds = before + 1 == static_cast<uint32_t>(splits);
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < TILE_ROW_TILES; ++r) {
@@ -194,26 +240,10 @@ linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
     }
     __syncthreads();
 
+    const bool adds = splits > 1 && shared.adds != 0;
+    if (adds && threadIdx.x == 0) arrivals[blockIdx.x] = 0;
     float4* all = reinterpret_cast<float4*>(parts) + static_cast<int64_t>(blockIdx.x) * splits * (TOKENS * FEATURES / 4);
     float4* own = all + blockIdx.y * (TOKENS * FEATURES / 4);
-    // Every four outputs, once they are summed by `sum_of(sums, i)`. Of a SwiGLU the four of a gate with those of its up projection, which
-    // are two further.
-    const auto store_all = [&](auto sum_of) {
-        for (int i = threadIdx.x; i < tokens * (FEATURES / 4); i += THREADS) {
-            const int token = i / (FEATURES / 4), feature = i % (FEATURES / 4) * 4;
-            float sums[4];
-            if constexpr (SWIGLU) {
-                if (feature % 16 >= 8) continue;
-                float ups[4];
-                sum_of(sums, i);
-                sum_of(ups, i + 2);
-                outputs.store_swiglu(token, first_feature / 2 + feature / 16 * 8 + feature % 8, sums, ups);
-            } else {
-                sum_of(sums, i);
-                outputs.store(token, first_feature + feature, sums);
-            }
-        }
-    };
     const auto sum_of_warps = [&](float(&sums)[4], int i) {
         const int token = i / (FEATURES / 4), feature = i % (FEATURES / 4) * 4;
 #pragma unroll
@@ -224,30 +254,33 @@ linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
             for (int j = 0; j < 4; ++j) sums[j] += shared.parts[w][token][feature + j];
         }
     };
-    if (splits == 1) return store_all(sum_of_warps);
-    for (int i = threadIdx.x; i < tokens * (FEATURES / 4); i += THREADS) {
-        float sums[4];
-        sum_of_warps(sums, i);
-        own[i] = make_float4(sums[0], sums[1], sums[2], sums[3]);
-    }
-    constexpr int BATCH = 4;
-    if (!arrive_last(arrivals + blockIdx.x, splits, shared.last)) return;
-    store_all([&](float(&sums)[4], int i) {
+    if (splits > 1 && !adds) {
+        for (int i = threadIdx.x; i < tokens * (FEATURES / 4); i += THREADS) {
+            float sums[4];
+            sum_of_warps(sums, i);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sums[j] = 0.0f;
-        for (int first_of_batch = 0; first_of_batch < splits; first_of_batch += BATCH) {
-            // All under way before the first is waited for.
-            float4 batch[BATCH];
-#pragma unroll
-            for (int j = 0; j < BATCH; ++j) {
-                const int split = min(first_of_batch + j, splits - 1);
-                batch[j] = load_published_16(all + split * (TOKENS * FEATURES / 4) + i);
-            }
-#pragma unroll
-            for (int j = 0; j < BATCH; ++j) {
-                if (first_of_batch + j >= splits) break;
-                sums[0] += batch[j].x, sums[1] += batch[j].y, sums[2] += batch[j].z, sums[3] += batch[j].w;
-            }
+            for (int j = 0; j < 4; ++j) sums[j] = __float_as_uint(sums[j]) == NOT_THERE ? __uint_as_float(NAN_BITS) : sums[j];
+            store_awaited_16(own + i, make_float4(sums[0], sums[1], sums[2], sums[3]));
         }
-    });
+        return;
+    }
+    const auto sum_of = [&](float(&sums)[4], int i) {
+        sum_of_warps(sums, i);
+        if (splits > 1) add_parts(sums, all + i, splits, blockIdx.y);
+    };
+    for (int i = threadIdx.x; i < tokens * (FEATURES / 4); i += THREADS) {
+        const int token = i / (FEATURES / 4), feature = i % (FEATURES / 4) * 4;
+        float sums[4];
+        if constexpr (SWIGLU) {
+            // The four of a gate with those of its up projection, which are two further.
+            if (feature % 16 >= 8) continue;
+            float ups[4];
+            sum_of(sums, i);
+            sum_of(ups, i + 2);
+            outputs.store_swiglu(token, first_feature / 2 + feature / 16 * 8 + feature % 8, sums, ups);
+        } else {
+            sum_of(sums, i);
+            outputs.store(token, first_feature + feature, sums);
+        }
+    }
 }

@@ -216,6 +216,22 @@ DEVICE float4 load_published_16(const float4* global) {
     return out;
 }
 
+// 16 bytes that another block of the launch waits for, and a load of such: words arrive one by one, so each must say that it is there.
+DEVICE void store_awaited_16(float4* global, const float4& value) {
+    asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(global), "f"(value.x), "f"(value.y), "f"(value.z),
+                 "f"(value.w)
+                 : "memory");
+}
+
+DEVICE float4 load_awaited_16(const float4* global) {
+    float4 out;
+    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(out.x), "=f"(out.y), "=f"(out.z), "=f"(out.w)
+                 : "l"(global)
+                 : "memory");
+    return out;
+}
+
 // A load that sees all that was written, on any GPU, before the store that it reads was released; and that store.
 DEVICE uint32_t load_acquire_system(const uint32_t* global) {
     uint32_t out;

@@ -95,18 +95,24 @@ impl LinearTiles {
     }
 }
 
-/// What blocks that share an output leave for the last of them: for one launch at a time.
+/// What blocks that share an output leave for the one that adds it up: for one launch at a time.
 #[derive(Debug)]
 pub struct LinearWorkspace<D: Device> {
+    few: Shared<D>,
+    many: Shared<D>,
+}
+
+/// Parts of outputs, and a counter for each output.
+#[derive(Debug)]
+struct Shared<D: Device> {
     parts: D::Buffer,
-    part_bytes: usize,
     arrivals: D::Buffer,
-    max_arrivals: usize,
+    most: Need,
 }
 
 impl<D: Device> LinearWorkspace<D> {
     /// For every launch with one of `tiles`: with `slots` the blocks that are resident at a time, for few tokens
-    /// `slots * 4 * tokens * features` bytes, for many twice that; and 16 bytes for each slot.
+    /// `slots * 4 * tokens * features` bytes, for many twice that; and up to 16 bytes for each slot.
     ///
     /// # Errors
     /// Memory runs out.
@@ -114,18 +120,27 @@ impl<D: Device> LinearWorkspace<D> {
         let limits = device.limits();
         let LinearTiles { up_to_8, up_to_32, middle, many, .. } = tiles;
         let few = LinearFewSize::all().zip(up_to_8.iter().chain(up_to_32));
-        let few = few.map(|(size, tile)| tile.needs(limits, size));
-        let needs: Vec<Need> = few.chain([middle.needs(limits), many.needs(limits)]).collect();
-        let part_bytes = needs.iter().map(|need| need.part_bytes).max().unwrap_or(0);
-        let max_arrivals = needs.iter().map(|need| need.arrivals).max().unwrap_or(0);
-        let arrivals = device.alloc("linear arrivals", 4 * max_arrivals)?;
-        device.write(&arrivals, 0, &vec![0; 4 * max_arrivals])?;
-        Ok(Self { parts: device.alloc("linear parts", part_bytes)?, part_bytes, arrivals, max_arrivals })
+        let few = few.map(|(size, tile)| tile.needs(limits, size)).fold(Need::default(), Need::max);
+        let many = middle.needs(limits).max(many.needs(limits));
+        // Parts of few tokens that are not there yet are all ones.
+        Ok(Self { few: Shared::alloc(device, few, true)?, many: Shared::alloc(device, many, false)? })
+    }
+}
+
+impl<D: Device> Shared<D> {
+    fn alloc(device: &D, most: Need, ones: bool) -> Result<Self> {
+        let arrivals = device.alloc("linear arrivals", 4 * most.arrivals)?;
+        device.write(&arrivals, 0, &vec![0; 4 * most.arrivals])?;
+        let parts = device.alloc("linear parts", most.part_bytes)?;
+        if ones {
+            device.write(&parts, 0, &vec![0xff; most.part_bytes])?;
+        }
+        Ok(Self { parts, arrivals, most })
     }
 
     /// The arguments of a launch that needs this much of it, or an error.
     fn arguments<T: Tile>(&self, tile: &T, need: Need) -> Result<[Arg<'_, D::Buffer>; 2]> {
-        if need.part_bytes > self.part_bytes || need.arrivals > self.max_arrivals {
+        if need.max(self.most) != self.most {
             return Err(refuse(tile, "the workspace was allocated for other tiles".into()));
         }
         Ok([Arg::Buffer(&self.parts), Arg::Buffer(&self.arrivals)])
@@ -137,6 +152,14 @@ impl<D: Device> LinearWorkspace<D> {
 pub(crate) struct Need {
     pub(crate) part_bytes: usize,
     pub(crate) arrivals: usize,
+}
+
+impl Need {
+    /// What serves both.
+    fn max(self, other: Self) -> Self {
+        let part_bytes = self.part_bytes.max(other.part_bytes);
+        Self { part_bytes, arrivals: self.arrivals.max(other.arrivals) }
+    }
 }
 
 /// Outputs of a launch at most.
@@ -317,7 +340,7 @@ impl<'a, D: Device> Product<'a, D> {
         let grid = tile.grid([self.tokens, self.columns, self.features], limits);
         let (blocks, splits) = (grid.blocks, grid.splits);
         let need = if splits > 1 { tile.need(blocks * splits, variant.groups) } else { Need::default() };
-        let args = self.args(workspace.arguments(tile, need)?);
+        let args = self.args(workspace.few.arguments(tile, need)?);
         device.launch(&Launch {
             program: &tile.program(variant),
             entry: linear_few::ENTRY,
@@ -335,7 +358,7 @@ impl<'a, D: Device> Product<'a, D> {
         let tile = tile.for_weight(weight);
         let variant = linear_many::Variant { weight, vectors: self.vectors(), swiglu: self.swiglu };
         let (blocks, need) = tile.grid(self.tokens, self.features, self.columns, limits);
-        let args = self.args(workspace.arguments(&tile, need)?);
+        let args = self.args(workspace.many.arguments(&tile, need)?);
         device.launch(&Launch {
             program: &tile.program("linear.cu", variant, false),
             entry: KERNEL,

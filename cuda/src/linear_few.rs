@@ -140,19 +140,22 @@ impl Tile for LinearFewTile {
             LinearTokens::UpTo8 => &[
                 [4, 1, 64, 6, 2],
                 [4, 1, 128, 3, 3],
+                [4, 2, 128, 4, 1],
                 [8, 1, 64, 3, 3],
+                [8, 1, 64, 4, 2],
                 [8, 1, 64, 6, 1],
                 [16, 1, 64, 3, 1],
-                [4, 2, 128, 4, 1],
             ],
             _ => &[
-                [4, 1, 64, 4, 2],
                 [4, 1, 64, 3, 3],
+                [4, 1, 64, 4, 2],
                 [4, 1, 64, 6, 1],
-                [4, 2, 64, 5, 1],
                 [8, 1, 64, 3, 1],
-                [6, 1, 64, 3, 2],
-                [4, 3, 64, 4, 1],
+                [4, 2, 64, 3, 2],
+                [4, 2, 64, 5, 1],
+                [5, 2, 64, 4, 1],
+                [6, 2, 64, 3, 1],
+                [8, 2, 64, 2, 1],
             ],
         };
         shapes
@@ -245,9 +248,10 @@ impl LinearFewTile {
     }
 
     /// Blocks along the features and along the columns. The memory brings the weight, and the L2 x to every block at three times the rate; a
-    /// multiprocessor takes no more than its share of that rate. Sharing an output costs as much as a multiprocessor's share of 44 KiB.
+    /// multiprocessor takes no more than its share of that rate. Sharing an output costs as much as a multiprocessor's share of 14 KiB,
+    /// for every four blocks that do.
     pub(crate) fn grid(&self, [tokens, columns, features]: [usize; 3], limits: &Limits) -> Grid {
-        const SHARING: usize = 44 * 1024;
+        const SHARING: usize = 14 * 1024;
         let multiprocessors = limits.multiprocessors as usize;
         let steps = columns.div_ceil(self.columns);
         let step_bytes = 2 * self.columns;
@@ -258,7 +262,8 @@ impl LinearFewTile {
             let of_busiest = (blocks * splits).div_ceil(multiprocessors) * (self.features() + tokens);
             let shared =
                 (multiprocessors * of_busiest * steps.div_ceil(splits)).max(all * steps) * step_bytes;
-            shared + if splits > 1 { 3 * multiprocessors * SHARING } else { 0 }
+            let sharing = if splits > 1 { splits.div_ceil(4) * SHARING } else { 0 };
+            shared + 3 * multiprocessors * sharing
         };
         Grid { blocks, splits: (1..=most).min_by_key(|&splits| cost(splits)).unwrap_or(1) }
     }

@@ -75,6 +75,8 @@ uint32_t emulation_pack_bf16(float low, float high) noexcept __attribute__((cons
 uint32_t emulation_fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) noexcept __attribute__((const));
 float emulation_exp2(float x) noexcept __attribute__((const));
 void emulation_fence();
+EmulationWords emulation_load_awaited(const void* global);
+void emulation_store_awaited(void* global, uint32_t x, uint32_t y, uint32_t z, uint32_t w);
 uint32_t emulation_load_acquire(const uint32_t* global);
 void emulation_store_release(uint32_t* global, uint32_t value);
 uint64_t emulation_nanoseconds();
@@ -346,6 +348,14 @@ DEVICE void prefetch_l2(const void* global) { static_cast<void>(*static_cast<con
 DEVICE uint32_t load_published(const uint32_t* global) { return emulation_load_published(global, 4).r[0]; }
 DEVICE float4 load_published_16(const float4* global) {
     const EmulationWords words = emulation_load_published(global, 16);
+    return {__uint_as_float(words.r[0]), __uint_as_float(words.r[1]), __uint_as_float(words.r[2]), __uint_as_float(words.r[3])};
+}
+
+DEVICE void store_awaited_16(float4* global, const float4& value) {
+    emulation_store_awaited(global, __float_as_uint(value.x), __float_as_uint(value.y), __float_as_uint(value.z), __float_as_uint(value.w));
+}
+DEVICE float4 load_awaited_16(const float4* global) {
+    const EmulationWords words = emulation_load_awaited(global);
     return {__uint_as_float(words.r[0]), __uint_as_float(words.r[1]), __uint_as_float(words.r[2]), __uint_as_float(words.r[3])};
 }
 

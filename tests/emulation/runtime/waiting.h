@@ -47,6 +47,29 @@ void yield(Worker& w) {
 
 }  // namespace
 
+EXPORT Words emulation_load_awaited(const void* global) {
+    const uintptr_t site = CALLER;
+    Worker& w = *worker;
+    aligned(w, reinterpret_cast<uintptr_t>(global), 16, "a load", site);
+    check<Access::Read>(global, 16, site);
+    yield(w);
+    Words words{};
+    for (int i = 0; i < 4; ++i) words.r[i] = __atomic_load_n(static_cast<const uint32_t*>(global) + i, __ATOMIC_RELAXED);
+    return words;
+}
+
+EXPORT void emulation_store_awaited(void* global, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+    const uintptr_t site = CALLER;
+    aligned(*worker, reinterpret_cast<uintptr_t>(global), 16, "a store", site);
+    check<Access::Write>(global, 16, site);
+    const uint32_t words[4] = {x, y, z, w};
+    for (int i = 0; i < 4; ++i) {
+        // Words arrive one by one, and others see it.
+        yield(*worker);
+        __atomic_store_n(static_cast<uint32_t*>(global) + i, words[i], __ATOMIC_RELAXED);
+    }
+}
+
 EXPORT uint32_t emulation_load_acquire(const uint32_t* global) {
     const uintptr_t site = CALLER;
     Worker& w = *worker;

@@ -65,6 +65,9 @@ const WHOLE: Variant = few((1, 8), (400, 8), DType::Bf16, [2, 1, 64, 3]);
 const SHARED: Variant = few((17, 32), (2400, 8), DType::Bf16, [2, 4, 128, 2]);
 const TILES: Variant = many((33, 60), (800, 8), DType::Bf16, [16, 64, 1, 2, 2]);
 
+/// Most of such tiles are shared.
+const LONG: Variant = Variant { columns: (2400, 8), ..TILES };
+
 /// Every constant of the kernels, in few programs.
 pub(crate) const VARIANTS: &[Variant] = &[
     WHOLE,
@@ -205,8 +208,10 @@ pub(crate) fn run(device: &TestDevice, case: Case, gathers: bool) {
     let dtype = if case.floats || gathers { DType::Float } else { DType::Act };
     let shape = [case.tokens, case.features];
     let mut expected = Pair::poisoned(device, "out", dtype, &shape);
-    // One workspace for both runs: the first leaves it as it was.
+    // One workspace for all runs: each leaves it as it was.
     let workspace = LinearWorkspace::alloc(device, &tiles(&case.variant)).unwrap();
+    let other = Inputs::new(device, &Case { seed: case.seed ^ 0xff00, ..case.clone() }, gathers);
+    other.launch(device, &case, &workspace, &mut parity::poisoned(device, "out", dtype, &shape));
     let found = parity::twice(device, || {
         let mut out = parity::poisoned(device, "out", dtype, &shape);
         inputs.launch(device, &case, &workspace, &mut out);
@@ -341,10 +346,19 @@ fn planted_faults_are_seen() {
         (WHOLE, "linear_few.cu", "        __syncwarp();\n", ""),
         // Vectors of odd rows lie where a reader does not look for them.
         (WHOLE, "linear_few.cu", "lane / WEIGHT_VECTORS, vector)];", "lane / WEIGHT_VECTORS + 1, vector)];"),
-        (WHOLE, "linear_few.cu", "    }\n    __syncthreads();\n\n", "    }\n\n"),
-        // The last of the blocks is not waited for, or the counter not left as it was.
-        (SHARED, "linear.cuh", "1u) + 1 == blocks", "1u) + 2 == blocks"),
-        (SHARED, "linear.cuh", "if (flag) *arrivals = 0;", ""),
+        (
+            WHOLE,
+            "linear_few.cu",
+            "    }\n    __syncthreads();\n\n    const bool adds",
+            "    }\n\n    const bool adds",
+        ),
+        // Parts are added before they are there, or twice; what blocks share is not left as it was.
+        (SHARED, "linear_few.cu", "words[k] != NOT_THERE", "true"),
+        (SHARED, "linear_few.cu", "if (first + j == self) {", "if (false) {"),
+        (SHARED, "linear_few.cu", "make_float4(none, none, none, none)", "batch[j]"),
+        (SHARED, "linear_few.cu", "if (adds && threadIdx.x == 0) arrivals[blockIdx.x] = 0;", ""),
+        (LONG, "linear.cuh", "1u) + 1 == blocks", "1u) + 2 == blocks"),
+        (LONG, "linear.cuh", "if (flag) *arrivals = 0;", ""),
         (TILES, "linear_tiles.cuh", "if (last_part && last_pair) {", "if (false) {"),
         (
             TILES,
