@@ -65,8 +65,8 @@ const WHOLE: Variant = few((1, 8), (400, 8), DType::Bf16, [2, 1, 64, 3]);
 const SHARED: Variant = few((17, 32), (2400, 8), DType::Bf16, [2, 4, 128, 2]);
 const TILES: Variant = many((33, 60), (800, 8), DType::Bf16, [16, 64, 1, 2, 2]);
 
-/// Most of such tiles are shared.
-const LONG: Variant = Variant { columns: (2400, 8), ..TILES };
+/// Three tiles, which most numbers of blocks share.
+const LONG: Variant = Variant { tokens: (33, 48), columns: (2400, 8), features: 64, ..TILES };
 
 /// Every constant of the kernels, in few programs.
 pub(crate) const VARIANTS: &[Variant] = &[
@@ -357,7 +357,7 @@ fn planted_faults_are_seen() {
         (SHARED, "linear_few.cu", "if (first + j == self) {", "if (false) {"),
         (SHARED, "linear_few.cu", "make_float4(none, none, none, none)", "batch[j]"),
         (SHARED, "linear_few.cu", "if (adds && threadIdx.x == 0) arrivals[blockIdx.x] = 0;", ""),
-        (LONG, "linear.cuh", "1u) + 1 == blocks", "1u) + 2 == blocks"),
+        (LONG, "linear.cuh", "1u) + 1 == blocks", "1u) == blocks"),
         (LONG, "linear.cuh", "if (flag) *arrivals = 0;", ""),
         (TILES, "linear_tiles.cuh", "if (last_part && last_pair) {", "if (false) {"),
         (
