@@ -611,6 +611,9 @@ mod tests {
         assert_eq!(tile.parts(32, 154_880, &limits), 10);
         assert_eq!(tile.parts(1, 100, &limits), 1);
         assert_eq!(tile.parts(4096, 154_880, &limits), 3);
+        // Blocks that wait for each other are no more than multiprocessors.
+        assert_eq!([1, 32, 200].map(|rows| searching_parts(rows, 10, &limits)), [10, 3, 1]);
+        assert_eq!(searching_parts(1, MAX_PARTS, &limits), 108);
     }
 
     #[test]

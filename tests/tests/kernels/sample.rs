@@ -505,7 +505,7 @@ enum Only {
 
 /// Rows of one kind, so that a fault costs no more programs than it needs.
 fn only(kind: Only) -> impl Strategy<Value = Case> {
-    let tied = tied(&TILES[..1], &[300], 2);
+    let tied = tied(&TILES[..1], &[1023], 2);
     (cases(&TILES[..1], &[64, 300, 1023], 3), tied).prop_map(move |(mut case, tied)| {
         if matches!(kind, Only::Searched) {
             return tied;
