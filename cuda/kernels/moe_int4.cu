@@ -5,9 +5,9 @@
 // is a pipeline of its own, with a ring of stages that its copies run ahead in, across row groups; a warp loads the weights that it uses,
 // the tokens' rows are shared by the column. Sums of columns are added up in a fixed order.
 //
-// Constants: GATE_UP; ITEMS (PAIRS: one a pair of token and k; SORTED: those of a list; OWN: this kernel makes the list, of EXPERTS);
-// SCALE_TYPE, GROUP_SIZE, UNIT (inputs that surely share a scale: 32 or 64), ZEROS; WHOLE (no stage and no row ends early); PACKED. Tile:
-// TILE_WARPS_M, TILE_WARPS_K, TILE_ROW_TILES, TILE_TOKENS, TILE_K_TILES a stage, TILE_STAGES, TILE_BLOCKS.
+// Constants: GATE_UP; SORTED (items from `moe_sort`) or one item a pair of token and k; SCALE_TYPE, GROUP_SIZE, UNIT (inputs that surely
+// share a scale: 32 or 64), ZEROS; WHOLE (no stage and no row ends early); PACKED. Tile: TILE_WARPS_M, TILE_WARPS_K, TILE_ROW_TILES,
+// TILE_TOKENS, TILE_K_TILES a stage, TILE_STAGES, TILE_BLOCKS.
 //
 // Arithmetic: products of a unit are summed in f32 by the tensor core, scaled and added in f32. Gate-up rounds silu(gate) * up to bf16, the
 // contract's rounding point; down writes f32, or with PACKED fours of neighbouring features as `moe_parts.cuh` packs them.
@@ -15,8 +15,6 @@
 #include "moe_parts.cuh"
 #include "silu.cuh"
 
-// What makes the items.
-constexpr int PAIRS = 0, SORTED = 1, OWN = 2;
 constexpr int WARPS_M = TILE_WARPS_M, WARPS_K = TILE_WARPS_K, WARPS = WARPS_M * WARPS_K, THREADS = 32 * WARPS, COLUMN = 32 * WARPS_M;
 constexpr int ROW_TILES = TILE_ROW_TILES, GROUP_TILES = WARPS_M * ROW_TILES;
 constexpr int TOKENS = TILE_TOKENS, TOKEN_TILES = TOKENS / 8;
@@ -26,7 +24,7 @@ constexpr int BUNDLE = PACKED ? 2 : 1;
 // Of many tokens, rows of the next two tiles are read from shared memory while these are multiplied.
 constexpr bool AHEAD = TOKEN_TILES > 4;
 // A pair's item has one token.
-constexpr int X_ROWS = ITEMS != PAIRS ? TOKENS : 1;
+constexpr int X_ROWS = SORTED ? TOKENS : 1;
 constexpr int SCALE_CHUNKS = 8 * static_cast<int>(sizeof(Int4Scale<SCALE_TYPE>)) / 16;
 
 static_assert(TOKENS % 8 == 0 && (UNIT == 32 || UNIT == 64) && STAGES >= 2, "whole tiles of tokens, groups of whole halves of a tile");
@@ -52,10 +50,6 @@ struct Shared {
     int32_t pairs[TOKENS];
     // Where a pair's row of `out` begins.
     int32_t rows[TOKENS];
-#if ITEMS == 2
-    // Pairs of every expert.
-    int32_t counts[EXPERTS];
-#endif
 };
 static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
 
@@ -358,92 +352,18 @@ struct Item {
     int expert, first, count;
     // Of what comes next, what this block brings to the L2: `parts` is 0 where it brings nothing.
     int next_expert, part, parts;
-    // How many pairs of the expert are in items before this one.
-    int skipped;
 };
-
-#if ITEMS == 2
-// Few pairs are sorted by every block for itself, as `moe_sort` sorts them: a launch of its own would take longer.
-struct Sorter {
-    static constexpr uint32_t ALL = 0xffffffffu;
-    static constexpr int SHARE = EXPERTS / 32;
-    static_assert(EXPERTS % 32 == 0, "lanes share out the experts");
-
-    const int32_t (&counts)[EXPERTS];
-    const int32_t* ids;
-    int pairs, items;
-
-    DEVICE Sorter(int32_t (&of_experts)[EXPERTS], const int32_t* ids, int pairs, int experts) : counts(of_experts), ids(ids), pairs(pairs) {
-        for (int i = threadIdx.x; i < EXPERTS; i += THREADS) of_experts[i] = 0;
-        __syncthreads();
-        for (int i = threadIdx.x; i < pairs; i += THREADS)
-            if (ids[i] >= 0 && ids[i] < experts) atomicAdd(&of_experts[ids[i]], 1);
-        __syncthreads();
-    }
-
-    // The `at`-th item, for every lane; without tokens where there is none.
-    DEVICE Item find(int at, int lane) {
-        int count[SHARE], my_items = 0, my_pairs = 0;
-#pragma unroll
-        for (int i = 0; i < SHARE; ++i) {
-            count[i] = counts[lane * SHARE + i];
-            my_items += (count[i] + TOKENS - 1) / TOKENS, my_pairs += count[i];
-        }
-        int all_items = my_items, all_pairs = my_pairs;
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const int other_items = __shfl_up_sync(ALL, all_items, distance), other_pairs = __shfl_up_sync(ALL, all_pairs, distance);
-            if (lane >= distance) all_items += other_items, all_pairs += other_pairs;
-        }
-        items = __shfl_sync(ALL, all_items, 31);
-        const uint32_t has = __ballot_sync(ALL, at < all_items);
-        Item item = {0, all_pairs - my_pairs, 0, 0, 0, 0, (at - (all_items - my_items)) * TOKENS};
-        bool found = false;
-#pragma unroll
-        for (int i = 0; i < SHARE; ++i) {
-            if (found) continue;
-            const int whole = (count[i] + TOKENS - 1) / TOKENS * TOKENS;
-            if (item.skipped < whole) {
-                item.expert = lane * SHARE + i, item.first += item.skipped, item.count = min(count[i] - item.skipped, TOKENS);
-                found = true;
-            } else {
-                item.skipped -= whole, item.first += count[i];
-            }
-        }
-        const int from = has == 0 ? 0 : __ffs(static_cast<int>(has)) - 1;
-        item.expert = __shfl_sync(ALL, item.expert, from), item.first = __shfl_sync(ALL, item.first, from);
-        item.count = has == 0 ? 0 : __shfl_sync(ALL, item.count, from);
-        item.skipped = __shfl_sync(ALL, item.skipped, from);
-        return item;
-    }
-
-    // f(place in the item, pair) for its pairs, in their order, by one warp.
-    template <typename F>
-    DEVICE void each(const Item& item, int lane, F f) const {
-        int before = -item.skipped;
-#pragma unroll 4
-        for (int base = 0; base < pairs; base += 32) {
-            const bool mine = base + lane < pairs && ids[base + lane] == item.expert;
-            const uint32_t all = __ballot_sync(ALL, mine);
-            const int place = before + __popc(all & ((1u << lane) - 1u));
-            if (mine && place >= 0 && place < item.count) f(place, base + lane);
-            before += __popc(all);
-        }
-    }
-};
-#else
-struct Sorter {};
-#endif
 
 // A range of row groups of an item.
-DEVICE void multiply_item(Shared& shared, const Arguments& args, const Item& item, const Sorter& sorter, int32_t* order, int range,
-                          int row_groups, int top_k, int first_token, const Next& next, int next_share) {
+DEVICE void multiply_item(Shared& shared, const Arguments& args, const Item& item, const int32_t* order, int range, int row_groups,
+                          int top_k, int first_token, const Next& next, int next_share) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = warp / WARPS_M, warp_m = warp % WARPS_M;
     const int thread = threadIdx.x % COLUMN, count = item.count, k_tiles = args.k_tiles;
-    const auto list = [&](int place, int pair) { shared.pairs[place] = pair, shared.rows[place] = pair * out_pitch(args); };
-#if ITEMS != 2
-    for (int i = threadIdx.x; i < count; i += THREADS) list(i, ITEMS == SORTED ? order[item.first + i] : item.first);
-#endif
+    for (int i = threadIdx.x; i < count; i += THREADS) {
+        const int pair = SORTED ? order[item.first + i] : item.first;
+        shared.pairs[i] = pair;
+        shared.rows[i] = pair * out_pitch(args);
+    }
     Stage(&ring)[STAGES] = shared.stages[column];
     if constexpr (TOKEN_TILES > 1) {
         // Zeros up to a whole tile of tokens: no copy writes there.
@@ -469,14 +389,6 @@ DEVICE void multiply_item(Shared& shared, const Arguments& args, const Item& ite
         if (i < all_steps) source.copy_weights(args);
         source.advance(args, first_tile);
     }
-#if ITEMS == 2
-    if (warp == 0) {
-        sorter.each(item, lane, [&](int place, int pair) {
-            list(place, pair);
-            if (range == 0) order[item.first + place] = pair;
-        });
-    }
-#endif
     __syncthreads();
     rows.start_x(ring[0], args, shared.pairs, count, thread, first_token, top_k);
 #pragma unroll
@@ -551,59 +463,42 @@ DEVICE void multiply_item(Shared& shared, const Arguments& args, const Item& ite
 }
 
 // `x` [rows, columns] bf16: of a token at row `first_token` + pair / top_k (gate-up), or of a pair; columns are a multiple of 8. `items`
-// (expert, first, count, 0) over `order`, pairs of token and k by expert, the unused ones last; with PAIRS the topk_ids. With OWN both are
-// written, from `topk_ids`, `item_count` items and `pairs` pairs. `out` [pairs, out_features]: bf16 of whole row tiles (gate-up), or f32,
-// or packed parts. `next_` is what down reads, of which the last `late_items` items (with PAIRS, the later half of the ranges) bring a part
-// to the L2: what were brought sooner would be gone by then.
-// Grid: ranges of `row_groups` row groups and items (all of them without SEVERAL_ITEMS), for down and with PAIRS the other way round.
+// (expert, first, count, 0) over `order`, pairs of token and k by expert, the unused ones last; without SORTED the topk_ids. `out`
+// [pairs, out_features]: bf16 of whole row tiles (gate-up), or f32, or packed parts. `next_` is what down reads, of which the last
+// `late_items` items (without SORTED, the later half of the ranges) bring a part to the L2: what were brought sooner would be gone by then.
+// Grid: ranges of `row_groups` row groups and items (all of them without SEVERAL_ITEMS), for down and without SORTED the other way round.
 KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
-moe_int4(const uint16_t* x, const uint4* weight, const uint4* scales, const uint2* zeros, int32_t* items, int32_t* order, void* out,
-         int experts, int columns, int k_tiles, int row_tiles, int groups, int out_features, int top_k, int first_token, int row_groups,
-         int item_count, int late_items, const uint8_t* next_weight, const uint8_t* next_scales, const uint8_t* next_zeros,
-         int next_weight_bytes, int next_scales_bytes, int next_zeros_bytes, int next_share, const int32_t* topk_ids, int pairs) {
+moe_int4(const uint16_t* x, const uint4* weight, const uint4* scales, const uint2* zeros, const int32_t* items, const int32_t* order,
+         void* out, int experts, int columns, int k_tiles, int row_tiles, int groups, int out_features, int top_k, int first_token,
+         int row_groups, int item_count, int late_items, const uint8_t* next_weight, const uint8_t* next_scales, const uint8_t* next_zeros,
+         int next_weight_bytes, int next_scales_bytes, int next_zeros_bytes, int next_share) {
     Shared& shared = shared_memory<Shared>();
     const Arguments args = {x, weight, scales, zeros, out, columns, k_tiles, row_tiles, groups, out_features};
     const Next next = {{next_weight, next_scales, next_zeros}, {next_weight_bytes, next_scales_bytes, next_zeros_bytes}};
-#if ITEMS != 0
+#if SORTED
     // Registers that the sums of many tokens need are not kept for a next item.
     constexpr bool SEVERAL_ITEMS = TOKENS <= 32;
-    int4* all = reinterpret_cast<int4*>(items);
+    const int4* all = reinterpret_cast<const int4*>(items);
     // Gate-up's blocks that run together share a token's rows. Down goes through the features as a whole, so that of its results the last
     // features are in the L2 when the sum begins with them.
     const int range = GATE_UP ? blockIdx.x : blockIdx.y, ranges = gridDim.x;
     const int first_item = GATE_UP ? blockIdx.y : blockIdx.x, item_step = GATE_UP ? gridDim.y : gridDim.x;
-#if ITEMS == 2
-    const int lane = threadIdx.x % 32;
-    Sorter sorter(shared.counts, topk_ids + first_token * top_k, pairs, experts);
-#else
-    const Sorter sorter = {};
-#endif
     for (int at = first_item; at < item_count; at += item_step) {
-#if ITEMS == 2
-        Item item = sorter.find(at, lane);
-        // One block an item tells the next launch.
-        if (range == 0 && threadIdx.x == 0) all[at] = make_int4(item.expert, item.first, item.count, 0);
-        if (item.count == 0) continue;
-        item.part = range;
-        if (late_items > 0 && at + late_items >= sorter.items)
-            item.next_expert = sorter.find(at % late_items, lane).expert, item.parts = ranges;
-#else
         const int4 tokens = all[at];
         if (tokens.z == 0) return;
-        Item item = {tokens.x, tokens.y, tokens.z, 0, range, 0, 0};
+        Item item = {tokens.x, tokens.y, tokens.z, 0, range, 0};
         if (GATE_UP && late_items > 0 && (at + late_items >= item_count || all[at + late_items].z == 0))
             item.next_expert = all[at % late_items].x, item.parts = ranges;
-#endif
         // All are done with the item before.
         if (at >= item_step) __syncthreads();
-        multiply_item(shared, args, item, sorter, order, range, row_groups, top_k, first_token, next, next_share);
+        multiply_item(shared, args, item, order, range, row_groups, top_k, first_token, next, next_share);
         if (!SEVERAL_ITEMS) return;
     }
 #else
     const int expert = items[static_cast<int64_t>(first_token) * top_k + blockIdx.x], range = blockIdx.y;
     if (expert < 0 || expert >= experts) return;
     const int late = static_cast<int>(gridDim.y) / 2, parts = late_items > 0 && range >= late ? static_cast<int>(gridDim.y) - late : 0;
-    const Item item = {expert, static_cast<int>(blockIdx.x), 1, expert, range - late, parts, 0};
-    multiply_item(shared, args, item, Sorter{}, order, range, row_groups, top_k, first_token, next, next_share);
+    const Item item = {expert, static_cast<int>(blockIdx.x), 1, expert, range - late, parts};
+    multiply_item(shared, args, item, order, range, row_groups, top_k, first_token, next, next_share);
 #endif
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::{Arg, Device, Launch, Limits, Program, ProgramEntry};
 use crate::int4::{Int4Rows, Int4Shape};
-use crate::moe_int4_grouped::{Items, Next, Product, ProductTile, Variant};
+use crate::moe_int4_grouped::{Next, Product, ProductTile, Variant};
 use crate::moe_int4_pairs::{Down, MoeInt4PairsTile, pairs_variant, with};
 use crate::moe_sort::{self, Sorted};
 use crate::tensor::CudaTensor;
@@ -21,16 +21,12 @@ const SUM: &str = "moe_sum";
 
 /// Tokens that are done at once: what the workspace has room for.
 const CHUNK: usize = 2048;
-/// Threads of a block of the sum, eight columns each; of few tokens fewer, so that every multiprocessor has some.
+/// Threads of a block of the sum, eight columns each.
 const SUM_THREADS: usize = 128;
-const FEW_SUM_THREADS: usize = 32;
-const FEW_SUM_TOKENS: usize = 64;
 /// Bytes of what comes next that gate-up brings to the L2 at its end.
 const EARLY_BYTES: usize = 16 << 20;
 /// Tokens of an item at least.
 const MIN_ITEM: usize = 8;
-/// Tokens of an item at most whose blocks take several: `SEVERAL_ITEMS` of the kernel.
-const MAX_OWN_ITEM: usize = 32;
 
 /// How many tokens an expert gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,18 +105,7 @@ pub struct MoeInt4Tile {
 
 impl MoeInt4Tile {
     fn variant(&self, shape: Int4Shape) -> Variant {
-        Variant { shape, tokens: self.tokens, items: Items::Sorted }
-    }
-
-    /// Of gate-up, over items that it sorts itself.
-    fn sorting(&self, shape: Int4Shape, experts: usize) -> Variant {
-        Variant { items: Items::Own(experts), ..self.variant(shape) }
-    }
-
-    /// Whether blocks sort so many pairs themselves: few tokens an item, so that a block takes several, and room for the counts.
-    fn sorts(&self, pairs: usize, shape: Int4Shape, experts: usize, limits: &Limits) -> bool {
-        let fits = || self.gate_up.require(self, self.sorting(shape, experts), limits).is_ok();
-        pairs <= moe_sort::OWN && self.tokens <= MAX_OWN_ITEM && fits()
+        Variant { shape, tokens: self.tokens, sorted: true }
     }
 
     /// Of one list of numbers each, in the order of the fields.
@@ -243,15 +228,11 @@ pub fn programs(tile: &MoeInt4Tile, dims: MoeInt4Dims) -> Vec<ProgramEntry> {
     let mut entries: Vec<_> = variants(dims)
         .into_iter()
         .flat_map(|dims| {
-            let sorts = tile.sorts(0, dims.gate_up, 256, &Limits::a100());
-            let sorting = sorts.then(|| tile.gate_up.entry(tile.sorting(dims.gate_up, 256)));
-            let sorted =
-                [tile.gate_up.entry(tile.variant(dims.gate_up)), tile.down.entry(tile.variant(dims.down))];
-            sorted.into_iter().chain(sorting)
+            [tile.gate_up.entry(tile.variant(dims.gate_up)), tile.down.entry(tile.variant(dims.down))]
         })
         .collect();
     entries.extend(moe_sort::programs(256));
-    entries.extend([FEW_SUM_TOKENS, CHUNK].map(|tokens| sum_entry(tile.down.packs(), tokens)));
+    entries.push(sum_entry(tile.down.packs()));
     entries
 }
 
@@ -371,7 +352,7 @@ pub fn moe_int4<D: Device>(
 /// Items that have blocks of their own: as many as are used where every expert is as likely, so that few find nothing to do.
 fn grid_items(pairs: usize, experts: usize, item_count: usize, item_tokens: usize) -> usize {
     // Kernels for more tokens take one item a block.
-    if item_tokens > MAX_OWN_ITEM {
+    if item_tokens > 32 {
         return item_count;
     }
     let idle = (1.0 - 1.0 / experts as f64).powi(pairs as i32);
@@ -407,7 +388,6 @@ impl<D: Device> Step<'_, D> {
             columns: experts.hidden(),
             weight: &experts.gate_up,
             items: self.topk_ids.buffer(),
-            of: None,
             item_count: tokens * top_k,
             order: None,
             out: &workspace.activated,
@@ -436,34 +416,23 @@ impl<D: Device> Step<'_, D> {
     fn sorted(&self, device: &D, tile: &MoeInt4Tile, first_token: usize, tokens: usize) -> Result<()> {
         let Self { workspace, experts, top_k, .. } = *self;
         let sorted = &workspace.sorted;
-        let (topk_ids, pairs) = (self.topk_ids.buffer(), tokens * top_k);
-        let own = tile
-            .sorts(pairs, self.dims.gate_up, experts.count(), device.limits())
-            .then_some((topk_ids, pairs));
-        let (item_count, variant) = if own.is_some() {
-            let items = moe_sort::max_items(pairs, experts.count(), tile.tokens);
-            (items, tile.sorting(self.dims.gate_up, experts.count()))
-        } else {
-            let pairs = (first_token * top_k, pairs);
-            let items = sorted.sort(device, topk_ids, pairs, &experts.gate_up, tile.tokens)?;
-            (items, tile.variant(self.dims.gate_up))
-        };
+        let pairs = (first_token * top_k, tokens * top_k);
+        let item_count = sorted.sort(device, self.topk_ids.buffer(), pairs, &experts.gate_up, tile.tokens)?;
         let late_items = EARLY_BYTES / experts.down.shape().weight_bytes().max(1);
         let product = Product {
             tile: &tile.gate_up,
-            variant,
+            variant: tile.variant(self.dims.gate_up),
             x: self.x.buffer(),
             columns: experts.hidden(),
             weight: &experts.gate_up,
             items: &sorted.items,
-            of: own,
             item_count,
             order: Some(&sorted.order),
             out: &workspace.activated,
             out_columns: self.columns(),
             top_k,
             first_token,
-            grid_items: grid_items(pairs, experts.count(), item_count, tile.tokens),
+            grid_items: grid_items(tokens * top_k, experts.count(), item_count, tile.tokens),
             next: Some(Next { weight: &experts.down, late_items, share: 256 }),
         };
         product.launch(device)?;
@@ -475,7 +444,6 @@ impl<D: Device> Step<'_, D> {
             weight: &experts.down,
             out: &workspace.parts,
             out_columns: experts.hidden(),
-            of: None,
             next: None,
             ..product
         }
@@ -484,7 +452,7 @@ impl<D: Device> Step<'_, D> {
     }
 
     fn sum(&self, device: &D, packed: bool, first_token: usize, tokens: usize) -> Result<()> {
-        let (entry, hidden) = (sum_entry(packed, tokens), self.experts.hidden());
+        let (entry, hidden) = (sum_entry(packed), self.experts.hidden());
         let vectors = if packed { hidden.div_ceil(32) * 4 } else { hidden / 8 };
         let numbers = [self.experts.count(), hidden, self.top_k, first_token];
         let mut args = vec![
@@ -498,7 +466,7 @@ impl<D: Device> Step<'_, D> {
         device.launch(&Launch {
             program: &entry.program,
             entry: entry.entry,
-            grid: [tokens as u32, vectors.div_ceil(entry.threads as usize) as u32, 1],
+            grid: [tokens as u32, vectors.div_ceil(SUM_THREADS) as u32, 1],
             threads: entry.threads,
             shared_bytes: entry.shared_bytes,
             shape: format!("{tokens} tokens of {} experts, hidden {hidden}", self.top_k),
@@ -507,13 +475,12 @@ impl<D: Device> Step<'_, D> {
     }
 }
 
-fn sum_entry(packed: bool, tokens: usize) -> ProgramEntry {
-    let threads = if tokens <= FEW_SUM_TOKENS { FEW_SUM_THREADS } else { SUM_THREADS };
-    let defines = [("PACKED", usize::from(packed)), ("TILE_THREADS", threads)];
+fn sum_entry(packed: bool) -> ProgramEntry {
+    let defines = [("PACKED", usize::from(packed)), ("TILE_THREADS", SUM_THREADS)];
     ProgramEntry {
         program: Program::new("moe_sum.cu", defines),
         entry: SUM,
-        threads: threads as u32,
+        threads: SUM_THREADS as u32,
         shared_bytes: 0,
         variant: if packed { "sum of packed parts" } else { "sum" }.into(),
     }

@@ -36,33 +36,8 @@ pub(crate) struct Variant {
     pub(crate) shape: Int4Shape,
     /// Tokens of an item.
     pub(crate) tokens: usize,
-    pub(crate) items: Items,
-}
-
-/// What the items of a product are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Items {
-    /// Pairs of token and k.
-    Pairs,
-    /// Those of a list.
-    Sorted,
-    /// Those of the list that the kernel makes itself, of so many experts.
-    Own(usize),
-}
-
-impl Items {
-    fn constant(self) -> usize {
-        match self {
-            Self::Pairs => 0,
-            Self::Sorted => 1,
-            Self::Own(_) => 2,
-        }
-    }
-
-    /// Experts whose pairs are counted, in whole shares of a warp.
-    fn experts(self) -> usize {
-        if let Self::Own(experts) = self { experts.next_multiple_of(32) } else { 0 }
-    }
+    /// Items come from `moe_sort`; a pair is an item if not.
+    pub(crate) sorted: bool,
 }
 
 /// Inputs that surely share a scale.
@@ -91,26 +66,25 @@ impl ProductTile {
     }
 
     fn shared_bytes(&self, variant: Variant) -> usize {
-        let Variant { shape, tokens, items } = variant;
+        let Variant { shape, tokens, sorted } = variant;
         let pieces = self.group_tiles() * self.k_tiles;
         let units = TILE_INPUTS / unit(&shape);
-        let (weight, x) = (pieces * 512, self.k_tiles * if items == Items::Pairs { 1 } else { tokens } * 128);
+        let (weight, x) = (pieces * 512, self.k_tiles * if sorted { tokens } else { 1 } * 128);
         let scales = pieces * units * 16 * element_bytes(shape.scales);
         let zeros = if shape.zero_points { pieces * units * 8 } else { 0 };
         let stage = (weight + x + scales + zeros).next_multiple_of(16);
         let sums = if self.warps_k > 1 { self.warps_k * self.group_tiles() * tokens / 8 * 512 } else { 0 };
-        let places = (2 * tokens + items.experts()) * size_of::<i32>();
+        let places = 2 * tokens * size_of::<i32>();
         (self.warps_k * self.stages * stage + sums + places).next_multiple_of(16)
     }
 
     pub(crate) fn entry(&self, variant: Variant) -> ProgramEntry {
-        let Variant { shape, tokens, items } = variant;
+        let Variant { shape, tokens, sorted } = variant;
         let gate_up = shape.rows == Int4Rows::GateUp;
         let shared_bytes = self.shared_bytes(variant);
         let defines = [
             ("GATE_UP", usize::from(gate_up)),
-            ("ITEMS", items.constant()),
-            ("EXPERTS", items.experts()),
+            ("SORTED", usize::from(sorted)),
             ("SCALE_TYPE", shape.scale_type()),
             ("GROUP_SIZE", shape.kernel_group_size()),
             ("UNIT", unit(&shape)),
@@ -128,17 +102,12 @@ impl ProductTile {
         ];
         let product = if gate_up { "gate-up" } else { "down" };
         let zeros = if shape.zero_points { "" } else { "no " };
-        let sorts = if matches!(items, Items::Own(_)) { ", sorts" } else { "" };
         ProgramEntry {
             program: Program::new("moe_int4.cu", defines),
             entry: KERNEL,
             threads: self.threads(),
             shared_bytes,
-            variant: format!(
-                "{product}, {}, {zeros}zero points, units of {}{sorts}",
-                shape.scales,
-                unit(&shape)
-            ),
+            variant: format!("{product}, {}, {zeros}zero points, units of {}", shape.scales, unit(&shape)),
         }
     }
 
@@ -203,10 +172,8 @@ pub(crate) struct Product<'a, D: Device> {
     /// Columns of a row of `x`.
     pub(crate) columns: usize,
     pub(crate) weight: &'a PackedInt4<D>,
-    /// The list of items, or topk_ids.
+    /// Items of `moe_sort`, or topk_ids.
     pub(crate) items: &'a D::Buffer,
-    /// What [`Items::Own`] are made of: topk_ids, and how many pairs.
-    pub(crate) of: Option<(&'a D::Buffer, usize)>,
     pub(crate) item_count: usize,
     pub(crate) order: Option<&'a D::Buffer>,
     pub(crate) out: &'a D::Buffer,
@@ -226,7 +193,7 @@ impl<D: Device> Product<'_, D> {
         let entry = self.tile.entry(self.variant);
         let ranges = shape.row_tiles().div_ceil(self.tile.group_tiles()).div_ceil(self.tile.row_groups);
         let (ranges, items) = (ranges as u32, self.grid_items as u32);
-        let ranges_first = self.variant.items != Items::Pairs && shape.rows == Int4Rows::GateUp;
+        let ranges_first = self.variant.sorted && shape.rows == Int4Rows::GateUp;
         let numbers = [
             self.weight.count(),
             self.columns,
@@ -252,8 +219,6 @@ impl<D: Device> Product<'_, D> {
         args.extend(numbers.map(|number| Arg::I32(number as i32)));
         args.extend(next_args(self.next.as_ref().map(|next| next.weight)));
         args.push(Arg::I32(self.next.as_ref().map_or(0, |next| next.share) as i32));
-        args.push(self.of.map_or(Arg::Null, |(topk_ids, _)| Arg::Buffer(topk_ids)));
-        args.push(Arg::I32(self.of.map_or(0, |(_, pairs)| pairs) as i32));
         device.launch(&Launch {
             program: &entry.program,
             entry: entry.entry,

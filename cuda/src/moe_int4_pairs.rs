@@ -6,8 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::device::{Arg, Device, Launch, Limits, Program, ProgramEntry};
 use crate::int4::{Int4Shape, PackedInt4, TILE_INPUTS};
 use crate::moe_int4::{MoeInt4Dims, variants};
-use crate::moe_int4_grouped::{Items, ProductTile, Variant, unit};
-use crate::tensor::element_bytes;
+use crate::moe_int4_grouped::{ProductTile, Variant, unit};
 use crate::tile::{Tile, require};
 
 const DOWN: &str = "moe_int4_down";
@@ -89,7 +88,7 @@ const CANDIDATES: [[usize; 8]; 8] = [
 ];
 
 pub(crate) fn pairs_variant(shape: Int4Shape) -> Variant {
-    Variant { shape, tokens: 8, items: Items::Pairs }
+    Variant { shape, tokens: 8, sorted: false }
 }
 
 impl DownTile {
@@ -97,10 +96,9 @@ impl DownTile {
         top_k * self.row_tiles * 16 * size_of::<f32>()
     }
 
-    /// Row tiles of a warp that are loaded at once: two where blocks are few. Twice as many scales in f32 would take too many registers.
+    /// Row tiles of a warp that are loaded at once: two where blocks are few. Twice the scales of two would take too many registers.
     fn batch(self, shape: &Int4Shape, tokens: usize, top_k: usize) -> usize {
-        let fits = unit(shape) == TILE_INPUTS || element_bytes(shape.scales) == 2;
-        let two = tokens == 1 && top_k * self.row_tiles > self.warps && fits;
+        let two = tokens == 1 && top_k * self.row_tiles > self.warps && unit(shape) == TILE_INPUTS;
         if two { 2 } else { 1 }
     }
 

@@ -13,9 +13,6 @@ pub(crate) const MAX_EXPERTS: usize = 1024;
 /// Pairs that few warps sort.
 const SHORT: usize = 1024;
 
-/// Pairs that the blocks of a product sort for themselves.
-pub(crate) const OWN: usize = 512;
-
 /// How many experts' weights are brought to the L2 during the sort, by how many blocks each: what the memory gives in its few
 /// microseconds. A long sort is of so many tokens that it does not matter.
 fn early(pairs: usize, expert_bytes: usize) -> (usize, usize) {

