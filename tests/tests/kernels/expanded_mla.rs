@@ -15,10 +15,10 @@ use proptest::sample::select;
 
 use crate::sparse_mla_wide::selections;
 
-/// With a last step of the tensor core that is half full, and with whole ones.
+/// With a last step of the tensor core that is half full, of one vector of rotary columns and of two.
 const SMALL: &[ExpandedMlaDims] = &[
     ExpandedMlaDims { nope: 16, rope: 8, v: 16, kv_lora_rank: 32 },
-    ExpandedMlaDims { nope: 24, rope: 8, v: 48, kv_lora_rank: 24 },
+    ExpandedMlaDims { nope: 24, rope: 16, v: 48, kv_lora_rank: 24 },
 ];
 
 const GLM: ExpandedMlaDims = ExpandedMlaDims { nope: 192, rope: 64, v: 256, kv_lora_rank: 512 };
@@ -279,8 +279,10 @@ fn planted_faults_are_seen() {
         ("expanded_mla.cu", "if (__any_sync(ALL, behind))", "if (__any_sync(ALL, behind) && tile == 0)"),
         // A neighbour's bit.
         ("expanded_mla_rows.cu", "1u << position % 32", "1u << (position + 1) % 32"),
-        // The rotary part of another row.
+        // Half of the rotary part of a row.
         ("expanded_mla_rows.cu", "(CHUNKS - LATENT) + chunk - LATENT]", "(CHUNKS - LATENT)]"),
+        // A page's first row for all of its rows.
+        ("expanded_mla_rows.cu", "* page_size + position % page_size;", "* page_size;"),
     ] {
         let fault = Fault { file, find, replace };
         parity::catches(fault, cases(SMALL, &TILES[..1], (150, 90)), run);
