@@ -234,7 +234,7 @@ fn assert_launches_meet(devices: &[&TestDevice], case: &Case, dims: ExchangeDims
                 }
             });
             for (rank, (device, tensors)) in devices.iter().zip(&of_rank).enumerate() {
-                let found = parity::read_bytes(*device, &tensors.out[rank]);
+                let found = parity::read_bytes(device, &tensors.out[rank]);
                 assert!(found == expected[1], "{shots:?}, {rows} rows: the norm of rank {rank} differs");
             }
         }
