@@ -63,7 +63,7 @@ pub(crate) enum Command {
         #[arg(long, value_name = "HASH", env = "DSA80_GIT")]
         git: Option<String>,
     },
-    /// Times the candidate tiles and pins the best in `<gpu>.toml`
+    /// Times the candidate tiles and pins the best in `<gpu>.toml`; between several GPUs also up to which size one shot of `all_reduce` serves
     Sweep {
         #[command(flatten)]
         select: Select,
