@@ -269,3 +269,16 @@ fn a_rank_that_cannot_be_loaded_tells_the_others_why() {
     alone.says("WORLD_SIZE is not set");
     assert_eq!(alone.ends_within(LONG).0.code(), Some(1));
 }
+
+#[test]
+fn generate_is_no_rank() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dsa80"));
+    command.args(["generate", "x", "--device", "cpu"]).env_remove("DSA80_MODEL");
+    command.envs([("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")]);
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        String::from_utf8_lossy(&output.stderr)
+            .contains("this is rank 1 of 2 (RANK, WORLD_SIZE): use `serve`")
+    );
+}

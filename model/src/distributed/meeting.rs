@@ -14,6 +14,9 @@ use super::wire::malformed;
 /// Elements of a part at most.
 const MAX_ELEMENTS: u64 = 1 << 28;
 
+/// The collectives.
+const NAMES: [&str; 4] = ["all_reduce", "all_gather", "broadcast", "barrier"];
+
 /// No rank.
 const NOBODY: usize = usize::MAX;
 
@@ -48,7 +51,7 @@ impl TcpMeeting {
     ) -> Result<Vec<Arc<[f32]>>, (usize, io::Error)> {
         let State { streams, count } = state;
         *count += 1;
-        let head = Head { what: what.as_bytes().first().copied().unwrap_or(0), count: *count };
+        let head = Head::new(what, *count);
         if self.rank != 0 {
             let [stream] = &streams[..] else { return Err((0, malformed("no connection"))) };
             head.send(stream, own).map_err(|error| (0, error))?;
@@ -84,7 +87,7 @@ impl TcpMeeting {
 /// In front of a part: which collective it belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Head {
-    /// The first letter of its name: all of them differ in it.
+    /// Its place among [`NAMES`].
     what: u8,
     /// How many there were before it.
     count: u64,
@@ -93,6 +96,11 @@ struct Head {
 const HEAD_BYTES: usize = 17;
 
 impl Head {
+    fn new(what: &str, count: u64) -> Self {
+        let place = NAMES.iter().position(|name| *name == what).unwrap_or(NAMES.len());
+        Self { what: place as u8, count }
+    }
+
     fn send(self, mut stream: &TcpStream, part: &[f32]) -> io::Result<()> {
         let mut bytes = Vec::with_capacity(HEAD_BYTES + size_of_val(part));
         bytes.push(self.what);
@@ -108,7 +116,10 @@ impl Head {
         let word = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| head[at + i]));
         let theirs = Self { what: head[0], count: word(1) };
         if theirs != self {
-            let words = |head: Self| format!("collective {} ({}..)", head.count, head.what as char);
+            let words = |head: Self| {
+                let name = NAMES.get(usize::from(head.what)).unwrap_or(&"an unknown one");
+                format!("collective {} ({name})", head.count)
+            };
             return Err(malformed(format!("a part of {}; expected {}", words(theirs), words(self))));
         }
         let elements = word(9);
@@ -155,5 +166,81 @@ impl Meeting<f32> for TcpMeeting {
             NOBODY => fate.fail(reason),
             rank => fate.fail(&format!("{reason}; rank {rank} has not come to a collective")),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    /// Rank 0 and the others, connected.
+    fn meetings(world_size: usize) -> Vec<TcpMeeting> {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let pair = |_| {
+            let other = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            (listener.accept().unwrap().0, other)
+        };
+        let (own, others): (Vec<_>, Vec<_>) = (1..world_size).map(pair).unzip();
+        let meeting = |rank, streams| TcpMeeting::new(rank, world_size, Arc::default(), streams);
+        let first = meeting(0, own);
+        std::iter::once(first)
+            .chain((1..).zip(others).map(|(rank, other)| meeting(rank, vec![other])))
+            .collect()
+    }
+
+    fn on_ranks<R: Send>(world_size: usize, body: impl Fn(TcpMeeting) -> R + Sync) -> Vec<R> {
+        std::thread::scope(|scope| {
+            let body = &body;
+            let threads: Vec<_> =
+                meetings(world_size).into_iter().map(|meeting| scope.spawn(move || body(meeting))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        })
+    }
+
+    #[test]
+    fn every_rank_gets_every_part_in_rank_order() {
+        for parts in on_ranks(4, |meeting| {
+            let own = vec![meeting.rank() as f32; meeting.rank() + 1];
+            meeting.meet("barrier", &[]).unwrap();
+            meeting.meet("all_reduce", &own).unwrap()
+        }) {
+            let parts: Vec<&[f32]> = parts.iter().map(|part| &**part).collect();
+            assert_eq!(parts, [&[0.0][..], &[1.0; 2], &[2.0; 3], &[3.0; 4]]);
+        }
+    }
+
+    #[test]
+    fn ranks_in_different_collectives_are_told() {
+        let errors = on_ranks(2, |meeting| {
+            let what = if meeting.rank() == 0 { "all_reduce" } else { "broadcast" };
+            meeting.meet(what, &[1.0]).unwrap_err().to_string()
+        });
+        assert!(
+            errors[0].contains(
+                "rank 1 sent a part of collective 1 (broadcast); expected collective 1 (all_reduce)"
+            ),
+            "{errors:?}"
+        );
+    }
+
+    #[test]
+    fn a_broken_group_meets_no_more_and_names_whom_it_waited_for() {
+        let errors = on_ranks(2, |meeting| {
+            if meeting.rank() == 1 {
+                std::thread::sleep(std::time::Duration::from_millis(300));
+                return String::new();
+            }
+            let breaker = meeting.breaker();
+            std::thread::spawn(move || {
+                std::thread::sleep(std::time::Duration::from_millis(50));
+                breaker("too late");
+            });
+            let first = meeting.meet("all_reduce", &[1.0]).unwrap_err();
+            assert_eq!(meeting.meet("all_reduce", &[1.0]).unwrap_err(), first);
+            first.to_string()
+        });
+        assert!(errors[0].contains("too late; rank 1 has not come to a collective"), "{errors:?}");
     }
 }

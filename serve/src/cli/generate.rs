@@ -5,8 +5,9 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use clap::Args;
+use dsa80_model::distributed::Place;
 use serde_json::json;
 
 use super::args::ModelArgs;
@@ -100,6 +101,13 @@ pub(super) struct GenerateArgs {
 pub(super) fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
     let common = args.common();
     common.validate()?;
+    if let Some(place) = Place::from_env()? {
+        bail!(
+            "`generate` runs in one process, and this is rank {} of {} (RANK, WORLD_SIZE): use `serve`",
+            place.rank,
+            place.world_size
+        );
+    }
     let prompt = match args.prompt.as_ref().or(args.positional.as_ref()) {
         Some(prompt) => prompt.clone(),
         None => {
