@@ -40,3 +40,30 @@ pub fn shard(n_routed_experts: usize, index_topk: usize, vocab_size: usize) -> D
 pub fn whole() -> ModelConfig {
     ModelConfig::from_json(GLM_5_2).expect("GLM-5.2's own numbers")
 }
+
+#[cfg(test)]
+mod tests {
+    use dsa80_model::config::{IndexerType, MlpLayerType};
+    use dsa80_model::runner::WeightSource as _;
+
+    use super::*;
+
+    #[test]
+    fn a_shard_is_two_layers_of_the_whole() {
+        let (whole, weights) = (whole(), shard(256, 2048, 19360));
+        let shard = weights.config();
+        assert_eq!(
+            (whole.num_hidden_layers, whole.num_full_layers(), whole.num_sparse_layers()),
+            (78, 21, 75)
+        );
+        assert_eq!(shard.indexer_types, [IndexerType::Full, IndexerType::Shared]);
+        assert_eq!(shard.mlp_layer_types, [MlpLayerType::Dense, MlpLayerType::Sparse]);
+        assert_eq!(8 * shard.num_attention_heads, whole.num_attention_heads);
+        assert_eq!(8 * shard.moe_intermediate_size, whole.moe_intermediate_size);
+        assert_eq!(8 * shard.vocab_size, whole.vocab_size);
+        assert_eq!((shard.kv_lora_rank, shard.rope_theta), (whole.kv_lora_rank, whole.rope_theta));
+        let packed =
+            |layer| shard.quantization.as_ref().is_some_and(|scheme| format!("{scheme:?}").contains(layer));
+        assert!(packed("layers[.]0[.]mlp") && !packed("[0-2]"));
+    }
+}
