@@ -157,7 +157,8 @@ impl Maker<'_> {
         };
         HostMoe {
             gate: self.linear(&specs.gate, 1.0),
-            e_score_correction_bias: self.tensor(&specs.e_score_correction_bias, 0.0, 0.2),
+            // Small beside the scores, or a few experts would get most tokens: in a trained model it is what spreads them.
+            e_score_correction_bias: self.tensor(&specs.e_score_correction_bias, 0.0, 0.02),
             experts: (0..specs.n_routed_experts).map(expert).collect(),
             shared_experts: specs.shared_experts.as_ref().map(|specs| self.swiglu(specs)),
         }
@@ -285,5 +286,38 @@ mod tests {
         assert!(refused(3, 0, 1).contains("layer = 3; expected less than 3"));
         assert!(refused(0, 2, 2).contains("rank = 2; expected less than 2"));
         assert!(refused(0, 0, 3).contains("3 ranks"));
+    }
+
+    #[test]
+    fn tokens_are_sent_to_almost_as_many_experts_as_by_chance() {
+        use dsa80_reference::cpu::Cpu;
+        use dsa80_reference::{Batch, LoneRank, SequenceSlice};
+
+        use crate::engine::StepLimits;
+        use crate::measure::Seen;
+        use crate::runner::{INDEX_LOGITS, Rank};
+
+        const EXPERTS: usize = 64;
+        let config = ModelConfig { n_routed_experts: EXPERTS, num_experts_per_tok: 4, ..config() };
+        let limits = StepLimits {
+            page_size: 32,
+            num_pages: 1,
+            cache_dtype: DType::Act,
+            max_batch_tokens: 32,
+            max_batch_seqs: 1,
+            max_model_len: 32,
+            vocab_size: config.vocab_size,
+            max_logprobs: 0,
+        };
+        let lone = Box::new(LoneRank::new(0, 1).unwrap());
+        let weights = DummyWeights::new(config, 0);
+        let mut rank = Rank::load(Cpu::<f32>::new(), lone, &weights, &limits, INDEX_LOGITS).unwrap();
+        let tokens: Vec<u32> = (0..32).map(|i| 3 * i).collect();
+        let slice = SequenceSlice { token_ids: &tokens, computed_len: 0, pages: &[0] };
+        let batch = Batch::new(32, &[slice]).unwrap();
+        let mut seen = Seen::of(&batch);
+        rank.forward(&batch, Some(&mut seen)).unwrap();
+        let chance = EXPERTS as f64 * (1.0 - (1.0 - 4.0 / EXPERTS as f64).powi(32));
+        assert!(seen.experts.values().all(|&count| count as f64 > 0.8 * chance), "{seen:?} of {chance}");
     }
 }

@@ -19,7 +19,7 @@ pub struct Seen {
 }
 
 impl Seen {
-    pub(super) fn of(batch: &Batch) -> Self {
+    pub(crate) fn of(batch: &Batch) -> Self {
         let seq_ids = batch.seq_ids.iter().map(|&id| id as usize).collect();
         Self { seq_ids, context: batch.max_context_len, ..Self::default() }
     }
