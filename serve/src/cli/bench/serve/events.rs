@@ -11,8 +11,7 @@ impl Events {
     /// The events that end in `bytes`.
     pub(super) fn push(&mut self, bytes: &[u8]) -> Vec<Vec<u8>> {
         let mut events = Vec::new();
-        let mut lines = bytes.split_inclusive(|&byte| byte == b'\n');
-        while let Some(part) = lines.next() {
+        for part in bytes.split_inclusive(|&byte| byte == b'\n') {
             self.line.extend_from_slice(part);
             if part.ends_with(b"\n") {
                 let line = std::mem::take(&mut self.line);
@@ -46,7 +45,8 @@ impl Events {
 mod tests {
     use super::*;
 
-    const STREAM: &str = ": ping\n\ndata: {\"a\": 1}\n\nevent: x\r\nid: 3\r\ndata:two\r\ndata: lines\r\n\r\ndata: \n\ndata: gr\u{fc}n\n\ndata: cut off\n";
+    const STREAM: &str = ": ping\n\ndata: {\"a\": 1}\n\nevent: x\r\nid: 3\r\ndata:two\r\ndata: lines\r\n\r\ndata: \n\n\
+                          data: gr\u{fc}n\n\ndata: cut off\n";
 
     #[test]
     fn events_are_the_same_however_the_bytes_are_cut() {
