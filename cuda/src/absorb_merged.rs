@@ -18,7 +18,7 @@ const TOKENS: usize = 8;
 /// Splits that a warp has factors for.
 const MAX_SPLITS: usize = 64;
 
-/// Partial results that a block merges at most, in rows: each block of a head reads them again, so that of more it is better done once.
+/// Partial results of a head at most, in rows: several blocks read each of them, and more are better merged once.
 const MAX_ROWS: usize = 64;
 
 const THREADS: u32 = 32 * WARPS as u32;
@@ -65,7 +65,7 @@ pub(crate) fn takes<D: Device>(
         && heads.v.is_multiple_of(2)
         && partials.splits <= MAX_SPLITS
         && shared_bytes(dims) <= limits.shared_per_block;
-    fits && heads.tokens.min(TOKENS) * partials.splits <= MAX_ROWS
+    fits && heads.tokens * partials.splits <= MAX_ROWS
 }
 
 /// Launches what [it takes](takes).
