@@ -1,9 +1,9 @@
-// `absorb_output` of what the splits of `sparse_mla` have left, whose sums are merged on the way: the weights arrive meanwhile, and no launch
-// comes between. Merged rows are rounded to bf16, as they are where they are written down.
+// `absorb_output` of what the splits of `sparse_mla` have left, whose sums are merged on the way: the weights arrive meanwhile, and no
+// launch comes between. Merged rows are rounded to bf16, as they are where they are written down.
 //
-// A block takes FEATURES of a head, and up to TOKENS tokens. Their merged rows are computed in every block that needs them, 128 columns by a
-// warp; where there are more warps than that, several share the splits, each a stretch, and their sums are added in order. Then warps share
-// the columns of the product, and their sums are added in order.
+// A block takes FEATURES of a head, and up to TOKENS tokens. Their merged rows are computed in every block that needs them, 128 columns
+// by a warp; where there are more warps than that, several share the splits, each a stretch, and their sums are added in order. Then
+// warps share the columns of the product, and their sums are added in order.
 //
 // Features are the 16 rows of an MMA, tokens its 8 columns.
 //
