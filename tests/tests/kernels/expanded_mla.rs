@@ -5,7 +5,6 @@ use dsa80_cuda::expanded_mla::{
 };
 use dsa80_cuda::linear::{LinearTiles, LinearWorkspace};
 use dsa80_cuda::{CudaTensor, Limits, Tile};
-use dsa80_reference::cpu::naive::{self, MlaDims};
 use dsa80_reference::{DType, Kernels};
 use dsa80_tests::emulator::Fault;
 use dsa80_tests::parity::{self, BatchCase, F32_UNIT, Pair, TestDevice, Values, half_ulp_bf16};
@@ -124,57 +123,47 @@ impl Inputs {
         let read = |pair: &Pair| parity::oracle().read(&pair.host).unwrap();
         let (q, kv_b, cache) = (read(&self.q), read(&self.kv_b), read(&self.cache));
         let row = |s: usize| &cache[host.slot(0, s) * (rank + rope)..][..rank + rope];
-        let mut mask = vec![false; tokens * context];
-        for (t, selected) in self.selections.chunks(k.max(1)).enumerate().take(tokens) {
-            for s in selected.iter().filter_map(|&s| usize::try_from(s).ok()) {
-                mask[t * context + s] = true;
-            }
-        }
-        // Expanded already, so that the judge's own expansion is the identity: a head at a time, "latents" that are its keys and values.
         let mut out = vec![0.0; tokens * heads * v];
         let mut bounds = out.clone();
         for h in 0..heads {
             let up = &kv_b[h * (nope + v) * rank..][..(nope + v) * rank];
-            let latents: Vec<f64> = (0..context)
-                .flat_map(|s| {
-                    up.chunks(rank).map(move |up| {
-                        let exact: f64 = up.iter().zip(row(s)).map(|(a, b)| a * b).sum();
-                        bf16::from_f64(exact).to_f64()
-                    })
-                })
-                .collect();
-            let mut identity = vec![0.0; (nope + v) * (nope + v)];
-            (0..nope + v).for_each(|i| identity[i * (nope + v) + i] = 1.0);
-            let rope_keys: Vec<f64> = (0..context).flat_map(|s| row(s)[rank..].to_vec()).collect();
-            let q: Vec<f64> =
-                q.chunks(nope + rope).skip(h).step_by(heads).flat_map(<[f64]>::to_vec).collect();
-            let mla = MlaDims {
-                heads: 1,
-                qk_nope_head_dim: nope,
-                qk_rope_head_dim: rope,
-                v_head_dim: v,
-                kv_lora_rank: nope + v,
+            let expand = |s: usize| -> Vec<f64> {
+                up.chunks(rank).map(|up| bf16::from_f64(dot(up, &row(s)[..rank])).to_f64()).collect()
             };
-            let found = naive::mla(mla, &q, &latents, &rope_keys, &identity, &mask, self.scale);
-            // A weight is off by its rounding, by its score's f32 sums, and by keys whose f32 sums round the other way, which are 2^-8 of
-            // themselves off: few, and each a share of a score. Values likewise. All of it as if everything went the same way.
-            let largest = |s: usize| {
-                latents[s * (nope + v)..][nope..nope + v].iter().fold(0.0_f64, |a, b| a.max(b.abs()))
-            };
+            let expanded: Vec<Vec<f64>> = (0..context).map(expand).collect();
             for t in 0..tokens {
-                let sees = (0..context).filter(|s| mask[t * context + s]);
-                let most = sees.map(largest).fold(0.0, f64::max);
+                let q = &q[(t * heads + h) * (nope + rope)..][..nope + rope];
+                let selected: Vec<usize> =
+                    self.selections[t * k..][..k].iter().filter_map(|&s| usize::try_from(s).ok()).collect();
+                let score = |s: &usize| {
+                    let turned = dot(&q[nope..], &row(*s)[rank..]);
+                    (dot(&q[..nope], &expanded[*s][..nope]) + turned) * self.scale
+                };
+                let scores: Vec<f64> = selected.iter().map(score).collect();
+                let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let weights: Vec<f64> = scores.iter().map(|score| (score - most).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                let (selected, expanded) = (&selected, &expanded);
+                let values = |column: usize| selected.iter().map(move |&s| expanded[s][nope + column]);
+                let largest = (0..v).flat_map(values).fold(0.0_f64, |a, b| a.max(b.abs()));
+                // A weight is off by its rounding, by its score's f32 sums, and by keys whose f32 sums round the other way, which are 2^-8 of
+                // themselves off: few, and each a share of a score. Values likewise. All of it as if everything went the same way.
+                let error = largest * (2.0_f64.powi(-7) + (context + 200) as f64 * 4.0 * F32_UNIT);
                 for column in 0..v {
-                    let value = found[t * v + column];
-                    let i = (t * heads + h) * v + column;
+                    let sum: f64 = weights.iter().zip(values(column)).map(|(p, value)| p * value).sum();
+                    let (i, value) =
+                        ((t * heads + h) * v + column, if total > 0.0 { sum / total } else { 0.0 });
                     out[i] = value;
-                    let error = most * (2.0_f64.powi(-7) + (context + 200) as f64 * 4.0 * F32_UNIT);
                     bounds[i] = error + 2.0 * half_ulp_bf16(value.abs() + error);
                 }
             }
         }
         (out, bounds)
     }
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
 fn run(device: &TestDevice, case: Case) {
