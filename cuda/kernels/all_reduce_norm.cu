@@ -1,4 +1,4 @@
-// The sum over ranks, added to the residual stream, and the norm of that: to the bit what `all_reduce` and `rms_norm` compute, in one launch.
+// The sum over ranks, added to the residual stream, and its norm in one launch: to the bit what `all_reduce` and `rms_norm` compute.
 //
 // One shot: every rank pushes its rows of x to the others, and each sums, adds and norms all of them. Two shots: every row has a keeper, to
 // which the others push it, and which pushes what it has normed to them: only the keeper's residual has the sum then. A shape always has
@@ -75,8 +75,8 @@ all_reduce_norm(BY_RANK(const void*, x), BY_RANK(float*, residual), BY_RANK(cons
 
     Rows own = {of_rank(all_x, rank), of_rank(all_residual, rank), of_rank(all_out, rank), {}, eps, 0};
     rms::load_weight(of_rank(all_weight, rank), own.w);
-    const int chunk_rows = segment * (TWO_SHOTS ? RANKS : 1);
-    for (int64_t start = static_cast<int64_t>(blockIdx.x) * chunk_rows; start < rows; start += static_cast<int64_t>(gridDim.x) * chunk_rows) {
+    const int64_t chunk_rows = static_cast<int64_t>(segment) * (TWO_SHOTS ? RANKS : 1);
+    for (int64_t start = blockIdx.x * chunk_rows; start < rows; start += gridDim.x * chunk_rows) {
         channel.next();
         // The rows that this rank norms, of which the first is under way while the ranks meet.
         const int64_t first = start + (TWO_SHOTS ? static_cast<int64_t>(rank) * segment : 0);
