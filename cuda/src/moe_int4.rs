@@ -20,7 +20,7 @@ const KERNEL: &str = "moe_int4";
 const SUM: &str = "moe_sum";
 
 /// Tokens that are done at once: what the workspace has room for.
-const CHUNK: usize = 2048;
+const CHUNK: usize = 4096;
 /// Threads of a block of the sum, eight columns each.
 const SUM_THREADS: usize = 128;
 /// Bytes of what comes next that gate-up brings to the L2 at its end.

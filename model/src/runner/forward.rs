@@ -30,7 +30,8 @@ impl<K: Kernels> Forward<'_, K> {
         layers: &[Layer<K>],
         mut probe: Option<&mut dyn Probe>,
     ) -> Result<()> {
-        let (kernels, config, probed) = (self.kernels, self.config, probe.is_some());
+        let (kernels, config) = (self.kernels, self.config);
+        let probed = probe.as_ref().is_some_and(|probe| probe.wants_hidden());
         self.workspace.set_tokens(self.shape, self.tokens)?;
         let ws = &mut *self.workspace;
         kernels.rope_table(self.device_batch, config.rope_theta, &mut ws.cos_sin)?;
