@@ -165,7 +165,7 @@ pub struct Gemm<'a, B> {
     pub features: usize,
 }
 
-/// Memory and launches, in the order of one stream but for what is launched [aside](Device::aside).
+/// Memory and launches, in the order of one stream.
 pub trait Device: Send {
     /// Device memory. Kernels write through it: it is shared like a pointer, and freed with its last clone.
     type Buffer: Clone + Send + Sync + std::fmt::Debug;
@@ -205,23 +205,6 @@ pub trait Device: Send {
     /// The program does not compile; the launch is refused.
     fn launch(&self, launch: &Launch<'_, Self::Buffer>) -> Result<()>;
 
-    /// Runs `launches` so that what it launches comes after all that was launched before, and may overlap with what is launched next, until
-    /// [`join`](Self::join). Neither side may read or write what the other writes. A device of one order runs it, and that is all.
-    ///
-    /// # Errors
-    /// `launches` failed; the device refuses.
-    fn aside(&self, launches: impl FnOnce() -> Result<()>) -> Result<()> {
-        launches()
-    }
-
-    /// What is launched next comes after all that was launched [aside](Self::aside). To be called whether that failed or not.
-    ///
-    /// # Errors
-    /// The device refuses.
-    fn join(&self) -> Result<()> {
-        Ok(())
-    }
-
     /// Captures what `launches` launches, without running it. The programs must have been launched before: loading one cannot be captured.
     ///
     /// # Errors
@@ -256,7 +239,7 @@ pub trait Device: Send {
     }
 
     /// Launches the product by the device's own library, in the order of the stream, with sums in f32. False where there is no such
-    /// library, or none for this shape, or it would run aside: then nothing was launched. After a first launch of the same shape it can be captured in a graph.
+    /// library, or none for this shape: then nothing was launched. After a first launch of the same shape it can be captured in a graph.
     ///
     /// # Errors
     /// The library refuses, or would have to be loaded while launches are captured.
@@ -292,14 +275,6 @@ impl<D: Device + Sync> Device for Arc<D> {
 
     fn launch(&self, launch: &Launch<'_, D::Buffer>) -> Result<()> {
         (**self).launch(launch)
-    }
-
-    fn aside(&self, launches: impl FnOnce() -> Result<()>) -> Result<()> {
-        (**self).aside(launches)
-    }
-
-    fn join(&self) -> Result<()> {
-        (**self).join()
     }
 
     fn capture(&self, launches: impl FnMut() -> Result<()>) -> Result<D::Graph> {

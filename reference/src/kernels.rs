@@ -295,22 +295,6 @@ pub trait Kernels: Send + Sized {
 
     // Kernels.
 
-    /// Runs two parts of a step, of which neither reads or writes what the other writes, before what is called next. A backend may let them
-    /// overlap; their results are those of one after the other, which is what happens here. `tokens` are the rows of either, by which a
-    /// backend may choose: many keep a device busy by themselves.
-    ///
-    /// # Errors
-    /// Those of either.
-    fn side_by_side(
-        &self,
-        _tokens: usize,
-        first: impl FnOnce() -> Result<()>,
-        second: impl FnOnce() -> Result<()>,
-    ) -> Result<()> {
-        first()?;
-        second()
-    }
-
     /// Token rows of a vocabulary shard: `out[t] = table[token_ids[t] - vocab_start]`, and zeros for a token
     /// outside the shard, so that the sum over ranks is the embedding.
     ///

@@ -8,7 +8,6 @@ mod group;
 mod memory;
 mod scratch;
 
-use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -65,9 +64,7 @@ pub struct Cuda<D: Device = Gpu> {
     device: D,
     chosen: Chosen,
     expansion: Expansion,
-    /// Of launches in order, and of those aside: what runs at the same time shares none.
-    scratch: [Scratch<D>; 2],
-    aside: Cell<bool>,
+    scratch: Scratch<D>,
 }
 
 /// The workspaces, by what their sizes depend on: nothing, or the sizes that the kernel's `Workspace::alloc` takes.
@@ -97,9 +94,6 @@ impl<D: Device> Default for Scratch<D> {
         }
     }
 }
-
-/// Tokens of which a step leaves enough of a GPU idle that two of its parts overlap with gain.
-const OVERLAPPING: usize = 32;
 
 /// What a GPU must be: the kernels are written for sm_80.
 const OLDEST: (i32, i32) = (8, 0);
@@ -142,7 +136,7 @@ impl<D: Device> Cuda<D> {
     pub fn new(device: D, tiles: Tiles) -> Self {
         let chosen = Chosen::new(tiles, device.limits().clone());
         let expansion = Expansion::default();
-        Self { device, chosen, expansion, scratch: Default::default(), aside: Cell::new(false) }
+        Self { device, chosen, expansion, scratch: Scratch::default() }
     }
 
     /// The same backend, that expands other steps than by default.
@@ -161,11 +155,6 @@ impl<D: Device> Cuda<D> {
         self.device
     }
 
-    fn scratch(&self) -> &Scratch<D> {
-        let [in_order, aside] = &self.scratch;
-        if self.aside.get() { aside } else { in_order }
-    }
-
     /// Launches a dense product, whose workspace serves any size.
     fn with_linear(
         &self,
@@ -173,7 +162,7 @@ impl<D: Device> Cuda<D> {
     ) -> Result<()> {
         let tiles = self.chosen.linear();
         let alloc = |[]: [usize; 0]| LinearWorkspace::alloc(&self.device, &tiles);
-        self.scratch().linear.with([], alloc, |workspace| launch(&tiles, workspace))
+        self.scratch.linear.with([], alloc, |workspace| launch(&tiles, workspace))
     }
 
     /// Launches attention of queries over selected rows.
@@ -186,7 +175,7 @@ impl<D: Device> Cuda<D> {
     ) -> Result<()> {
         let dims = SparseMlaDims { kv_lora_rank, rope: dim(q, 2).saturating_sub(kv_lora_rank) };
         let tiles = self.chosen.sparse_mla(dims);
-        self.scratch().sparse_mla.with(
+        self.scratch.sparse_mla.with(
             [dim(q, 0), dim(q, 1), dim(topk_indices, 1), kv_lora_rank],
             |[tokens, heads, k, kv_lora_rank]| {
                 let dims = SparseMlaDims { kv_lora_rank, ..dims };
@@ -203,7 +192,7 @@ impl<D: Device> Cuda<D> {
     ) -> Result<()> {
         let tiles = self.chosen.linear_int4();
         let alloc = |[]: [usize; 0]| LinearInt4Workspace::alloc(&self.device, &tiles);
-        self.scratch().linear_int4.with([], alloc, |workspace| launch(&tiles, workspace))
+        self.scratch.linear_int4.with([], alloc, |workspace| launch(&tiles, workspace))
     }
 }
 
@@ -318,28 +307,6 @@ impl<D: Device> Kernels for Cuda<D> {
 
     fn upload_sample_plan(&self, rows: &[SampleRow<'_>], plan: &mut SamplePlan<D>) -> Result<bool> {
         plan.upload(&self.device, rows)
-    }
-
-    fn side_by_side(
-        &self,
-        tokens: usize,
-        first: impl FnOnce() -> Result<()>,
-        second: impl FnOnce() -> Result<()>,
-    ) -> Result<()> {
-        if tokens > OVERLAPPING || self.aside.get() {
-            first()?;
-            return second();
-        }
-        let launched = self.device.aside(|| {
-            self.aside.set(true);
-            let launched = first();
-            self.aside.set(false);
-            launched
-        });
-        // Joined even when either failed: nothing may stay apart.
-        let launched = launched.and_then(|()| second());
-        let joined = self.device.join();
-        launched.and(joined)
     }
 
     fn embed(
@@ -493,7 +460,7 @@ impl<D: Device> Kernels for Cuda<D> {
         topk_indices: &mut CudaTensor<D>,
     ) -> Result<()> {
         let (tile, all) = self.chosen.top_k(rows.len());
-        self.scratch().top_k.with(
+        self.scratch.top_k.with(
             [],
             |[]| TopKWorkspace::alloc(&self.device, &all),
             |workspace| top_k(&self.device, &tile, workspace, batch, rows, logits, topk_indices),
@@ -575,7 +542,7 @@ impl<D: Device> Kernels for Cuda<D> {
         let tile = self.chosen.expanded_mla(dims);
         let ExpandedMlaDims { nope, rope, v, kv_lora_rank } = dims;
         self.with_linear(|tiles, linear| {
-            self.scratch().expanded_mla.with(
+            self.scratch.expanded_mla.with(
                 [dim(q, 0), heads, dim(topk_indices, 1), nope, rope, v, kv_lora_rank],
                 |[tokens, heads, k, nope, rope, v, kv_lora_rank]| {
                     let dims = ExpandedMlaDims { nope, rope, v, kv_lora_rank };
@@ -613,7 +580,7 @@ impl<D: Device> Kernels for Cuda<D> {
             load: MoeLoad::Few,
         };
         let tiles = self.chosen.moe_int4(dims);
-        self.scratch().moe_int4.with(
+        self.scratch.moe_int4.with(
             [dim(x, 0), dim(topk_ids, 1), experts.hidden(), experts.moe_intermediate(), experts.count()],
             |[tokens, top_k, hidden, moe_intermediate, experts]| {
                 MoeInt4Workspace::alloc(&self.device, tokens, top_k, hidden, moe_intermediate, experts)
@@ -633,7 +600,7 @@ impl<D: Device> Kernels for Cuda<D> {
         shared: Option<&CudaTensor<D>>,
         out: &mut CudaTensor<D>,
     ) -> Result<()> {
-        self.scratch().moe.with(
+        self.scratch.moe.with(
             [dim(x, 0), dim(topk_ids, 1), experts.moe_intermediate()],
             |[tokens, top_k, moe_intermediate]| {
                 MoeWorkspace::alloc(&self.device, tokens, top_k, moe_intermediate)
@@ -674,7 +641,7 @@ impl<D: Device> Kernels for Cuda<D> {
         out: &mut SampleOutput<CudaTensor<D>>,
     ) -> Result<()> {
         let tile = self.chosen.sample();
-        self.scratch().sample.with(
+        self.scratch.sample.with(
             [rows.len(), dim(logits, 1), dim(&out.top_ids, 1)],
             |[rows, vocab, top]| SampleWorkspace::alloc(&self.device, &tile, rows, vocab, top),
             |workspace| sample(&self.device, &tile, workspace, logits, rows, out),

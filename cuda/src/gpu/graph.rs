@@ -61,14 +61,11 @@ impl Gpu {
     /// None if the capture was spoilt.
     fn capture_once(&self, launches: &mut impl FnMut() -> Result<()>) -> Result<Option<Graph>> {
         let failed = |error| refuse(driver_message(error));
-        self.side.join(&self.stream)?;
         self.stream
             .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
             .map_err(failed)?;
         self.capturing.store(true, Ordering::Relaxed);
-        // What was launched aside must be joined before the end, whatever failed.
         let launched = launches();
-        let launched = launched.and(self.side.join(&self.stream));
         self.capturing.store(false, Ordering::Relaxed);
         // The capture must end even when it failed, or the stream stays unusable.
         let graph = self.stream.end_capture(CUgraphInstantiate_flags(0));

@@ -11,7 +11,6 @@ mod nvrtc;
 mod peers;
 mod pinned;
 mod resources;
-mod side;
 mod sieve;
 mod staging;
 
@@ -34,14 +33,13 @@ pub use self::memory::GpuBuffer;
 pub use self::nccl::{Nccl, NcclId};
 use self::pinned::Pinned;
 pub use self::resources::Resources;
-use self::side::Side;
 use self::sieve::Sieve;
 use self::staging::Staging;
 use crate::device::{Arg, Device, Gemm, Launch, Limits, Program};
 use crate::probe::{self, ProbeError};
 use crate::sources::Sources;
 
-/// A GPU. Everything runs in the order of one stream, but for what is launched aside.
+/// A GPU. Everything runs in the order of one stream.
 #[derive(Debug)]
 pub struct Gpu {
     limits: Limits,
@@ -56,7 +54,6 @@ pub struct Gpu {
     // Loaded with the first product that it may take.
     cublaslt: OnceLock<Option<Arc<CublasLt>>>,
     stream: Arc<CudaStream>,
-    side: Side,
     context: Arc<CudaContext>,
 }
 
@@ -87,7 +84,7 @@ pub struct Launched {
 #[derive(Debug)]
 struct Modules {
     loaded: Mutex<HashMap<Program, Module>>,
-    streams: [Arc<CudaStream>; 2],
+    stream: Arc<CudaStream>,
 }
 
 #[derive(Debug)]
@@ -143,11 +140,10 @@ impl Gpu {
         }
         let failed = |error| refuse(driver_message(error));
         let context = CudaContext::new(ordinal).map_err(failed)?;
-        // SAFETY: everything runs on the stream made below or, between a fork and a join, beside it on buffers of its own, so no buffer
-        // needs events to order its uses; and events inside a captured graph would not be allowed.
+        // SAFETY: everything runs on the one stream made below, so no buffer needs events to order its uses; and events inside a
+        // captured graph would not be allowed.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(failed)?;
-        let side = Side::new(&context).map_err(failed)?;
         let limits = read_limits(&context).map_err(failed)?;
         let l2_bytes = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE).map_err(failed)?;
         let driver = driver_version().map_err(failed)?;
@@ -157,16 +153,12 @@ impl Gpu {
             driver_version: format!("{}.{}", driver.0, driver.1),
             l2_bytes: l2_bytes.unsigned_abs() as usize,
             compiler,
-            modules: Arc::new(Modules {
-                loaded: Mutex::default(),
-                streams: [stream.clone(), side.stream().clone()],
-            }),
+            modules: Arc::new(Modules { loaded: Mutex::default(), stream: stream.clone() }),
             history: Mutex::default(),
             capturing: AtomicBool::new(false),
             staging: Mutex::default(),
             cublaslt: OnceLock::new(),
             stream,
-            side,
             context,
         })
     }
@@ -199,8 +191,7 @@ impl Gpu {
     /// # Errors
     /// A launch before failed.
     pub fn synchronize(&self) -> Result<()> {
-        self.join()?;
-        self.current().synchronize().map_err(|error| self.failed_later(error))
+        self.stream.synchronize().map_err(|error| self.failed_later(error))
     }
 
     /// Fills a buffer with one byte.
@@ -210,7 +201,7 @@ impl Gpu {
     pub fn fill(&self, buffer: &GpuBuffer, byte: u8) -> Result<()> {
         self.bind()?;
         // SAFETY: the range is the buffer's own.
-        unsafe { result::memset_d8_async(buffer.pointer(), byte, buffer.bytes(), self.current().cu_stream()) }
+        unsafe { result::memset_d8_async(buffer.pointer(), byte, buffer.bytes(), self.stream.cu_stream()) }
             .map_err(|error| refuse(driver_message(error)))
     }
 
@@ -305,11 +296,6 @@ impl Gpu {
         self.synchronize()
     }
 
-    /// Where launches and copies go.
-    fn current(&self) -> &CudaStream {
-        if self.side.is_current() { self.side.stream() } else { &self.stream }
-    }
-
     fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(|error| refuse(driver_message(error)))
     }
@@ -360,11 +346,11 @@ impl Device for Gpu {
             };
             // SAFETY: the destination holds as many bytes, and freeing it waits for the stream; the context is current.
             return copied
-                .and_then(|staging| unsafe { staging.copy(destination, bytes, self.current().cu_stream()) })
+                .and_then(|staging| unsafe { staging.copy(destination, bytes, self.stream.cu_stream()) })
                 .map_err(|error| self.failed_later(error));
         }
         // SAFETY: the destination holds as many bytes; the source is pageable memory, which the driver has copied when it returns.
-        unsafe { result::memcpy_htod_async(destination, bytes, self.current().cu_stream()) }
+        unsafe { result::memcpy_htod_async(destination, bytes, self.stream.cu_stream()) }
             .map_err(|error| self.failed_later(error))
     }
 
@@ -372,10 +358,9 @@ impl Device for Gpu {
         self.refuse_in_capture("read", buffer.name())?;
         let source = buffer.range(offset, bytes.len())?;
         self.bind()?;
-        self.join()?;
         if !bytes.is_empty() {
             // SAFETY: the source holds as many bytes; `bytes` is borrowed until the wait below.
-            unsafe { result::memcpy_dtoh_async(bytes, source, self.current().cu_stream()) }
+            unsafe { result::memcpy_dtoh_async(bytes, source, self.stream.cu_stream()) }
                 .map_err(|error| self.failed_later(error))?;
         }
         self.synchronize()
@@ -411,7 +396,7 @@ impl Device for Gpu {
                 (x, y, z),
                 (launch.threads, 1, 1),
                 u32::try_from(launch.shared_bytes).unwrap_or(u32::MAX),
-                self.current().cu_stream(),
+                self.stream.cu_stream(),
                 &mut pointers,
             )
         }
@@ -436,14 +421,6 @@ impl Device for Gpu {
         Ok(())
     }
 
-    fn aside(&self, launches: impl FnOnce() -> Result<()>) -> Result<()> {
-        self.side.run(&self.stream, launches)
-    }
-
-    fn join(&self) -> Result<()> {
-        self.side.join(&self.stream)
-    }
-
     fn capture(&self, launches: impl FnMut() -> Result<()>) -> Result<Graph> {
         Gpu::capture(self, launches)
     }
@@ -462,10 +439,6 @@ impl Device for Gpu {
 
     fn gemm(&self, product: &Gemm<'_, GpuBuffer>) -> Result<bool> {
         self.bind()?;
-        // Its workspace is that of the products which may run beside.
-        if self.side.is_current() {
-            return Ok(false);
-        }
         let Some(library) = self.cublaslt()? else { return Ok(false) };
         let &Gemm { kernel, first_row, floats, tokens, columns, features, .. } = product;
         let (row_bytes, out_bytes) = (2 * columns, if floats { 4 } else { 2 });
@@ -496,10 +469,7 @@ impl Device for Gpu {
 impl Drop for Modules {
     fn drop(&mut self) {
         // A destructor has nobody to tell; a broken context has said so before.
-        let waited = |stream: &Arc<CudaStream>| {
-            stream.context().bind_to_thread().is_ok() && stream.synchronize().is_ok()
-        };
-        if !self.streams.iter().all(waited) {
+        if self.stream.context().bind_to_thread().is_err() || self.stream.synchronize().is_err() {
             return;
         }
         for (_, module) in lock(&self.loaded).drain() {

@@ -1,10 +1,9 @@
 //! The attention block: MLA over the rows that the lightning indexer selects, absorbed, or expanded where the backend says so.
 
-use dsa80_reference::{Batch, DeviceTensor, IndexKeys, Kernels, Result, RopeLayout};
+use dsa80_reference::{DeviceTensor, IndexKeys, Kernels, Result, RopeLayout};
 
 use super::forward::Forward;
 use super::probe::Probe;
-use super::shape::RankShape;
 use super::weights::Attention;
 use super::workspace::Workspace;
 use crate::config::INDEXER_NORM_EPS;
@@ -62,44 +61,60 @@ impl<K: Kernels> Forward<'_, K> {
         weights.q_b_proj.apply(kernels, &ws.q_latent, &mut outs[..count])?;
         ws.q.set_shape(&[tokens, shape.heads, qk_head_dim])?;
 
-        let Workspace { cos_sin, q, q_absorbed, index_q, index_weights, index_logits, topk_indices, .. } =
-            &mut *ws;
-        let kv_b = &weights.kv_b_proj;
-        let expands = kernels.expands(self.device_batch, q, kv_b, &self.caches.mla[layer], topk_indices);
-        let mut absorb = || if expands { Ok(()) } else { kernels.absorb_query(q, kv_b, cos_sin, q_absorbed) };
-        if let Some(cache) = &self.caches.indexer[layer] {
-            let selection = Selection {
-                kernels,
-                shape,
-                batch: self.batch,
-                device_batch: self.device_batch,
-                layout,
-                cos_sin,
-                index_q,
-                index_weights,
-                cache,
-                index_logits,
-                topk_indices,
-            };
-            kernels.side_by_side(tokens, || selection.run(scores), absorb)?;
+        if weights.indexer.is_some() {
+            self.select(layer, layout, scores)?;
             self.probe_selection(layer, probe)?;
-        } else {
-            absorb()?;
         }
 
         let ws = &mut *self.workspace;
         let (batch, kv_b, cache) = (self.device_batch, &weights.kv_b_proj, &self.caches.mla[layer]);
         let scale = (qk_head_dim as f64).powf(-0.5);
         ws.o.set_shape(&[tokens, shape.heads, shape.v_head_dim])?;
-        if expands {
+        if kernels.expands(batch, &ws.q, kv_b, cache, &ws.topk_indices) {
             let Workspace { q, cos_sin, topk_indices, o, .. } = ws;
             kernels.expanded_mla(batch, q, kv_b, cos_sin, cache, topk_indices, scale, o)?;
         } else {
-            let Workspace { q_absorbed, topk_indices, o_latent, o, .. } = ws;
+            let Workspace { q, cos_sin, q_absorbed, topk_indices, o_latent, o, .. } = ws;
+            kernels.absorb_query(q, kv_b, cos_sin, q_absorbed)?;
             kernels.sparse_mla_output(batch, q_absorbed, cache, topk_indices, scale, kv_b, o_latent, o)?;
         }
         ws.o.set_shape(&[tokens, shape.heads * shape.v_head_dim])?;
         weights.o_proj.apply(kernels, &ws.o, &mut ws.delta)
+    }
+
+    /// The indexer of a full layer: leaves the selection in `topk_indices`, where the shared layers that follow find it. With `scores`,
+    /// its query and weights are there.
+    fn select(&mut self, layer: usize, layout: RopeLayout, scores: bool) -> Result<()> {
+        let (kernels, shape, tokens) = (self.kernels, self.shape, self.tokens);
+        let ws = &mut *self.workspace;
+        let (longest, Some(cache)) = (self.batch.max_context_len, &self.caches.indexer[layer]) else {
+            return Ok(());
+        };
+        if !scores {
+            ws.index_logits.set_shape(&[tokens, 0])?;
+            return kernels.top_k(self.device_batch, 0..tokens, &ws.index_logits, &mut ws.topk_indices);
+        }
+
+        ws.index_q.set_shape(&[tokens, shape.index_n_heads, shape.index_head_dim])?;
+        kernels.rope(&mut ws.index_q, 0, layout, &ws.cos_sin)?;
+
+        let scale = ((shape.index_n_heads * shape.index_head_dim) as f64).powf(-0.5);
+        let chunk = (ws.index_logits.capacity() / longest).clamp(1, tokens.max(1));
+        for start in (0..tokens).step_by(chunk) {
+            let rows = start..(start + chunk).min(tokens);
+            ws.index_logits.set_shape(&[rows.len(), longest])?;
+            kernels.indexer_logits(
+                self.device_batch,
+                rows.clone(),
+                &ws.index_q,
+                &ws.index_weights,
+                cache,
+                scale,
+                &mut ws.index_logits,
+            )?;
+            kernels.top_k(self.device_batch, rows, &ws.index_logits, &mut ws.topk_indices)?;
+        }
+        Ok(())
     }
 
     fn probe_selection(&mut self, layer: usize, probe: &mut Option<&mut dyn Probe>) -> Result<()> {
@@ -108,54 +123,6 @@ impl<K: Kernels> Forward<'_, K> {
         let mut indices = self.kernels.read_index(topk_indices)?;
         if probe.topk_indices(layer, &mut indices) {
             self.kernels.write_index(&indices, topk_indices)?;
-        }
-        Ok(())
-    }
-}
-
-/// The indexer of a full layer: leaves the selection in `topk_indices`, where the shared layers that follow find it.
-struct Selection<'a, K: Kernels> {
-    kernels: &'a K,
-    shape: &'a RankShape,
-    batch: &'a Batch,
-    device_batch: &'a K::Batch,
-    layout: RopeLayout,
-    cos_sin: &'a K::Tensor,
-    index_q: &'a mut K::Tensor,
-    index_weights: &'a K::Tensor,
-    cache: &'a K::Tensor,
-    index_logits: &'a mut K::Tensor,
-    topk_indices: &'a mut K::Tensor,
-}
-
-impl<K: Kernels> Selection<'_, K> {
-    /// With `scores`, the indexer's query and weights are there.
-    fn run(self, scores: bool) -> Result<()> {
-        let Self { kernels, shape, batch, index_q, index_logits, topk_indices, .. } = self;
-        let (tokens, longest) = (batch.num_tokens(), batch.max_context_len);
-        if !scores {
-            index_logits.set_shape(&[tokens, 0])?;
-            return kernels.top_k(self.device_batch, 0..tokens, index_logits, topk_indices);
-        }
-
-        index_q.set_shape(&[tokens, shape.index_n_heads, shape.index_head_dim])?;
-        kernels.rope(index_q, 0, self.layout, self.cos_sin)?;
-
-        let scale = ((shape.index_n_heads * shape.index_head_dim) as f64).powf(-0.5);
-        let chunk = (index_logits.capacity() / longest).clamp(1, tokens.max(1));
-        for start in (0..tokens).step_by(chunk) {
-            let rows = start..(start + chunk).min(tokens);
-            index_logits.set_shape(&[rows.len(), longest])?;
-            kernels.indexer_logits(
-                self.device_batch,
-                rows.clone(),
-                index_q,
-                self.index_weights,
-                self.cache,
-                scale,
-                index_logits,
-            )?;
-            kernels.top_k(self.device_batch, rows, index_logits, topk_indices)?;
         }
         Ok(())
     }

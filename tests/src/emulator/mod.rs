@@ -4,7 +4,6 @@
 //! out of bounds, misaligned, a race in shared memory, a read of what was never written or is still under way, a barrier or a warp
 //! collective that not all reach.
 
-mod beside;
 mod compile;
 mod graph;
 mod runtime;
@@ -17,7 +16,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use dsa80_cuda::{Arg, Device, Launch, Limits, Program, Sources};
 use dsa80_reference::{Error, RecordedKernel, Result};
 
-use beside::Beside;
 use compile::Unit;
 use graph::Captured;
 use runtime::{Argument, Kernel, Memory};
@@ -47,8 +45,6 @@ pub struct Emulator {
     kernels: Mutex<HashMap<(Program, &'static str), Arc<Kernel>>>,
     /// The launches of the capture that is under way.
     capture: Mutex<Option<Vec<Captured>>>,
-    /// What was launched aside and beside it, until they are joined.
-    beside: Mutex<Option<Beside>>,
 }
 
 impl Emulator {
@@ -76,7 +72,6 @@ impl Emulator {
             seconds: 300,
             kernels: Mutex::default(),
             capture: Mutex::default(),
-            beside: Mutex::default(),
         })
     }
 
@@ -200,9 +195,6 @@ impl Device for Emulator {
             capture.push(Captured::new(launch));
             return Ok(());
         }
-        if let Some(beside) = &mut *lock(&self.beside) {
-            beside.note(launch.args);
-        }
         let arguments: Vec<Argument<'_>> = launch
             .args
             .iter()
@@ -223,24 +215,6 @@ impl Device for Emulator {
             seconds: self.seconds,
         };
         kernel.run(&shape, &arguments).map_err(place)
-    }
-
-    /// In order; that they may overlap is checked by [`join`](Device::join).
-    fn aside(&self, launches: impl FnOnce() -> Result<()>) -> Result<()> {
-        let nested = lock(&self.beside).get_or_insert_default().enter();
-        let launched = launches();
-        if let Some(beside) = &mut *lock(&self.beside) {
-            beside.leave(nested);
-        }
-        launched
-    }
-
-    fn join(&self) -> Result<()> {
-        let mut beside = lock(&self.beside);
-        if beside.as_ref().is_none_or(Beside::is_aside) {
-            return Ok(());
-        }
-        beside.take().map_or(Ok(()), |beside| beside.check().map_err(refuse))
     }
 
     fn capture(&self, mut launches: impl FnMut() -> Result<()>) -> Result<EmulatedGraph> {

@@ -165,13 +165,6 @@ impl Memory {
         Ok(())
     }
 
-    pub(super) fn contents(&self) -> Vec<u8> {
-        let mut bytes = vec![0; self.bytes];
-        // SAFETY: as in `read`.
-        unsafe { bytes.as_mut_ptr().copy_from_nonoverlapping(self.base(), self.bytes) };
-        bytes
-    }
-
     fn guards_hold(&self) -> bool {
         // SAFETY: both guards lie in the mapping and were written when it was made.
         let guards = unsafe {

@@ -104,20 +104,6 @@ impl Device for TestDevice {
         }
     }
 
-    fn aside(&self, launches: impl FnOnce() -> Result<()>) -> Result<()> {
-        match self {
-            TestDevice::Emulator(device) => device.aside(launches),
-            TestDevice::Gpu(device) => device.aside(launches),
-        }
-    }
-
-    fn join(&self) -> Result<()> {
-        match self {
-            TestDevice::Emulator(device) => device.join(),
-            TestDevice::Gpu(device) => device.join(),
-        }
-    }
-
     fn capture(&self, launches: impl FnMut() -> Result<()>) -> Result<TestGraph> {
         match self {
             TestDevice::Emulator(device) => device.capture(launches).map(TestGraph::Emulator),

@@ -6,7 +6,6 @@
 pub mod batches;
 pub mod compare;
 pub mod devices;
-mod in_order;
 mod interval;
 mod runner;
 pub mod tensors;
@@ -17,7 +16,6 @@ use dsa80_reference::cpu::Cpu;
 pub use batches::{BatchCase, Batches};
 pub use compare::{Measured, assert_close, assert_same, half_ulp_bf16};
 pub use devices::{TestDevice, twice};
-pub use in_order::InOrder;
 pub use interval::Interval;
 pub use runner::{catches, check, check_on_gpu, large_cases, small_cases};
 pub use tensors::{Pair, batch, integers, numbers, poisoned, read, read_bytes, read_index, weight_bytes};

@@ -4,7 +4,6 @@
 
 mod asynchronous;
 mod barriers;
-mod beside;
 mod collectives;
 mod device;
 mod memory;

@@ -151,9 +151,9 @@ fn a_replayed_step_is_the_eager_one_bit_for_bit() {
 }
 
 /// The prompt token by token, each a replayed step.
-pub(super) fn by_replay<K: Kernels>(kernels: K, fixture: &Fixture, len: usize) -> Run {
+fn by_replay(cuda: Cuda<TestDevice>, fixture: &Fixture, len: usize) -> Run {
     let limits = judge::limits(fixture, PAGE_SIZE);
-    let mut rank = judge::load(kernels, fixture, PAGE_SIZE).unwrap();
+    let mut rank = judge::load(cuda, fixture, PAGE_SIZE).unwrap();
     let mut one = limits;
     one.max_batch_seqs = 1;
     rank.record_graphs(&one).unwrap();

@@ -20,7 +20,6 @@ mod kernel_by_kernel;
 mod layers;
 mod loading;
 mod memory;
-mod overlap;
 mod ranks;
 mod serve;
 mod step_times;
