@@ -1,6 +1,7 @@
 //! Pinned host memory that files are read into: the device copies from it without the processor's help.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 
 use cudarc::driver::sys::{CUmemorytype, CUpointer_attribute, cuPointerGetAttribute};
 use cudarc::driver::{CudaContext, result, sys};
@@ -15,8 +16,15 @@ const ALIGNMENT: usize = 4096;
 #[derive(Debug)]
 pub(super) struct Pinned {
     context: Arc<CudaContext>,
+    slabs: Mutex<Slabs>,
+}
+
+#[derive(Debug, Default)]
+struct Slabs {
     /// The slab that blocks are cut from, and how much of it is given out.
-    current: Mutex<Option<(Arc<Slab>, usize)>>,
+    current: Option<(Arc<Slab>, usize)>,
+    /// The one after it, on its way: whoever reads a file does not wait for pages to be pinned.
+    next: Option<JoinHandle<Option<Arc<Slab>>>>,
 }
 
 /// Memory of the driver, freed with the last of its blocks.
@@ -34,7 +42,7 @@ unsafe impl Sync for Slab {}
 
 impl Pinned {
     pub(super) fn new(context: Arc<CudaContext>) -> Self {
-        Self { context, current: Mutex::default() }
+        Self { context, slabs: Mutex::default() }
     }
 }
 
@@ -61,15 +69,31 @@ impl Drop for Slab {
 
 impl HostMemory for Pinned {
     fn alloc(&self, bytes: usize) -> Option<Box<dyn HostBlock>> {
-        // A panic elsewhere leaves a slab that is whole.
-        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        let room = current.take().filter(|(slab, used)| slab.bytes - used >= bytes);
+        if bytes > SLAB {
+            let slab = Slab::alloc(&self.context, bytes)?;
+            return Some(Box::new(Block { slab, offset: 0, bytes }));
+        }
+        // A panic elsewhere leaves slabs that are whole.
+        let mut slabs = self.slabs.lock().unwrap_or_else(PoisonError::into_inner);
+        let room = slabs.current.take().filter(|(slab, used)| slab.bytes - used >= bytes);
         let (slab, offset) = match room {
             Some(room) => room,
-            None => (Slab::alloc(&self.context, bytes.max(SLAB))?, 0),
+            None => (slabs.next(&self.context)?, 0),
         };
-        *current = Some((Arc::clone(&slab), (offset + bytes).next_multiple_of(ALIGNMENT).min(slab.bytes)));
+        let used = (offset + bytes).next_multiple_of(ALIGNMENT).min(slab.bytes);
+        slabs.current = Some((Arc::clone(&slab), used));
         Some(Box::new(Block { slab, offset, bytes }))
+    }
+}
+
+impl Slabs {
+    /// A new slab; the one after it is begun.
+    fn next(&mut self, context: &Arc<CudaContext>) -> Option<Arc<Slab>> {
+        let begun = self.next.take().and_then(|slab| slab.join().ok()).flatten();
+        let slab = begun.or_else(|| Slab::alloc(context, SLAB))?;
+        let context = Arc::clone(context);
+        self.next = Some(std::thread::spawn(move || Slab::alloc(&context, SLAB)));
+        Some(slab)
     }
 }
 

@@ -95,21 +95,32 @@ impl<'a> Reader<'a> {
     }
 
     fn moe(&self, specs: &MoeSpecs) -> Result<HostMoe, CheckpointError> {
-        let mut experts: Vec<Option<HostExpert>> = Vec::new();
-        experts.resize_with(specs.n_routed_experts, || None);
-        let parts = experts.iter_mut().enumerate().collect();
-        parallel::for_each(self.checkpoint.readers, parts, |(index, expert): (_, &mut Option<_>)| {
-            // The threads are busy with experts already.
+        // A projection is a part: the fewer bytes a part has, the sooner all readers are done.
+        let mut projections: Vec<[Option<HostLinear>; 3]> = Vec::new();
+        projections.resize_with(specs.n_routed_experts, || [None, None, None]);
+        let specs_of = |expert: usize| {
+            let SwiGluSpecs { gate_proj, up_proj, down_proj } = specs.expert(expert);
+            [gate_proj, up_proj, down_proj]
+        };
+        let parts = projections
+            .iter_mut()
+            .enumerate()
+            .flat_map(|(expert, slots)| slots.iter_mut().zip(specs_of(expert)))
+            .collect();
+        parallel::for_each(self.checkpoint.readers, parts, |(slot, spec): (&mut Option<_>, LinearSpec)| {
+            // The threads are busy with projections already.
             let alone = Self { readers: 1, ..*self };
-            let HostSwiGlu { gate_proj, up_proj, down_proj } = alone.swiglu(&specs.expert(index))?;
-            *expert = Some(HostExpert { gate_proj, up_proj, down_proj });
+            *slot = Some(alone.linear(&spec)?);
             Ok(())
         })?;
+        let expert = |[gate_proj, up_proj, down_proj]: [Option<HostLinear>; 3]| {
+            Some(HostExpert { gate_proj: gate_proj?, up_proj: up_proj?, down_proj: down_proj? })
+        };
         Ok(HostMoe {
             gate: self.linear(&specs.gate)?,
             e_score_correction_bias: self.tensor(&specs.e_score_correction_bias)?,
             // Without an error, all are there.
-            experts: experts.into_iter().flatten().collect(),
+            experts: projections.into_iter().filter_map(expert).collect(),
             shared_experts: specs.shared_experts.as_ref().map(|shared| self.swiglu(shared)).transpose()?,
         })
     }
