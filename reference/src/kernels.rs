@@ -138,7 +138,7 @@ pub trait Kernels: Send + Sized {
     /// Allocates a tensor; its contents are unspecified.
     ///
     /// # Errors
-    /// [`Error::Backend`](crate::Error::Backend) when memory runs out.
+    /// [`Error::Backend`] when memory runs out.
     fn alloc(&self, dtype: DType, shape: &[usize]) -> Result<Self::Tensor>;
 
     /// Memory to read weights into that the device copies from at its best; `None` where any memory is as good.
@@ -205,7 +205,7 @@ pub trait Kernels: Send + Sized {
     /// Replaces the contents of `device` by `batch`.
     ///
     /// # Errors
-    /// [`Error::Capacity`](crate::Error::Capacity) when `batch` is larger than `device` was allocated for.
+    /// [`Error::Capacity`] when `batch` is larger than `device` was allocated for.
     fn upload_batch(&self, batch: &Batch, device: &mut Self::Batch) -> Result<()>;
 
     /// Writes `values` into an `Act` or `Float` tensor (rounded to its type); as many as it has elements.
