@@ -1,13 +1,13 @@
 //! From which size on two shots are quicker than one: measured between the GPUs of a group.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use dsa80_reference::{DType, Error, Rendezvous, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::all_reduce::{AllReduceTiles, Shots, all_reduce_in};
 use crate::all_reduce_norm::{NormParts, all_reduce_norm};
+use crate::communicator::PATIENCE;
 use crate::device::Device as _;
 use crate::exchange::{self, Exchange, ExchangeDims};
 use crate::gpu::{Gpu, GpuBuffer};
@@ -40,7 +40,6 @@ const MOST_ROWS: usize = 2048;
 const IN_A_GRAPH: usize = 10;
 const REPLAYS: usize = 10;
 const UNCOUNTED: usize = 3;
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Measures both ways between `gpus`, which reach each other's memory: a second or so, once the kernels are compiled.
 ///

@@ -80,6 +80,8 @@ pub struct Exchange<B> {
 pub fn alloc_workspace<D: Device>(device: &D, dims: ExchangeDims) -> Result<D::Buffer> {
     let workspace = device.alloc("the workspace of collectives", dims.workspace_bytes())?;
     device.write(&workspace, 0, &vec![0; 4 * dims.header_words()])?;
+    // Other devices may write to it as soon as they know it: the zeros must be there.
+    device.read(&workspace, 0, &mut [])?;
     Ok(workspace)
 }
 

@@ -265,7 +265,7 @@ pub struct MoeInt4Workspace<D: Device> {
 }
 
 impl<D: Device> MoeInt4Workspace<D> {
-    /// For steps of up to `max_tokens` tokens with `top_k` experts each. With P = top_k * min(max_tokens, 2048) pairs it takes
+    /// For steps of up to `max_tokens` tokens with `top_k` experts each. With P = top_k * min(max_tokens, 4096) pairs it takes
     /// P * (2 * moe_intermediate + 4 * hidden + 4) + 16 * (experts + P / 8) bytes.
     ///
     /// # Errors

@@ -546,7 +546,8 @@ pub trait Kernels: Send + Sized {
     /// Arguments as for those three; `q` may be rotated in place; `cache` is `Act`; `out` `[T, H, v]` `Act`. Rounds to `Act`: the rotated query,
     /// `K_h c[s]` and `V_h c[s]` (all three as HF does), the result (tensor-core backends also round `p`, unnormalised). A backend whose
     /// [`expands`](Self::expands) is never true may do the three instead, each with its own rounding points, as this does. What no token has
-    /// selected, up to the last token's position, may be read too, and must be finite.
+    /// selected, up to the last token's position, may be read too, and must be finite. A backend may refuse a step that
+    /// [`expands`](Self::expands) denies; after an error `q` is unspecified.
     fn expanded_mla(
         &self,
         batch: &Self::Batch,

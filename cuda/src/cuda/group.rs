@@ -40,7 +40,7 @@ impl RankOnGpu {
     /// our own gives up after `patience`, and not before [`PATIENCE`].
     ///
     /// # Errors
-    /// There are fewer, or they cannot reach each other's memory; and as for [`Cuda::open`].
+    /// There are fewer, or, with [`Between::Peers`], they cannot reach each other's memory; and as for [`Cuda::open`].
     pub fn open_group(ranks: usize, between: Between, patience: Duration) -> Result<Vec<Self>> {
         let usable = usable()?;
         if usable.len() < ranks {

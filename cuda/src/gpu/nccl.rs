@@ -171,7 +171,7 @@ impl Nccl {
     }
 
     fn failure(&self, function: &str, status: c_int) -> String {
-        // SAFETY: the strings are static, or live until the next error; copied at once. A null communicator asks for the thread's own.
+        // SAFETY: the strings are static, or live until the next error; copied at once. They are for words in an error alone.
         let [what, detail] = unsafe {
             [(self.functions.error_string)(status), (self.functions.last_error)(std::ptr::null_mut())].map(
                 |text| {
@@ -360,7 +360,7 @@ impl NcclRank {
         gathered.and_then(|()| self.called("ncclGroupEnd", ended))
     }
 
-    /// Replaces `bytes` bytes by those of rank `root`.
+    /// Replaces `count` elements by those of rank `root`.
     pub(crate) fn broadcast(
         &self,
         gpu: &Gpu,

@@ -49,6 +49,15 @@ pub(super) fn gather(
     let mut hall = Hall { arrived: (0..others).map(|_| Default::default()).collect(), creed };
     let deadline = Instant::now() + patience;
     let refused = loop {
+        // First: strangers that keep coming must not put it off.
+        if Instant::now() >= deadline {
+            break format!(
+                "{} not come to {} within {patience:?}; start all {} ranks, or give them longer with --join-timeout",
+                ranks_have(&hall.missing()),
+                place.address(),
+                place.world_size,
+            );
+        }
         match listener.accept() {
             Ok((stream, from)) => match hello(&stream) {
                 Ok(hello) => match hall.enter(hello, stream) {
@@ -59,17 +68,7 @@ pub(super) fn gather(
                 Err(error) if error.kind() == io::ErrorKind::Unsupported => break error.to_string(),
                 Err(error) => tracing::warn!("{from} is left out: {error}"),
             },
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                if Instant::now() >= deadline {
-                    break format!(
-                        "{} not come to {} within {patience:?}; start all {} ranks, or give them longer with --join-timeout",
-                        ranks_have(&hall.missing()),
-                        place.address(),
-                        place.world_size,
-                    );
-                }
-                sleep(RETRY);
-            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(RETRY),
             Err(error) => break format!("rank 0 cannot accept connections: {error}"),
         }
     };

@@ -76,7 +76,7 @@ pub(super) fn start(
                     breaker(&reason());
                 }
             }
-            if elapsed >= timeout + grace {
+            if elapsed >= timeout.saturating_add(grace) {
                 return failed(reason());
             }
         }

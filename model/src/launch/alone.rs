@@ -23,8 +23,7 @@ pub struct Alone {
 }
 
 /// Loads rank `rank` of `options.tp` with `weights`, which are those of `checkpoint` or in its formats. What other ranks would add is left
-/// out. `ceilings` says
-/// whether to measure those of the GPU before.
+/// out. `ceilings` says whether to measure those of the GPU before.
 ///
 /// # Errors
 /// As for [`launch`](super::launch); a rank that is not there.
@@ -41,9 +40,7 @@ pub fn launch_alone(
     })?;
     match options.device {
         Device::Cpu => on_cpu(checkpoint, weights, options, lone),
-        Device::Wgpu => {
-            Err(LaunchError::Options("--device wgpu is not in this build; use cpu or cuda".into()))
-        }
+        Device::Wgpu => Err(super::no_wgpu()),
         Device::Cuda => on_cuda(checkpoint, weights, options, lone, ceilings),
         Device::Auto => on_the_best(checkpoint, weights, options, lone, ceilings),
     }
@@ -128,9 +125,7 @@ fn on_cuda(
     _lone: LoneRank,
     _ceilings: bool,
 ) -> Result<Alone, LaunchError> {
-    Err(LaunchError::Options(
-        "--device cuda is not in this build (its feature `cuda` is off); use --device cpu".into(),
-    ))
+    Err(super::no_cuda())
 }
 
 #[cfg(not(feature = "cuda"))]

@@ -113,11 +113,17 @@ mod gpus {
                 }
                 Ok(groups)
             }
-            Err(reason) => {
-                let group = together(tp)?;
-                tracing::warn!("{reason}: the ranks share one GPU instead");
-                Ok(vec![group])
-            }
+            Err(peers) => match RankOnGpu::open_group(tp, Between::Nccl, PATIENCE) {
+                Ok(ranks) => {
+                    tracing::warn!("our own kernels are left out: {peers}");
+                    apart("nccl", tp, ranks).map(|group| vec![group])
+                }
+                Err(_) => {
+                    let group = together(tp)?;
+                    tracing::warn!("{peers}: the ranks share one GPU instead");
+                    Ok(vec![group])
+                }
+            },
         }
     }
 
@@ -128,7 +134,7 @@ mod gpus {
             .map(|RankOnGpu { backend, communicator }| RankParts { kernels: backend, communicator });
         Ok(Group {
             name,
-            placement: format!("{tp} GPUs that reach each other's memory"),
+            placement: format!("{tp} GPUs"),
             measures_a_link: true,
             gpu,
             ranks: Ranks::Gpus(parts.collect()),

@@ -81,13 +81,16 @@ pub(super) struct ModelArgs {
     collectives: Collectives,
 
     /// Seconds that a step may take: a rank that hangs stops all of them then, with an error to every request.
-    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=YEAR))]
     step_timeout: u64,
 
     /// Seconds that the ranks of several processes wait for each other at the start.
-    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(..=YEAR))]
     join_timeout: u64,
 }
+
+/// Seconds of the longest wait that can be asked for.
+pub(super) const YEAR: u64 = 31_536_000;
 
 /// Something that is done or not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -36,7 +36,7 @@ enum Command {
     Generate(Box<generate::GenerateArgs>),
     /// Say what a checkpoint holds and what it needs, without loading it.
     Inspect(inspect::InspectArgs),
-    /// Measure steps, collectives and loading on this machine.
+    /// Measure steps, collectives, loading and a server, and project them to other GPUs.
     Bench(bench::BenchArgs),
 }
 

@@ -51,5 +51,6 @@ async fn signals(drain: Duration) {
         let _ = tokio::time::timeout(drain, again).await;
     }
     tracing::warn!("stopped before rank 0 has left");
+    end_within(GRACE);
     std::process::exit(130);
 }

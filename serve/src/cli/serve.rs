@@ -10,7 +10,7 @@ use dsa80_model::distributed::Place;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
-use super::args::ModelArgs;
+use super::args::{ModelArgs, YEAR};
 use super::load::load;
 use super::{rank, size};
 use crate::embedded;
@@ -47,7 +47,7 @@ pub(super) struct ServeArgs {
     max_body_bytes: usize,
 
     /// Seconds that running requests may take after the signal to stop.
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(..=YEAR))]
     shutdown_timeout: u64,
 
     /// Seconds of silence on a stream after which a comment is sent, lest proxies close it.

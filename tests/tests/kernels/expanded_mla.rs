@@ -207,9 +207,9 @@ fn agrees_at_size_with_every_tile() {
 fn steps_are_expanded_that_are_long_enough_and_whose_contexts_are_not_too_long() {
     let pays =
         |sequences: &[(usize, usize)]| Expansion::default().pays(&BatchCase::of(64, sequences).batch, 2048);
-    assert!(pays(&[(4096, 4096)]) && pays(&[(0, 256)]) && pays(&[(7680, 512)]));
-    // Too few tokens for any context, and for this one; too long a context; two sequences.
-    assert!(!pays(&[(0, 255)]) && !pays(&[(7000, 300)]) && !pays(&[(8192, 4096)]));
+    assert!(pays(&[(4096, 4096)]) && pays(&[(0, 1536)]) && pays(&[(6144, 2048)]));
+    // Too few tokens; too long a context; two sequences.
+    assert!(!pays(&[(0, 1535)]) && !pays(&[(7680, 512)]) && !pays(&[(8192, 4096)]));
     assert!(!pays(&[(0, 4096), (0, 1)]) && !pays(&[]));
 }
 

@@ -11,7 +11,7 @@ pub(super) struct Environment {
     /// The commit, where it was given.
     pub(super) git: Option<String>,
     pub(super) date: String,
-    /// The command line.
+    /// The command line, without the secrets in it.
     pub(super) command: String,
     pub(super) cpu: String,
     /// Threads that the CPU runs at once for this process.
@@ -28,7 +28,7 @@ impl Environment {
             dsa80: env!("CARGO_PKG_VERSION").to_owned(),
             git: git.map(str::to_owned),
             date: jiff::Timestamp::now().strftime("%Y-%m-%d %H:%M UTC").to_string(),
-            command: format!("dsa80 {}", arguments.join(" ")),
+            command: format!("dsa80 {}", without_secrets(arguments).join(" ")),
             cpu: field("/proc/cpuinfo", "model name").unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
             cpu_threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
             host_memory_bytes: field("/proc/meminfo", "MemTotal").and_then(|text| kibibytes(&text)),
@@ -55,6 +55,27 @@ impl Environment {
     }
 }
 
+/// What is not for a file that is passed on: an API key, and who a URL says one is.
+fn without_secrets(arguments: Vec<String>) -> Vec<String> {
+    let mut secret_follows = false;
+    let shown = |argument: String| {
+        if std::mem::replace(&mut secret_follows, argument == "--api-key") {
+            return "***".to_owned();
+        }
+        if argument.starts_with("--api-key=") {
+            return "--api-key=***".to_owned();
+        }
+        match argument.split_once("://") {
+            Some((scheme, rest)) => match rest.split_once('@') {
+                Some((_, host)) => format!("{scheme}://***@{host}"),
+                None => argument,
+            },
+            None => argument,
+        }
+    };
+    arguments.into_iter().map(shown).collect()
+}
+
 /// What stands after `name` and a colon in one of the kernel's tables.
 pub(super) fn field(path: &str, name: &str) -> Option<String> {
     let text = std::fs::read_to_string(path).ok()?;
@@ -74,6 +95,16 @@ mod tests {
     #[test]
     fn sizes_as_the_kernel_writes_them() {
         assert_eq!([kibibytes("16 kB"), kibibytes("16"), kibibytes("x kB")], [Some(16 << 10), None, None]);
+    }
+
+    #[test]
+    fn a_command_line_keeps_no_secrets() {
+        let line = "bench serve --api-key k1 --api-key=k2 --base-url http://me:pw@host:80 --json x.json";
+        let shown = without_secrets(line.split(' ').map(str::to_owned).collect()).join(" ");
+        assert_eq!(
+            shown,
+            "bench serve --api-key *** --api-key=*** --base-url http://***@host:80 --json x.json"
+        );
     }
 
     #[test]

@@ -74,7 +74,7 @@ impl Target {
                 "an H100: measured by `kernels bench`",
             )),
             Target::H200 => Some((
-                Reaches { read_gb_s: 4350.0, mma_tflop_s: 645.0 },
+                Reaches { read_gb_s: 4550.0, mma_tflop_s: 643.0 },
                 "an H200: measured by `kernels bench`",
             )),
             Target::Same => None,
@@ -159,6 +159,12 @@ impl Projection {
                 args.step.display()
             ),
         };
+        if step.environment.gpu.is_none() && (args.bandwidth.is_some() || args.mma.is_some()) {
+            bail!(
+                "--bandwidth and --mma carry over from what was measured, and {} has no ceilings",
+                args.step.display()
+            );
+        }
         let costs = CollectiveCosts { group, hidden: collectives.hidden, settings };
         let cases = step.cases.iter().map(|case| project(case, measured, target, &costs)).collect();
         Ok(Self {
@@ -281,6 +287,7 @@ fn assumptions(
              are in proportion",
             group.name, group.placement
         ),
+        "links between GPUs, and the host, are as fast there as where they were measured".to_owned(),
         "rank 0 chooses the tokens, in its step; what the host adds to a step is added whole".to_owned(),
     ];
     if ranks != tp {

@@ -114,7 +114,17 @@ pub(super) fn run(args: StepArgs) -> anyhow::Result<()> {
     };
     print(&report.head(started.elapsed()))?;
 
-    let cases: Vec<Case> = wanted.iter().filter_map(|case| case.fit(&limits)).collect();
+    let (mut cases, mut left_out) = (Vec::<Case>::new(), Vec::new());
+    for case in &wanted {
+        match case.fit(&limits) {
+            Some(fitting) => cases.push(fitting),
+            None => left_out.push(format!("left out, since the caches are too small for it: {case:?}")),
+        }
+    }
+    for line in left_out {
+        print(&format!("{line}\n"))?;
+        report.notes.push(line);
+    }
     if cases.is_empty() {
         bail!("the caches hold {} tokens, too few for any of the steps", limits.num_pages * limits.page_size);
     }
