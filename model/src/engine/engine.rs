@@ -325,10 +325,6 @@ impl Worker {
         };
         if let Some(failure) = &failure {
             tracing::error!("{failure}");
-            // Other ranks are told that it was a failure before the model leaves them.
-            if let Some(breaker) = self.model.breaker() {
-                breaker(failure);
-            }
         }
         let message = failure
             .clone()
