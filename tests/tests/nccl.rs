@@ -15,6 +15,7 @@ use dsa80_model::runner::{INDEX_LOGITS, Rank};
 use dsa80_reference::{Communicator, DType};
 use dsa80_tests::fixture;
 use dsa80_tests::judge::{self, BF16_BOUND_OF_ONE_PROMPT, Bf16Distance};
+use dsa80_tests::parity::devices::tell;
 use dsa80_tests::prompt::{self, Run};
 
 type Tensor = CudaTensor<Arc<Gpu>>;
@@ -23,13 +24,13 @@ type Tensor = CudaTensor<Arc<Gpu>>;
 fn gpus(most: usize) -> Vec<Arc<Gpu>> {
     let count = dsa80_cuda::devices().map_or(0, |devices| devices.len());
     if count == 0 {
-        eprintln!("left out: no GPU");
+        tell("left out: NCCL (there is no GPU; run this binary on a machine with one, or better two)");
         return Vec::new();
     }
     match Nccl::load() {
-        Ok(nccl) => eprintln!("NCCL {}, {} of {count} GPUs", nccl.version(), count.min(most)),
+        Ok(nccl) => tell(&format!("NCCL {}, {} of {count} GPUs", nccl.version(), count.min(most))),
         Err(error) => {
-            eprintln!("left out: {error}");
+            tell(&format!("left out: NCCL ({error})"));
             return Vec::new();
         }
     }
@@ -190,7 +191,7 @@ where
 fn every_fixture_in_two_ranks_is_as_far_from_hf_as_hf_in_bf16() {
     let gpus = gpus(2);
     if gpus.len() < 2 {
-        return eprintln!("left out: two GPUs");
+        return tell(&format!("left out: NCCL between two GPUs (there are {})", gpus.len()));
     }
     for fixture in fixture::all().unwrap() {
         if Checkpoint::open(&fixture.dir).unwrap().config().check_tp(2).is_err() {

@@ -204,7 +204,7 @@ fn candidates() -> Vec<PathBuf> {
 /// A rank of an NCCL group. Not thread-safe: its owner locks it, and calls nothing once it was [aborted](Self::abort).
 #[derive(Debug)]
 pub(crate) struct NcclRank {
-    library: Arc<Nccl>,
+    nccl: Arc<Nccl>,
     // Where it is written: some versions write it once more when the rank has joined.
     handle: Box<Handle>,
 }
@@ -246,7 +246,7 @@ impl From<Error> for Unfinished {
 impl NcclRank {
     /// Begins to join the group of `id` as `rank` of `world_size`, on `gpu`; [`settle`](Self::settle) says when it has joined.
     pub(crate) fn begin(
-        library: Arc<Nccl>,
+        nccl: Arc<Nccl>,
         gpu: &Gpu,
         id: NcclId,
         [rank, world_size]: [usize; 2],
@@ -266,7 +266,7 @@ impl NcclRank {
         let mut handle: Box<Handle> = Box::new(std::ptr::null_mut());
         // SAFETY: the GPU's context is current, as NCCL asks; fills the handle, which stays where it is; the configuration is copied.
         let status = unsafe {
-            (library.functions.init_rank)(
+            (nccl.functions.init_rank)(
                 &raw mut *handle,
                 c_int::try_from(world_size).unwrap_or(c_int::MAX),
                 id,
@@ -275,9 +275,9 @@ impl NcclRank {
             )
         };
         if status != SUCCESS && status != IN_PROGRESS || (*handle).is_null() {
-            return Err(refuse(library.failure("ncclCommInitRankConfig", status)));
+            return Err(refuse(nccl.failure("ncclCommInitRankConfig", status)));
         }
-        Ok(Self { library, handle })
+        Ok(Self { nccl, handle })
     }
 
     /// Waits until the calls so far are through on the host, as long as the owner `goes_on`.
@@ -302,17 +302,17 @@ impl NcclRank {
     fn state(&self) -> Result<c_int> {
         let mut state = SUCCESS;
         // SAFETY: the communicator is alive; fills one int.
-        let status = unsafe { (self.library.functions.async_error)(*self.handle, &raw mut state) };
-        self.library.check("ncclCommGetAsyncError", status)?;
+        let status = unsafe { (self.nccl.functions.async_error)(*self.handle, &raw mut state) };
+        self.nccl.check("ncclCommGetAsyncError", status)?;
         match state {
             SUCCESS | IN_PROGRESS => Ok(state),
-            error => Err(refuse(self.library.failure("NCCL", error))),
+            error => Err(refuse(self.nccl.failure("NCCL", error))),
         }
     }
 
     /// A call that may go on after it has returned.
     fn called(&self, function: &str, status: c_int) -> Result<()> {
-        if status == IN_PROGRESS { Ok(()) } else { self.library.check(function, status) }
+        if status == IN_PROGRESS { Ok(()) } else { self.nccl.check(function, status) }
     }
 
     /// Sums `count` elements over the ranks, in place.
@@ -322,7 +322,7 @@ impl NcclRank {
         // SAFETY: the range was compared with the buffer, which outlives the stream's work; the communicator is alive.
         let status = unsafe {
             let (number, stream) = (of.number(), gpu.stream.cu_stream().cast());
-            (self.library.functions.all_reduce)(data, data, count, number, SUM, *self.handle, stream)
+            (self.nccl.functions.all_reduce)(data, data, count, number, SUM, *self.handle, stream)
         };
         self.called("ncclAllReduce", status)
     }
@@ -338,13 +338,13 @@ impl NcclRank {
         gpu.bind()?;
         let (row, out_row) = (columns * of.bytes(), columns * world_size * of.bytes());
         // Together they are one launch. SAFETY: no arguments.
-        self.library.check("ncclGroupStart", unsafe { (self.library.functions.group_start)() })?;
+        self.nccl.check("ncclGroupStart", unsafe { (self.nccl.functions.group_start)() })?;
         let gathered = (0..rows).try_for_each(|index| {
             let (shard, out) = (shard.range(index * row, row)?, out.range(index * out_row, out_row)?);
             // SAFETY: as for `all_reduce`.
             let status = unsafe {
                 let (number, stream) = (of.number(), gpu.stream.cu_stream().cast());
-                (self.library.functions.all_gather)(
+                (self.nccl.functions.all_gather)(
                     pointer(shard),
                     pointer(out),
                     columns,
@@ -356,7 +356,7 @@ impl NcclRank {
             self.called("ncclAllGather", status)
         });
         // SAFETY: no arguments; the group must end even when it failed.
-        let ended = unsafe { (self.library.functions.group_end)() };
+        let ended = unsafe { (self.nccl.functions.group_end)() };
         gathered.and_then(|()| self.called("ncclGroupEnd", ended))
     }
 
@@ -374,7 +374,7 @@ impl NcclRank {
         // SAFETY: as for `all_reduce`.
         let status = unsafe {
             let (number, stream) = (of.number(), gpu.stream.cu_stream().cast());
-            (self.library.functions.broadcast)(data, data, count, number, root, *self.handle, stream)
+            (self.nccl.functions.broadcast)(data, data, count, number, root, *self.handle, stream)
         };
         self.called("ncclBroadcast", status)
     }
@@ -382,7 +382,7 @@ impl NcclRank {
     /// Ends what runs on the GPU, and the rank. Waits until no graph refers to it any more.
     pub(crate) fn abort(self) {
         // SAFETY: the communicator is alive, and nobody has it any more. A rank that is ended has nobody to tell.
-        let _ = unsafe { (self.library.functions.abort)(*self.handle) };
+        let _ = unsafe { (self.nccl.functions.abort)(*self.handle) };
     }
 }
 

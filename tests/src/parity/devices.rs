@@ -266,7 +266,7 @@ fn wanted(device: &str) -> bool {
     std::env::var_os("DSA80_PARITY").is_none_or(|only| only == device)
 }
 
-/// Not `println!`, which the test runner keeps to itself when a test passes.
-fn tell(message: &str) {
+/// Says what a test leaves out, and what it found. Not `println!`, which the test runner keeps to itself when a test passes.
+pub fn tell(message: &str) {
     let _ = writeln!(std::io::stderr(), "{message}");
 }
