@@ -1,6 +1,6 @@
 //! Ranks with a GPU each that sum through NCCL: threads of one process, or processes, on one machine or on several.
 
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use dsa80_reference::{Breaker, Communicator, DType, DeviceTensor, Error, Result};
@@ -24,14 +24,47 @@ pub struct NcclCommunicator {
     token: GpuBuffer,
 }
 
-/// What the rank's own thread, the one that watches and the one that breaks have in common.
+/// The ranks of a group that are in this process. A rank that fails or leaves breaks all of them: NCCL would let the others wait for it.
+#[derive(Debug)]
+struct Group {
+    world_size: usize,
+    broken: OnceLock<String>,
+    watched: Mutex<()>,
+    told: Condvar,
+}
+
+impl Group {
+    fn new(world_size: usize) -> Arc<Self> {
+        Arc::new(Self { world_size, broken: OnceLock::new(), watched: Mutex::new(()), told: Condvar::new() })
+    }
+
+    /// Gives up: the kernels that wait for other ranks end. The first reason is the cause. Does not wait.
+    fn break_off(&self, reason: &str) {
+        if self.broken.set(reason.to_owned()).is_ok() {
+            let _watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
+            self.told.notify_all();
+        }
+    }
+
+    fn is_broken(&self) -> bool {
+        self.broken.get().is_some()
+    }
+
+    /// Whether it breaks within `time`.
+    fn breaks_within(&self, time: Duration) -> bool {
+        let watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.told.wait_timeout_while(watched, time, |()| !self.is_broken()));
+        self.is_broken()
+    }
+}
+
+/// What a rank's own thread and the one that watches it have in common.
 #[derive(Debug)]
 struct Shared {
     rank: usize,
-    world_size: usize,
+    group: Arc<Group>,
     /// None once it was aborted.
     nccl: Mutex<Option<NcclRank>>,
-    broken: OnceLock<String>,
 }
 
 impl NcclCommunicator {
@@ -46,112 +79,139 @@ impl NcclCommunicator {
         patience: Duration,
         given_up: &dyn Fn() -> Option<String>,
     ) -> Result<Self> {
-        let nccl = NcclRank::begin(Nccl::load()?, &gpu, id, [rank, world_size])?;
-        Self::new(gpu, nccl, [rank, world_size], patience, given_up)
+        let deadline = Instant::now() + patience;
+        let library = Nccl::load()?;
+        gpu.bind()?;
+        let nccl = NcclRank::begin(library, id, [rank, world_size])?;
+        let communicator = Self::new(gpu, rank, Group::new(world_size), nccl)?;
+        communicator.shared.joined(deadline, patience, given_up)?;
+        Ok(communicator)
     }
 
-    /// The ranks of a group with these GPUs, in rank order; each goes to its own thread.
+    /// The ranks of a group with these GPUs, in rank order; each goes to its own thread. One that fails, or is dropped, breaks all.
     ///
     /// # Errors
     /// NCCL is not there or fails.
     pub fn group(gpus: &[Arc<Gpu>], patience: Duration) -> Result<Vec<Self>> {
-        let library = Nccl::load()?;
-        let begun = nccl::begin_together(&library, gpus, library.unique_id()?)?;
+        let (deadline, library) = (Instant::now() + patience, Nccl::load()?);
+        let begun =
+            nccl::begin_together(&library, library.unique_id()?, gpus.len(), |rank| gpus[rank].bind())?;
+        let group = Group::new(gpus.len());
         let ranks = gpus.iter().zip(begun).enumerate();
-        ranks
-            .map(|(rank, (gpu, nccl))| {
-                Self::new(Arc::clone(gpu), nccl, [rank, gpus.len()], patience, &|| None)
-            })
-            .collect()
+        let ranks = ranks
+            .map(|(rank, (gpu, nccl))| Self::new(Arc::clone(gpu), rank, Arc::clone(&group), nccl))
+            .collect::<Result<Vec<_>>>()?;
+        ranks.iter().try_for_each(|rank| rank.shared.joined(deadline, patience, &|| None))?;
+        Ok(ranks)
     }
 
-    fn new(
-        gpu: Arc<Gpu>,
-        nccl: NcclRank,
-        [rank, world_size]: [usize; 2],
-        patience: Duration,
-        given_up: &dyn Fn() -> Option<String>,
-    ) -> Result<Self> {
-        let token = gpu.alloc("the token of barriers", 4)?;
-        gpu.write(&token, 0, &[0; 4])?;
-        let deadline = Instant::now() + patience;
-        let joined = nccl.settle(|| Instant::now() < deadline && given_up().is_none());
-        let shared =
-            Arc::new(Shared { rank, world_size, nccl: Mutex::new(Some(nccl)), broken: OnceLock::new() });
-        let communicator = Self { gpu, shared, token };
-        match joined {
-            Ok(()) => {}
-            Err(Unfinished::Failed(error)) => return Err(error),
-            Err(Unfinished::GivenUp) => {
-                let late = || format!("the other ranks have not joined NCCL's group within {patience:?}");
-                return Err(communicator.shared.error(given_up().unwrap_or_else(late)));
-            }
-        }
-        communicator.shared.watch()?;
-        Ok(communicator)
-    }
-
-    /// Launches a collective.
-    fn collective(&self, launch: impl FnOnce(&NcclRank) -> Result<()>) -> Result<()> {
-        let shared = &self.shared;
-        let guard = shared.lock();
-        let Some(nccl) = &*guard else { return Err(shared.why()) };
-        let settled = launch(nccl)
-            .map_err(Unfinished::from)
-            .and_then(|()| nccl.settle(|| shared.broken.get().is_none()));
-        settled.map_err(|unfinished| match unfinished {
-            Unfinished::Failed(error) => error,
-            Unfinished::GivenUp => shared.why(),
-        })
+    /// A rank that may still be joining.
+    fn new(gpu: Arc<Gpu>, rank: usize, group: Arc<Group>, nccl: NcclRank) -> Result<Self> {
+        // The GPU's context outlives what NCCL does on it.
+        let shared = Shared::watched(rank, group, nccl, Arc::clone(&gpu))?;
+        let token = gpu.alloc("the token of barriers", 4).and_then(|token| {
+            gpu.write(&token, 0, &[0; 4])?;
+            Ok(token)
+        });
+        let token = token.inspect_err(|error| shared.break_off(&error.to_string()))?;
+        Ok(Self { gpu, shared, token })
     }
 }
 
 impl Shared {
+    /// A rank with a thread of its own, which asks NCCL for errors, and aborts the rank when the group is broken: on no other thread, because
+    /// that waits for graphs which may go with whoever breaks the group. `kept` stays until then.
+    fn watched(
+        rank: usize,
+        group: Arc<Group>,
+        nccl: NcclRank,
+        kept: impl Send + 'static,
+    ) -> Result<Arc<Self>> {
+        let shared = Arc::new(Self { rank, group, nccl: Mutex::new(Some(nccl)) });
+        let watched = Arc::clone(&shared);
+        let watch = move || {
+            while !watched.group.breaks_within(WATCH) {
+                // What it finds breaks the group.
+                let _ = watched.check();
+            }
+            let aborted = watched.lock().take();
+            drop((aborted, kept));
+        };
+        let started = std::thread::Builder::new().name(format!("dsa80-nccl-{rank}")).spawn(watch);
+        started.map_err(|error| shared.error(format!("NCCL cannot be watched: {error}")))?;
+        Ok(shared)
+    }
+
+    /// Waits until the rank has joined.
+    fn joined(
+        &self,
+        deadline: Instant,
+        patience: Duration,
+        given_up: &dyn Fn() -> Option<String>,
+    ) -> Result<()> {
+        let goes_on = || Instant::now() < deadline && given_up().is_none();
+        self.settle(|_| Ok(()), goes_on, || {
+            let late = || format!("the other ranks have not joined NCCL's group within {patience:?}");
+            given_up().unwrap_or_else(late)
+        })
+        .inspect_err(|error| self.fails_with(error))
+    }
+
+    /// Launches a collective.
+    fn collective(&self, launch: impl FnOnce(&NcclRank) -> Result<()>) -> Result<()> {
+        self.settle(launch, || true, String::new)
+    }
+
+    /// Calls NCCL, and waits until that is through on the host, as long as it `goes_on` and the group is whole.
+    fn settle(
+        &self,
+        call: impl FnOnce(&NcclRank) -> Result<()>,
+        goes_on: impl Fn() -> bool,
+        why_not: impl FnOnce() -> String,
+    ) -> Result<()> {
+        let guard = self.lock();
+        let Some(nccl) = guard.as_ref().filter(|_| !self.group.is_broken()) else { return Err(self.why()) };
+        let settled = call(nccl)
+            .map_err(Unfinished::from)
+            .and_then(|()| nccl.settle(|| !self.group.is_broken() && goes_on()));
+        settled.map_err(|unfinished| match unfinished {
+            Unfinished::Failed(error) => error,
+            Unfinished::GivenUp if self.group.is_broken() => self.why(),
+            Unfinished::GivenUp => self.error(why_not()),
+        })
+    }
+
     fn lock(&self) -> MutexGuard<'_, Option<NcclRank>> {
         // Whole between any two statements that hold the lock.
         self.nccl.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn error(&self, reason: String) -> Error {
-        Error::Communicator { rank: self.rank, world_size: self.world_size, reason }
+        Error::Communicator { rank: self.rank, world_size: self.group.world_size, reason }
     }
 
     fn why(&self) -> Error {
-        self.error(self.broken.get().cloned().unwrap_or_else(|| "the group has ended".into()))
+        self.error(self.group.broken.get().cloned().unwrap_or_else(|| "the group has ended".into()))
     }
 
-    /// Gives up: the kernels that wait for other ranks end. The first reason is the cause.
-    fn abort(&self, reason: &str) {
-        // First, so that a thread that waits in a call lets go of the lock.
-        let _ = self.broken.set(reason.to_owned());
-        let taken = self.lock().take();
-        if let Some(nccl) = taken {
-            // Waits for graphs that refer to it, which may go with whoever calls this.
-            std::thread::spawn(move || nccl.abort());
-        }
+    /// Breaks the group because of this rank.
+    fn break_off(&self, reason: &str) {
+        self.group.break_off(&format!("rank {}: {reason}", self.rank));
     }
 
     fn check(&self) -> Result<()> {
         let checked = match &*self.lock() {
-            Some(nccl) => nccl.check(),
-            None => Err(self.why()),
+            Some(nccl) if !self.group.is_broken() => nccl.check(),
+            _ => return Err(self.why()),
         };
-        checked.inspect_err(|error| self.abort(&error.to_string()))
+        checked.inspect_err(|error| self.fails_with(error))
     }
 
-    /// Asks NCCL for errors as long as the rank is there.
-    fn watch(self: &Arc<Self>) -> Result<()> {
-        let watched: Weak<Self> = Arc::downgrade(self);
-        let watch = move || {
-            while let Some(shared) = watched.upgrade()
-                && shared.check().is_ok()
-            {
-                drop(shared);
-                std::thread::sleep(WATCH);
-            }
-        };
-        let started = std::thread::Builder::new().name("dsa80-nccl-watch".into()).spawn(watch);
-        started.map(drop).map_err(|error| self.error(format!("NCCL cannot be watched: {error}")))
+    fn fails_with(&self, error: &Error) {
+        match error {
+            Error::Communicator { reason, .. } => self.break_off(reason),
+            other => self.break_off(&other.to_string()),
+        }
     }
 }
 
@@ -170,17 +230,17 @@ impl Communicator<CudaTensor<Arc<Gpu>>> for NcclCommunicator {
     }
 
     fn world_size(&self) -> usize {
-        self.shared.world_size
+        self.shared.group.world_size
     }
 
     /// In NCCL's order; bf16 is rounded on the way.
     fn all_reduce(&self, tensor: &mut CudaTensor<Arc<Gpu>>) -> Result<()> {
         let of = element("all_reduce", tensor)?;
-        self.collective(|nccl| nccl.all_reduce(&self.gpu, tensor.buffer(), tensor.len(), of))
+        self.shared.collective(|nccl| nccl.all_reduce(&self.gpu, tensor.buffer(), tensor.len(), of))
     }
 
     fn all_gather(&self, shard: &CudaTensor<Arc<Gpu>>, out: &mut CudaTensor<Arc<Gpu>>) -> Result<()> {
-        let (of, world_size) = (element("all_gather", shard)?, self.shared.world_size);
+        let (of, world_size) = (element("all_gather", shard)?, self.shared.group.world_size);
         let Some((&columns, leading)) = shard.shape().split_last() else {
             let (expected, found) = ("at least one dimension".into(), Vec::new());
             return Err(Error::Shape { kernel: "all_gather", tensor: "shard", expected, found });
@@ -195,13 +255,13 @@ impl Communicator<CudaTensor<Arc<Gpu>>> for NcclCommunicator {
             return Ok(());
         }
         let dims = [leading.iter().product(), columns, world_size];
-        self.collective(|nccl| nccl.all_gather(&self.gpu, [shard.buffer(), out.buffer()], dims, of))
+        self.shared.collective(|nccl| nccl.all_gather(&self.gpu, [shard.buffer(), out.buffer()], dims, of))
     }
 
     fn broadcast(&self, tensor: &mut CudaTensor<Arc<Gpu>>, root: usize) -> Result<()> {
         let of = element("broadcast", tensor)?;
-        if root >= self.shared.world_size {
-            let expected = format!("a rank below {}", self.shared.world_size);
+        if root >= self.shared.group.world_size {
+            let expected = format!("a rank below {}", self.shared.group.world_size);
             return Err(Error::Value {
                 kernel: "broadcast",
                 name: "root",
@@ -209,11 +269,11 @@ impl Communicator<CudaTensor<Arc<Gpu>>> for NcclCommunicator {
                 found: root.to_string(),
             });
         }
-        self.collective(|nccl| nccl.broadcast(&self.gpu, tensor.buffer(), [tensor.len(), root], of))
+        self.shared.collective(|nccl| nccl.broadcast(&self.gpu, tensor.buffer(), [tensor.len(), root], of))
     }
 
     fn barrier(&self) -> Result<()> {
-        self.collective(|nccl| nccl.all_reduce(&self.gpu, &self.token, 1, NcclType::F32))?;
+        self.shared.collective(|nccl| nccl.all_reduce(&self.gpu, &self.token, 1, NcclType::F32))?;
         self.gpu.synchronize()?;
         self.shared.check()
     }
@@ -223,17 +283,109 @@ impl Communicator<CudaTensor<Arc<Gpu>>> for NcclCommunicator {
     }
 
     fn abort(&self, reason: &str) {
-        self.shared.abort(&format!("rank {}: {reason}", self.shared.rank));
+        self.shared.break_off(reason);
     }
 
     fn breaker(&self) -> Option<Breaker> {
-        let shared = Arc::clone(&self.shared);
-        Some(Arc::new(move |reason| shared.abort(reason)))
+        let group = Arc::clone(&self.shared.group);
+        Some(Arc::new(move |reason| group.break_off(reason)))
     }
 }
 
 impl Drop for NcclCommunicator {
     fn drop(&mut self) {
-        self.shared.abort("the rank has ended");
+        self.shared.group.break_off(&format!("rank {} has left", self.shared.rank));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::nccl::mock::Mock;
+
+    /// Far less than any deadline, and far more than it takes.
+    const SOON: Duration = Duration::from_secs(20);
+
+    fn ranks(mock: &Mock, world_size: usize) -> Vec<Arc<Shared>> {
+        let group = Group::new(world_size);
+        let begun = nccl::begin_together(&mock.library(), mock.id(), world_size, |_| Ok(())).unwrap();
+        let ranks = begun.into_iter().enumerate();
+        ranks.map(|(rank, nccl)| Shared::watched(rank, Arc::clone(&group), nccl, ()).unwrap()).collect()
+    }
+
+    fn join(rank: &Shared, patience: Duration) -> Result<()> {
+        rank.joined(Instant::now() + patience, patience, &|| None)
+    }
+
+    /// Rank 1 waits in a collective that rank 0 does not come to; how that ends when `instead` happens to rank 0.
+    fn end(instead: impl FnOnce(&Mock, &Shared)) -> String {
+        let mock = Mock::default();
+        mock.join_at_once();
+        let ranks = ranks(&mock, 2);
+        ranks.iter().for_each(|rank| join(rank, SOON).unwrap());
+        let started = Instant::now();
+        let (waiting, waits) = std::sync::mpsc::channel();
+        let error = std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| {
+                ranks[1].collective(|_| {
+                    mock.stall(1);
+                    waiting.send(()).unwrap();
+                    Ok(())
+                })
+            });
+            waits.recv().unwrap();
+            instead(&mock, &ranks[0]);
+            waiter.join().unwrap().unwrap_err().to_string()
+        });
+        assert!(started.elapsed() < SOON, "{:?}", started.elapsed());
+        // Each on its own thread, and once.
+        mock.wait_for_aborts(2);
+        for rank in &ranks {
+            let later = [rank.check(), rank.collective(|_| panic!("nothing is called once it is broken"))];
+            assert!(later.into_iter().all(|later| later.is_err()));
+        }
+        assert_eq!(mock.aborts(), 2);
+        error
+    }
+
+    #[test]
+    fn a_rank_that_fails_in_any_way_ends_what_the_others_of_its_process_wait_for() {
+        let aborted = end(|_, rank| rank.break_off("rms_norm: `x` has shape [3]"));
+        assert!(aborted.contains("rank 1 of 2: a collective was broken off: rank 0: rms_norm: `x` has shape [3]"), "{aborted}");
+        let broken = end(|_, rank| rank.group.break_off("a step has not finished within 120s"));
+        assert!(broken.contains("a step has not finished within 120s"), "{broken}");
+        // Nobody asks: the thread that watches finds out.
+        let failed = end(|mock, _| mock.fail(0));
+        assert!(failed.contains("rank 0: ") && failed.contains("unhandled system error"), "{failed}");
+    }
+
+    #[test]
+    fn a_rank_that_still_joins_is_aborted_before_it_is_freed() {
+        let mock = Mock::default();
+        drop(NcclRank::begin(mock.library(), mock.id(), [0, 2]).unwrap());
+        assert_eq!(mock.aborts(), 1);
+        // Also where another one could not begin, but not before the group's calls have ended.
+        let mock = Mock::default();
+        let missing = || Err(Error::Backend { backend: "cuda", message: "no context".into() });
+        let bind = |rank| if rank == 1 { missing() } else { Ok(()) };
+        let error = nccl::begin_together(&mock.library(), mock.id(), 2, bind).unwrap_err();
+        assert!(error.to_string().contains("no context"), "{error}");
+        assert_eq!(mock.aborts(), 1);
+    }
+
+    #[test]
+    fn ranks_that_do_not_join_are_not_waited_for() {
+        let mock = Mock::default();
+        let ranks = ranks(&mock, 2);
+        let late = join(&ranks[0], Duration::from_millis(30)).unwrap_err().to_string();
+        assert!(late.contains("have not joined NCCL's group within 30ms"), "{late}");
+        // The other is told at once.
+        assert!(join(&ranks[1], 10 * SOON).unwrap_err().to_string().contains("within 30ms"));
+        mock.wait_for_aborts(2);
+        let lost = || Some("rank 1 has closed its connection".to_owned());
+        let rank = Shared::watched(0, Group::new(2), mock.begin(), ()).unwrap();
+        let error = rank.joined(Instant::now() + 10 * SOON, 10 * SOON, &lost).unwrap_err();
+        assert!(error.to_string().contains("rank 1 has closed its connection"), "{error}");
+        mock.wait_for_aborts(3);
     }
 }

@@ -37,7 +37,7 @@ fn gpus(most: usize) -> Vec<Arc<Gpu>> {
     (0..count.min(most)).map(|ordinal| Arc::new(Gpu::open(ordinal, Sources::Embedded).unwrap())).collect()
 }
 
-/// Runs `body` on every rank, each on its own thread.
+/// Runs `body` on every rank, each on its own thread. A rank that leaves breaks the group: what bodies return stays until all have ended.
 fn on_ranks<C: Communicator<Tensor>, R: Send>(
     gpus: &[Arc<Gpu>],
     ranks: Vec<C>,
@@ -117,6 +117,8 @@ fn collectives_compute_what_they_should_also_from_a_graph() {
             }
             assert_eq!(read(&gpu, &x), [n * n * n; 4]);
             rank.check().unwrap();
+            drop(graph);
+            rank
         });
     }
 }
@@ -154,6 +156,47 @@ fn a_group_that_is_broken_off_fails_with_the_reason() {
     }
 }
 
+/// How long rank 1, which waits on its GPU for a sum that rank 0 does not come to, goes on when `instead` happens to rank 0; and why it ends.
+fn end(gpus: &[Arc<Gpu>], instead: impl Fn(NcclCommunicator) + Sync) -> (String, Duration) {
+    let ranks = NcclCommunicator::group(gpus, PATIENCE).unwrap();
+    let meet = Barrier::new(gpus.len());
+    let mut ends = on_ranks(gpus, ranks, |gpu, rank| {
+        let mut x = floats(&gpu, &[4], &[1.0; 4]);
+        rank.all_reduce(&mut x).unwrap();
+        gpu.synchronize().unwrap();
+        meet.wait();
+        if rank.rank() == 0 {
+            std::thread::sleep(Duration::from_millis(300));
+            let failed = Instant::now();
+            instead(rank);
+            return (String::new(), failed);
+        }
+        // Launched, or broken off before it was.
+        let _ = rank.all_reduce(&mut x);
+        let _ = gpu.synchronize();
+        let error = rank.check().unwrap_err().to_string();
+        (error, Instant::now())
+    });
+    let [(_, failed), (error, ended)] = [ends.remove(0), ends.remove(0)];
+    (error, ended.duration_since(failed))
+}
+
+#[test]
+fn a_rank_that_fails_or_leaves_ends_the_others_of_its_process_at_once() {
+    let gpus = gpus(2);
+    if gpus.len() < 2 {
+        return tell(&format!("left out: NCCL between two GPUs (there are {})", gpus.len()));
+    }
+    let (failed, took) = end(&gpus, |rank| rank.abort("out of pages"));
+    println!("a rank that fails ends the other after {took:?}: {failed}");
+    assert!(failed.contains("rank 1 of 2: a collective was broken off: rank 0: out of pages"), "{failed}");
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    let (left, took) = end(&gpus, drop);
+    println!("a rank that leaves ends the other after {took:?}: {left}");
+    assert!(left.contains("rank 0 has left"), "{left}");
+    assert!(took < Duration::from_secs(1), "{took:?}");
+}
+
 #[test]
 fn a_rank_that_does_not_join_is_not_waited_for() {
     let gpus = gpus(1);
@@ -181,10 +224,11 @@ where
     let runs = on_ranks(gpus, ranks, |gpu, communicator| {
         let cuda = Cuda::new(Arc::clone(&gpu), Tiles::for_gpu(&gpu.limits().name, None).unwrap());
         let mut rank = Rank::load(cuda, Box::new(communicator), &checkpoint, &limits, INDEX_LOGITS).unwrap();
-        prompt::run(&mut rank, &fixture.tokens, &pages, 16, &pieces).unwrap()
+        let run = prompt::run(&mut rank, &fixture.tokens, &pages, 16, &pieces).unwrap();
+        (run, rank)
     });
-    assert!(runs.iter().all(|run| run.logits == runs[0].logits), "ranks differ");
-    runs.into_iter().next().unwrap()
+    assert!(runs.iter().all(|(run, _)| run.logits == runs[0].0.logits), "ranks differ");
+    runs.into_iter().next().unwrap().0
 }
 
 #[test]
@@ -220,6 +264,7 @@ fn microseconds<C: Communicator<Tensor>>(gpus: &[Arc<Gpu>], ranks: Vec<C>, token
         let mut times = gpu.time(14, || graph.launch()).unwrap().split_off(4);
         rank.check().unwrap();
         meet.wait();
+        drop(rank);
         times.sort_by(f64::total_cmp);
         times[times.len() / 2] / IN_A_GRAPH as f64
     });

@@ -56,21 +56,22 @@ impl RankOnGpu {
         let tiles =
             gpus.iter().map(|gpu| Tiles::for_gpu(&gpu.limits().name, None)).collect::<Result<Vec<_>>>()?;
         let patience = patience.max(PATIENCE);
-        let connected = gpus.iter().try_for_each(|gpu| gpus.iter().try_for_each(|other| gpu.reach(other)));
-        let communicators: Vec<Box<dyn Communicator<_>>> = match (between, connected) {
-            (Between::Peers, Err(error)) => return Err(error),
-            (Between::Peers | Between::Either, Ok(())) => {
-                // Those of the first: a launch has the same blocks on every rank.
-                let of_all = tiles[0].all_reduce(gpus[0].limits());
-                let crossover = crossover_of(&gpus, &tiles[0], &of_all)?;
-                let of_all = AllReduceTiles { crossover: Some(crossover), ..of_all };
-                boxed(PeerCommunicator::group(gpus.clone(), of_all, Placement::Apart, patience)?)
-            }
-            (Between::Nccl, _) => boxed(NcclCommunicator::group(&gpus, patience)?),
-            (Between::Either, Err(error)) => {
-                tracing::info!("collectives: NCCL ({error})");
-                boxed(NcclCommunicator::group(&gpus, patience)?)
-            }
+        let connected = || gpus.iter().try_for_each(|gpu| gpus.iter().try_for_each(|other| gpu.reach(other)));
+        let with_nccl = match between {
+            Between::Nccl => true,
+            Between::Peers => connected().map(|()| false)?,
+            Between::Either => connected()
+                .inspect_err(|error| tracing::info!("collectives: NCCL ({error})"))
+                .is_err(),
+        };
+        let communicators: Vec<Box<dyn Communicator<_>>> = if with_nccl {
+            boxed(NcclCommunicator::group(&gpus, patience)?)
+        } else {
+            // Those of the first: a launch has the same blocks on every rank.
+            let of_all = tiles[0].all_reduce(gpus[0].limits());
+            let crossover = crossover_of(&gpus, &tiles[0], &of_all)?;
+            let of_all = AllReduceTiles { crossover: Some(crossover), ..of_all };
+            boxed(PeerCommunicator::group(gpus.clone(), of_all, Placement::Apart, patience)?)
         };
         let backends = gpus.into_iter().zip(tiles).map(|(gpu, tiles)| Cuda::new(gpu, tiles));
         let ranks = backends.zip(communicators);

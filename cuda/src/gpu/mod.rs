@@ -296,7 +296,7 @@ impl Gpu {
         self.synchronize()
     }
 
-    fn bind(&self) -> Result<()> {
+    pub(crate) fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(|error| refuse(driver_message(error)))
     }
 

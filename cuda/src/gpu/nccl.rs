@@ -4,7 +4,6 @@
 //! 2.25. Communicators are non-blocking: a call that needs other ranks returns at once, is asked for later, and can be given up.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
-use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -14,6 +13,9 @@ use dsa80_reference::{Error, Result};
 use libloading::Library;
 
 use super::{Gpu, GpuBuffer, refuse};
+
+#[cfg(test)]
+pub(crate) mod mock;
 
 /// What the environment says of it: the library's path.
 const VARIABLE: &str = "DSA80_NCCL";
@@ -105,8 +107,6 @@ functions! {
 pub struct Nccl {
     functions: Functions,
     version: c_int,
-    // Its threads run for as long as the process lives.
-    _library: ManuallyDrop<Library>,
 }
 
 impl Nccl {
@@ -147,7 +147,9 @@ impl Nccl {
             return Err(format!("{} is NCCL {}; expected 2.18 or newer", path.display(), words(version)));
         }
         tracing::info!("NCCL {}", words(version));
-        Ok(Self { functions, version, _library: ManuallyDrop::new(library) })
+        // Its threads run for as long as the process lives.
+        std::mem::forget(library);
+        Ok(Self { functions, version })
     }
 
     /// The version, `"2.25.1"`.
@@ -201,12 +203,22 @@ fn candidates() -> Vec<PathBuf> {
     ["libnccl.so.2", "libnccl.so", "/usr/local/cuda/lib64/libnccl.so.2"].map(PathBuf::from).into()
 }
 
-/// A rank of an NCCL group. Not thread-safe: its owner locks it, and calls nothing once it was [aborted](Self::abort).
+/// A rank of an NCCL group. Not thread-safe: its owner locks it.
+///
+/// Dropping it ends what it runs on the GPU, whether it has joined or not, and waits until no graph refers to it any more: not for a thread
+/// that keeps such a graph, nor between the calls that begin a group and end it.
 #[derive(Debug)]
 pub(crate) struct NcclRank {
     nccl: Arc<Nccl>,
-    // Where it is written: some versions write it once more when the rank has joined.
+    // Where it is written: some versions write it once more when the rank has joined. An abort returns when nobody does any more.
     handle: Box<Handle>,
+}
+
+impl Drop for NcclRank {
+    fn drop(&mut self) {
+        // SAFETY: the communicator is alive, and nobody has it any more. A rank that is ended has nobody to tell.
+        let _ = unsafe { (self.nccl.functions.abort)(*self.handle) };
+    }
 }
 
 // SAFETY: NCCL lets any thread use a communicator, one at a time.
@@ -244,14 +256,8 @@ impl From<Error> for Unfinished {
 }
 
 impl NcclRank {
-    /// Begins to join the group of `id` as `rank` of `world_size`, on `gpu`; [`settle`](Self::settle) says when it has joined.
-    pub(crate) fn begin(
-        nccl: Arc<Nccl>,
-        gpu: &Gpu,
-        id: NcclId,
-        [rank, world_size]: [usize; 2],
-    ) -> Result<Self> {
-        gpu.bind()?;
+    /// Begins to join the group of `id` as `rank` of `world_size`, on the GPU that is bound; [`settle`](Self::settle) says when it has joined.
+    pub(crate) fn begin(nccl: Arc<Nccl>, id: NcclId, [rank, world_size]: [usize; 2]) -> Result<Self> {
         let mut config = Config {
             size: size_of::<Config>(),
             magic: MAGIC,
@@ -264,7 +270,7 @@ impl NcclRank {
             split_share: UNDEFINED,
         };
         let mut handle: Box<Handle> = Box::new(std::ptr::null_mut());
-        // SAFETY: the GPU's context is current, as NCCL asks; fills the handle, which stays where it is; the configuration is copied.
+        // SAFETY: fills the handle, which stays where it is; the configuration is copied.
         let status = unsafe {
             (nccl.functions.init_rank)(
                 &raw mut *handle,
@@ -378,29 +384,30 @@ impl NcclRank {
         };
         self.called("ncclBroadcast", status)
     }
-
-    /// Ends what runs on the GPU, and the rank. Waits until no graph refers to it any more.
-    pub(crate) fn abort(self) {
-        // SAFETY: the communicator is alive, and nobody has it any more. A rank that is ended has nobody to tell.
-        let _ = unsafe { (self.nccl.functions.abort)(*self.handle) };
-    }
 }
 
 fn pointer(address: CUdeviceptr) -> *mut c_void {
     address as *mut c_void
 }
 
-/// Joins several ranks of one process, which would wait for each other if they joined in turn.
-pub(crate) fn begin_together(library: &Arc<Nccl>, gpus: &[Arc<Gpu>], id: NcclId) -> Result<Vec<NcclRank>> {
+/// Begins to join several ranks of one process, which would wait for each other if they joined in turn. `bind` binds a rank's GPU.
+pub(crate) fn begin_together(
+    library: &Arc<Nccl>,
+    id: NcclId,
+    world_size: usize,
+    bind: impl Fn(usize) -> Result<()>,
+) -> Result<Vec<NcclRank>> {
     // SAFETY: no arguments.
     library.check("ncclGroupStart", unsafe { (library.functions.group_start)() })?;
-    let begun: Result<Vec<_>> = (0..)
-        .zip(gpus)
-        .map(|(rank, gpu)| NcclRank::begin(Arc::clone(library), gpu, id, [rank, gpus.len()]))
-        .collect();
-    // SAFETY: no arguments; the group must end even when it failed.
+    let mut begun = Vec::with_capacity(world_size);
+    let all = (0..world_size).try_for_each(|rank| {
+        bind(rank)?;
+        begun.push(NcclRank::begin(Arc::clone(library), id, [rank, world_size])?);
+        Ok(())
+    });
+    // SAFETY: no arguments; the group must end even when it failed, and before the ranks that have begun are dropped.
     let ended = unsafe { (library.functions.group_end)() };
-    let begun = begun?;
+    all?;
     if ended == IN_PROGRESS { Ok(begun) } else { library.check("ncclGroupEnd", ended).map(|()| begun) }
 }
 

@@ -189,26 +189,29 @@ fn all_ranks<K: Kernels>(
     runs: usize,
     graphs: bool,
 ) -> Result<Vec<CollectiveTimes>, LaunchError> {
-    let of_ranks: Vec<Result<Vec<CollectiveTimes>>> = std::thread::scope(|scope| {
+    // A rank that leaves breaks the group: each comes back, to stay until all have ended.
+    let of_ranks: Vec<Result<(RankParts<K>, Vec<CollectiveTimes>)>> = std::thread::scope(|scope| {
         let threads: Vec<_> = ranks
             .into_iter()
             .map(|rank| {
                 scope.spawn(move || {
-                    let times =
+                    let times: Result<_> =
                         rows.iter().map(|&rows| one_rank(&rank, rows, hidden, runs, graphs)).collect();
-                    if let Err(error) = &times {
-                        let error: &dsa80_reference::Error = error;
-                        rank.communicator.abort(&error.to_string());
+                    match times {
+                        Ok(times) => Ok((rank, times)),
+                        Err(error) => {
+                            rank.communicator.abort(&error.to_string());
+                            Err(error)
+                        }
                     }
-                    times
                 })
             })
             .collect();
         threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(panicked()))).collect()
     });
     let mut slowest: Vec<CollectiveTimes> = Vec::new();
-    for times in of_ranks {
-        let times = times?;
+    for of_rank in of_ranks.into_iter().collect::<Result<Vec<_>>>()? {
+        let (_rank, times) = of_rank;
         if slowest.is_empty() {
             slowest = times;
             continue;
