@@ -150,10 +150,14 @@ impl Shared {
         given_up: &dyn Fn() -> Option<String>,
     ) -> Result<()> {
         let goes_on = || Instant::now() < deadline && given_up().is_none();
-        self.settle(|_| Ok(()), goes_on, || {
-            let late = || format!("the other ranks have not joined NCCL's group within {patience:?}");
-            given_up().unwrap_or_else(late)
-        })
+        self.settle(
+            |_| Ok(()),
+            goes_on,
+            || {
+                let late = || format!("the other ranks have not joined NCCL's group within {patience:?}");
+                given_up().unwrap_or_else(late)
+            },
+        )
         .inspect_err(|error| self.fails_with(error))
     }
 
@@ -351,7 +355,10 @@ mod tests {
     #[test]
     fn a_rank_that_fails_in_any_way_ends_what_the_others_of_its_process_wait_for() {
         let aborted = end(|_, rank| rank.break_off("rms_norm: `x` has shape [3]"));
-        assert!(aborted.contains("rank 1 of 2: a collective was broken off: rank 0: rms_norm: `x` has shape [3]"), "{aborted}");
+        assert!(
+            aborted.contains("rank 1 of 2: a collective was broken off: rank 0: rms_norm: `x` has shape [3]"),
+            "{aborted}"
+        );
         let broken = end(|_, rank| rank.group.break_off("a step has not finished within 120s"));
         assert!(broken.contains("a step has not finished within 120s"), "{broken}");
         // Nobody asks: the thread that watches finds out.

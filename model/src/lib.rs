@@ -6,6 +6,7 @@ pub mod distributed;
 pub mod dummy;
 pub mod engine;
 mod error;
+mod headway;
 pub mod launch;
 pub mod measure;
 pub mod plan;

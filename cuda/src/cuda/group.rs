@@ -60,9 +60,9 @@ impl RankOnGpu {
         let with_nccl = match between {
             Between::Nccl => true,
             Between::Peers => connected().map(|()| false)?,
-            Between::Either => connected()
-                .inspect_err(|error| tracing::info!("collectives: NCCL ({error})"))
-                .is_err(),
+            Between::Either => {
+                connected().inspect_err(|error| tracing::info!("collectives: NCCL ({error})")).is_err()
+            }
         };
         let communicators: Vec<Box<dyn Communicator<_>>> = if with_nccl {
             boxed(NcclCommunicator::group(&gpus, patience)?)

@@ -2,6 +2,7 @@
 
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use dsa80_reference::{Breaker, Kernels};
@@ -15,11 +16,13 @@ use super::watch::{self, Pace, Speaker};
 use super::wire;
 use crate::engine::{Step, StepLimits};
 use crate::error::LaunchError;
+use crate::headway::Headway;
 use crate::runner::{Follower, Rank, RankParts, WeightSource};
 
 /// Rank 0 of several processes, before it has a model.
 pub(crate) struct Leader {
     place: Place,
+    headway: Arc<Headway>,
     links: Links,
 }
 
@@ -34,13 +37,16 @@ struct Links {
 /// Another rank.
 pub(crate) struct Member {
     place: Place,
+    headway: Arc<Headway>,
     fate: Arc<Fate>,
     orders: TcpStream,
     collectives: TcpStream,
+    /// As long as this rank is there.
+    there: Arc<()>,
 }
 
-/// Watches the connections, and closes them when the group fails, so that nobody waits at them any more.
-fn connect(connections: Vec<Connection>) -> Result<Links, LaunchError> {
+/// Watches the connections of rank `own`, and closes them when the group fails, so that nobody waits at them any more.
+fn connect(own: usize, connections: Vec<Connection>, headway: &Arc<Headway>) -> Result<Links, LaunchError> {
     let failed = |error| LaunchError::Ranks(format!("the ranks' connections cannot be watched: {error}"));
     let fate = Arc::new(Fate::default());
     let (mut watches, mut orders, mut collectives, mut waited_at) =
@@ -52,7 +58,7 @@ fn connect(connections: Vec<Connection>) -> Result<Links, LaunchError> {
         orders.push(of_orders);
         collectives.push(of_collectives);
     }
-    let speaker = watch::start(&fate, watches, Pace::default()).map_err(failed)?;
+    let speaker = watch::start(&fate, headway, own, watches, Pace::default()).map_err(failed)?;
     // After the reason has been said.
     fate.on_failure(Arc::new(move |_| {
         for stream in &waited_at {
@@ -64,15 +70,21 @@ fn connect(connections: Vec<Connection>) -> Result<Links, LaunchError> {
 
 impl Leader {
     /// Waits for the others.
-    pub(crate) fn gather(place: Place, creed: &Creed, patience: Duration) -> Result<Self, LaunchError> {
-        let links = connect(join::gather(&place, creed, patience)?)?;
+    pub(crate) fn gather(
+        place: Place,
+        creed: &Creed,
+        patience: Duration,
+        headway: &Arc<Headway>,
+    ) -> Result<Self, LaunchError> {
+        let links = connect(0, join::gather(&place, creed, patience)?, headway)?;
         tracing::info!("all {} ranks are there", place.world_size);
-        Ok(Self { place, links })
+        Ok(Self { place, headway: Arc::clone(headway), links })
     }
 
     /// Waits until all have opened a `device` of this kind, then lets them join its collectives with what is in `bytes`.
     pub(crate) fn begin(&self, device: &str, bytes: &[u8]) -> Result<(), LaunchError> {
         for (rank, stream) in (1..).zip(&self.links.orders) {
+            self.headway.begin(0, format!("waiting for rank {rank} to open its device"));
             match receive_answer(&self.links.fate, rank, stream)? {
                 Answer::Opened(other) if other == device => {}
                 Answer::Opened(other) => {
@@ -217,21 +229,59 @@ impl Follower for RemoteFollower {
 
 impl Drop for RemoteFollower {
     fn drop(&mut self) {
+        // Who was not dismissed must not take it for the end of all work.
+        self.fate.fail("rank 0 has ended before the work was done");
         // The threads that listen end with their connections.
-        self.fate.finish();
         self.speaker.hang_up();
     }
 }
 
 impl Member {
     /// Comes to rank 0.
-    pub(crate) fn join(place: Place, creed: &Creed, patience: Duration) -> Result<Self, LaunchError> {
-        let Links { fate, orders, collectives, .. } = connect(vec![join::come(&place, creed, patience)?])?;
+    pub(crate) fn join(
+        place: Place,
+        creed: &Creed,
+        patience: Duration,
+        headway: &Arc<Headway>,
+    ) -> Result<Self, LaunchError> {
+        let connections = vec![join::come(&place, creed, patience)?];
+        let Links { fate, orders, collectives, .. } = connect(place.rank, connections, headway)?;
         let mut streams = orders.into_iter().zip(collectives);
         let Some((orders, collectives)) = streams.next() else {
             return Err(LaunchError::Ranks("the connection to rank 0 was lost".into()));
         };
-        Ok(Self { place, fate, orders, collectives })
+        Ok(Self { place, headway: Arc::clone(headway), fate, orders, collectives, there: Arc::default() })
+    }
+
+    /// Once rank 0 has left, waits no longer than `patience` for its last order, and calls `stuck` if this rank is there for as long again.
+    pub(crate) fn end_with_rank_0(&self, patience: Duration, stuck: Breaker) -> Result<(), LaunchError> {
+        let (rank, fate, there) = (self.place.rank, Arc::clone(&self.fate), Arc::downgrade(&self.there));
+        let orders = clone(&self.orders)?;
+        let see_to_it = move || {
+            while !fate.is_over() {
+                fate.wait(Duration::from_secs(3600));
+            }
+            if fate.reason().is_some() {
+                return;
+            }
+            thread::sleep(patience);
+            let _ = orders.shutdown(Shutdown::Both);
+            thread::sleep(patience);
+            if there.upgrade().is_some() {
+                stuck(&format!(
+                    "rank 0 has left, and rank {rank} has not ended within {:?} after it",
+                    2 * patience
+                ));
+            }
+        };
+        let started = thread::Builder::new().name("dsa80-leave".into()).spawn(see_to_it);
+        started
+            .map(drop)
+            .map_err(|error| LaunchError::Ranks(format!("rank 0's leave cannot be watched: {error}")))
+    }
+
+    pub(crate) fn headway(&self) -> &Arc<Headway> {
+        &self.headway
     }
 
     /// Says that this rank has opened a `device` of this kind, and hears what it needs to join rank 0's collectives.
@@ -276,10 +326,15 @@ impl Member {
             Rank::load_and_settle(kernels, communicator, weights, widest, index_logits, agree)?;
         self.answer(&Answer::Loaded)?;
         tracing::info!("rank {} of {} is loaded", self.place.rank, self.place.world_size);
+        self.headway.begin(self.place.rank, "waiting for rank 0");
         loop {
             match self.order()? {
-                Order::Step(step) => drop(rank.step(&step)?),
+                Order::Step(step) => {
+                    self.headway.begin(self.place.rank, "a step");
+                    rank.step(&step)?;
+                }
                 Order::RecordGraphs => {
+                    self.headway.begin(self.place.rank, "recording decode steps");
                     rank.record_graphs(&limits)?;
                     self.answer(&Answer::Recorded)?;
                 }
@@ -302,5 +357,71 @@ impl Member {
         wire::send(&self.orders, &answer.encode()).map_err(|error| {
             LaunchError::Ranks(self.fate.reason_or(|| format!("rank 0 has closed its connection ({error})")))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+    use std::sync::mpsc::channel;
+    use std::time::Instant;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(30);
+
+    /// Rank 0 and rank 1.
+    fn pair() -> (Leader, Member) {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let place = |rank| Place { rank, world_size: 2, local_rank: 0, master: "127.0.0.1".into(), port };
+        let (creed, headway) = (Creed::default(), Arc::new(Headway::default()));
+        thread::scope(|scope| {
+            let leader = scope.spawn(|| Leader::gather(place(0), &creed, LONG, &headway).unwrap());
+            let member = Member::join(place(1), &creed, LONG, &headway).unwrap();
+            (leader.join().unwrap(), member)
+        })
+    }
+
+    /// What rank 1 takes the end for that `leave` makes of rank 0's work.
+    fn end(leave: impl FnOnce(&mut Vec<Box<dyn Follower>>)) -> Option<String> {
+        let (leader, member) = pair();
+        let mut followers = leader.followers();
+        leave(&mut followers);
+        drop(followers);
+        let ordered = member.order();
+        assert_eq!(ordered.is_ok(), member.fate.reason().is_none(), "{ordered:?}");
+        member.fate.wait(LONG);
+        assert!(member.fate.is_over());
+        member.fate.reason()
+    }
+
+    #[test]
+    fn only_a_rank_0_that_dismisses_the_others_has_left() {
+        let dismissed = |followers: &mut Vec<Box<dyn Follower>>| {
+            followers.iter_mut().for_each(|follower| follower.dismiss());
+        };
+        assert_eq!(end(dismissed), None);
+        let failed = end(|followers| {
+            followers.iter_mut().for_each(|follower| follower.give_up("the engine stopped: token 50"));
+            dismissed(followers);
+        });
+        assert_eq!(failed.unwrap(), "rank 0: the engine stopped: token 50");
+        assert_eq!(end(|_| ()).unwrap(), "rank 0 has ended before the work was done");
+    }
+
+    #[test]
+    fn a_rank_0_that_has_left_and_hangs_is_not_waited_for() {
+        const PATIENCE: Duration = Duration::from_millis(300);
+        let (leader, member) = pair();
+        let ((sender, stuck), started) = (channel::<String>(), Instant::now());
+        let tell = move |reason: &str| drop(sender.send(reason.to_owned()));
+        member.end_with_rank_0(PATIENCE, Arc::new(tell)).unwrap();
+        leader.links.fate.finish();
+        leader.links.speaker.say(&Sign::Left);
+        assert_eq!(member.order().unwrap(), Order::Leave);
+        assert!(started.elapsed() >= PATIENCE && started.elapsed() < LONG);
+        // And rank 1 does not end.
+        let reason = stuck.recv_timeout(LONG).unwrap();
+        assert!(reason.contains("rank 1 has not ended within 600ms"), "{reason}");
     }
 }

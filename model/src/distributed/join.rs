@@ -2,23 +2,25 @@
 //! agrees with rank 0.
 
 use std::io;
-use std::net::{TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use dsa80_reference::ranks_have;
 
-use super::message::{CHANNELS, Creed, Hello, Welcome};
+use super::message::{CHANNELS, Channel, Creed, Hello, Sign};
 use super::place::Place;
 use super::wire;
 use crate::error::LaunchError;
 
 /// Between two looks for what is not there yet.
 const RETRY: Duration = Duration::from_millis(50);
-/// For a stranger's first message.
+/// For the whole of a stranger's first message.
 const HELLO_PATIENCE: Duration = Duration::from_secs(2);
-/// Bytes of a first message at most.
-const MAX_HELLO: usize = 1 << 20;
+/// For an address that does not answer, before the next is tried.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
+/// Bytes of a first message at most, and of the answer to it.
+const MAX_HELLO: usize = 1 << 16;
 
 /// The connections between rank 0 and another rank.
 #[derive(Debug)]
@@ -59,41 +61,73 @@ pub(super) fn gather(
             );
         }
         match listener.accept() {
-            Ok((stream, from)) => match hello(&stream) {
+            Ok((stream, from)) => match hello(&stream, deadline) {
                 Ok(hello) => match hall.enter(hello, stream) {
                     Ok(()) if hall.is_full() => return hall.open(),
                     Ok(()) => {}
                     Err(reason) => break reason,
                 },
-                Err(error) if error.kind() == io::ErrorKind::Unsupported => break error.to_string(),
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                    refuse([&stream], &error.to_string());
+                    break error.to_string();
+                }
                 Err(error) => tracing::warn!("{from} is left out: {error}"),
             },
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(RETRY),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                if let Some(rank) = hall.gone() {
+                    break gone_again(rank, &"its connection is closed");
+                }
+                sleep(RETRY);
+            }
             Err(error) => break format!("rank 0 cannot accept connections: {error}"),
         }
     };
-    hall.refuse(&refused);
+    refuse(hall.arrived.iter().flatten().flatten(), &refused);
     Err(LaunchError::Ranks(refused))
 }
 
-/// On the address that the others are told, or on all where that is another machine's name for this one.
+/// On the address that the others are told, or on all where that is another machine's name for this one, or leads others astray.
 fn listen(place: &Place) -> io::Result<TcpListener> {
-    TcpListener::bind((place.master.as_str(), place.port)).or_else(|error| match error.kind() {
+    let addresses: Vec<SocketAddr> =
+        (place.master.as_str(), place.port).to_socket_addrs().map(Iterator::collect).unwrap_or_default();
+    let on_all = |why: &str| {
+        tracing::info!("{} {why}: listening on all addresses of this machine", place.master);
+        let only_v6 = !addresses.is_empty() && addresses.iter().all(SocketAddr::is_ipv6);
+        let all: IpAddr = if only_v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+        TcpListener::bind((all, place.port))
+    };
+    if leads_nowhere_else(&place.master, &addresses) {
+        return on_all("leads to this machine's loopback, where no other comes");
+    }
+    TcpListener::bind(&addresses[..]).or_else(|error| match error.kind() {
         io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied => Err(error),
-        _ => {
-            tracing::info!("{} is no address of this machine ({error}): listening on all", place.master);
-            TcpListener::bind(("0.0.0.0", place.port))
-        }
+        _ => on_all(&format!("is no address of this machine ({error})")),
     })
 }
 
-fn hello(stream: &TcpStream) -> io::Result<Hello> {
+/// Whether `master` is this machine's name that leads to its loopback: Debian, for one, writes 127.0.1.1 into /etc/hosts.
+fn leads_nowhere_else(master: &str, addresses: &[SocketAddr]) -> bool {
+    let meant = master == "localhost" || master.parse::<IpAddr>().is_ok();
+    !meant && addresses.iter().any(|address| address.ip().is_loopback())
+}
+
+fn hello(stream: &TcpStream, deadline: Instant) -> io::Result<Hello> {
     stream.set_nonblocking(false)?;
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(HELLO_PATIENCE))?;
-    let hello = Hello::decode(&wire::receive(stream, MAX_HELLO)?)?;
-    stream.set_read_timeout(None)?;
-    Ok(hello)
+    let deadline = deadline.min(Instant::now() + HELLO_PATIENCE);
+    Hello::decode(&wire::receive_until(stream, MAX_HELLO, deadline)?)
+}
+
+fn refuse<'a>(streams: impl IntoIterator<Item = &'a TcpStream>, reason: &str) {
+    let frame = Sign::Failed(reason.to_owned()).encode();
+    for stream in streams {
+        // Who is gone needs no reason.
+        let _ = wire::send(stream, &frame);
+    }
+}
+
+fn gone_again(rank: usize, why: &dyn std::fmt::Display) -> String {
+    format!("rank {rank} came and has gone again ({why}): its process has ended, and its own log says why")
 }
 
 /// Who has come.
@@ -123,7 +157,7 @@ impl Hall<'_> {
             },
         };
         let reason = refused.unwrap_or_default();
-        let _ = wire::send(&stream, &Welcome::Refused(reason.clone()).encode());
+        refuse([&stream], &reason);
         Err(reason)
     }
 
@@ -136,27 +170,44 @@ impl Hall<'_> {
         (1..).zip(&self.arrived).filter(|(_, channels)| missing(channels)).map(|(rank, _)| rank).collect()
     }
 
-    fn refuse(&self, reason: &str) {
-        let frame = Welcome::Refused(reason.to_owned()).encode();
-        for stream in self.arrived.iter().flatten().flatten() {
-            // Who is gone needs no reason.
-            let _ = wire::send(stream, &frame);
-        }
+    /// A rank that has come and does not wait any more.
+    fn gone(&self) -> Option<usize> {
+        let gone = |channels: &[Option<TcpStream>; 3]| channels.iter().flatten().any(is_closed);
+        (1..).zip(&self.arrived).find(|(_, channels)| gone(channels)).map(|(rank, _)| rank)
     }
 
     /// Everybody goes on.
     fn open(self) -> Result<Vec<Connection>, LaunchError> {
-        let mut connections = Vec::with_capacity(self.arrived.len());
-        for (rank, channels) in (1..).zip(self.arrived) {
-            let [Some(orders), Some(watch), Some(collectives)] = channels else { continue };
-            for stream in [&orders, &watch, &collectives] {
-                wire::send(stream, &Welcome::Come.encode())
-                    .map_err(|error| LaunchError::Ranks(format!("rank {rank} has gone again: {error}")))?;
+        let frame = Sign::Come.encode();
+        for (index, channels) in self.arrived.iter().enumerate() {
+            let sent = channels.iter().flatten().try_for_each(|stream| wire::send(stream, &frame));
+            if let Err(error) = sent {
+                let reason = gone_again(index + 1, &error);
+                let (welcomed, others) = self.arrived.split_at(index);
+                // Those who are in hear of it as of any failure.
+                refuse(welcomed.iter().filter_map(|of| of[Channel::Watch as usize].as_ref()), &reason);
+                refuse(others.iter().flatten().flatten(), &reason);
+                return Err(LaunchError::Ranks(reason));
             }
-            connections.push(Connection { rank, orders, watch, collectives });
         }
-        Ok(connections)
+        let connection = |(rank, channels): (usize, [Option<TcpStream>; 3])| match channels {
+            [Some(orders), Some(watch), Some(collectives)] => {
+                Some(Connection { rank, orders, watch, collectives })
+            }
+            _ => None,
+        };
+        Ok((1..).zip(self.arrived).filter_map(connection).collect())
     }
+}
+
+/// Whether the other end has closed. Nothing is said before all are there.
+fn is_closed(stream: &TcpStream) -> bool {
+    let peeked = stream.set_nonblocking(true).and_then(|()| stream.peek(&mut [0]));
+    let closed = match peeked {
+        Ok(bytes) => bytes == 0,
+        Err(error) => ![io::ErrorKind::WouldBlock, io::ErrorKind::Interrupted].contains(&error.kind()),
+    };
+    stream.set_nonblocking(false).is_err() || closed
 }
 
 /// Comes to rank 0 as another rank, and waits until all have come.
@@ -172,14 +223,13 @@ pub(super) fn come(place: &Place, creed: &Creed, patience: Duration) -> Result<C
     }
     for stream in &streams {
         // Rank 0 says itself who is missing, at its own deadline.
-        let left = deadline.saturating_duration_since(Instant::now()) + 2 * HELLO_PATIENCE;
-        stream.set_read_timeout(Some(left)).map_err(|error| closed(place, &error))?;
-        let welcome = wire::receive(stream, MAX_HELLO).and_then(|body| Welcome::decode(&body));
+        let welcome = wire::receive_until(stream, MAX_HELLO, deadline + 2 * HELLO_PATIENCE)
+            .and_then(|body| Sign::decode(&body));
         match welcome.map_err(|error| closed(place, &error))? {
-            Welcome::Come => {}
-            Welcome::Refused(reason) => return Err(LaunchError::Ranks(reason)),
+            Sign::Come => {}
+            Sign::Failed(reason) => return Err(LaunchError::Ranks(reason)),
+            other => return Err(LaunchError::Ranks(format!("rank 0 said {other:?} out of turn"))),
         }
-        stream.set_read_timeout(None).map_err(|error| closed(place, &error))?;
     }
     match <[TcpStream; CHANNELS.len()]>::try_from(streams) {
         Ok([orders, watch, collectives]) => Ok(Connection { rank: 0, orders, watch, collectives }),
@@ -189,7 +239,7 @@ pub(super) fn come(place: &Place, creed: &Creed, patience: Duration) -> Result<C
 
 fn connect(place: &Place, deadline: Instant, patience: Duration) -> Result<TcpStream, LaunchError> {
     loop {
-        let error = match TcpStream::connect((place.master.as_str(), place.port)) {
+        let error = match connect_once(place, deadline) {
             Ok(stream) => {
                 stream.set_nodelay(true).map_err(|error| closed(place, &error))?;
                 return Ok(stream);
@@ -206,6 +256,19 @@ fn connect(place: &Place, deadline: Instant, patience: Duration) -> Result<TcpSt
         }
         sleep(RETRY);
     }
+}
+
+/// Tries every address that rank 0's name leads to.
+fn connect_once(place: &Place, deadline: Instant) -> io::Result<TcpStream> {
+    let mut failed = io::Error::new(io::ErrorKind::NotFound, "the name leads to no address");
+    for address in (place.master.as_str(), place.port).to_socket_addrs()? {
+        let left = deadline.saturating_duration_since(Instant::now()).clamp(RETRY, CONNECT_PATIENCE);
+        match TcpStream::connect_timeout(&address, left) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => failed = error,
+        }
+    }
+    Err(failed)
 }
 
 fn closed(place: &Place, error: &io::Error) -> LaunchError {
@@ -304,5 +367,96 @@ mod tests {
             come(&places[1], &creed("16"), LONG).unwrap();
             assert_eq!(first.join().unwrap().unwrap().len(), 1);
         });
+    }
+
+    #[test]
+    fn a_stranger_that_dribbles_does_not_hold_the_door() {
+        let places = places(&[0, 1], 2);
+        let (patience, started) = (Duration::from_millis(500), Instant::now());
+        std::thread::scope(|scope| {
+            let first = scope.spawn(|| {
+                let error = gather(&places[0], &creed("16"), patience).unwrap_err().to_string();
+                assert!(error.contains("rank 1 has not come to 127.0.0.1:"), "{error}");
+                started.elapsed()
+            });
+            let mut stranger = connect(&places[1], Instant::now() + LONG, LONG).unwrap();
+            stranger.write_all(&[200, 0, 0, 0]).unwrap();
+            while !first.is_finished() && started.elapsed() < LONG {
+                let _ = stranger.write_all(&[0]);
+                sleep(Duration::from_millis(100));
+            }
+            let took = first.join().unwrap();
+            assert!(took < Duration::from_secs(5), "{took:?}");
+        });
+    }
+
+    #[test]
+    fn an_address_that_does_not_answer_is_not_waited_for() {
+        // For documentation: nobody is there, and where there is a way to it, nobody says so.
+        let place = Place { rank: 1, world_size: 2, local_rank: 0, master: "192.0.2.1".into(), port: 29500 };
+        let started = Instant::now();
+        let error = come(&place, &creed("16"), Duration::from_secs(1)).unwrap_err().to_string();
+        assert!(error.contains("rank 1 could not reach rank 0 at 192.0.2.1:29500"), "{error}");
+        assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
+    }
+
+    #[test]
+    fn a_rank_that_has_gone_again_is_named_to_all_at_once() {
+        let places = places(&[0, 1, 2], 3);
+        let started = Instant::now();
+        std::thread::scope(|scope| {
+            let first = scope.spawn(|| gather(&places[0], &creed("16"), LONG).unwrap_err().to_string());
+            let second = scope.spawn(|| come(&places[1], &creed("16"), LONG).unwrap_err().to_string());
+            let mut third = connect(&places[2], Instant::now() + LONG, LONG).unwrap();
+            let hello = Hello { rank: 2, channel: Channel::Orders, creed: creed("16") };
+            third.write_all(&hello.encode()).unwrap();
+            sleep(Duration::from_millis(300));
+            drop(third);
+            for error in [first.join().unwrap(), second.join().unwrap()] {
+                assert!(error.contains("rank 2 came and has gone again"), "{error}");
+            }
+        });
+        assert!(started.elapsed() < LONG / 2, "{:?}", started.elapsed());
+    }
+
+    #[test]
+    fn a_rank_that_goes_while_all_are_let_in_is_named_to_all() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let pair = |_| {
+            let other = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            (listener.accept().unwrap().0, other)
+        };
+        let (own, others): (Vec<_>, Vec<_>) = (0..9).map(pair).unzip();
+        let own: Vec<_> = own.into_iter().map(Some).collect();
+        let (arrived, _) = own.as_chunks::<3>();
+        let arrived = arrived
+            .iter()
+            .map(|of| std::array::from_fn(|i| of[i].as_ref().map(|stream| stream.try_clone().unwrap())));
+        let (creed, arrived) = (creed("16"), arrived.collect());
+        let hall = Hall { arrived, creed: &creed };
+        // Rank 2's watch cannot be written to any more.
+        own[4].as_ref().unwrap().shutdown(std::net::Shutdown::Write).unwrap();
+        let error = hall.open().unwrap_err().to_string();
+        assert!(error.contains("rank 2 came and has gone again"), "{error}");
+        let next = |stream: &TcpStream| {
+            let body = wire::receive_until(stream, MAX_HELLO, Instant::now() + LONG).unwrap();
+            Sign::decode(&body).unwrap()
+        };
+        // Rank 1 was let in, and listens to its watch; rank 3 was not.
+        assert_eq!(next(&others[1]), Sign::Come);
+        for stream in [&others[1], &others[6], &others[7], &others[8]] {
+            assert_eq!(next(stream), Sign::Failed(error.clone()));
+        }
+    }
+
+    #[test]
+    fn a_name_for_the_loopback_is_listened_to_everywhere() {
+        let at = |ip: &str| SocketAddr::new(ip.parse().unwrap(), 29500);
+        assert!(leads_nowhere_else("node0", &[at("127.0.1.1")]));
+        assert!(leads_nowhere_else("node0", &[at("::1"), at("10.0.0.1")]));
+        assert!(!leads_nowhere_else("node0", &[at("10.0.0.1")]) && !leads_nowhere_else("node0", &[]));
+        for meant in ["localhost", "127.0.0.1", "127.0.0.2", "::1"] {
+            assert!(!leads_nowhere_else(meant, &[at("127.0.0.1")]), "{meant}");
+        }
     }
 }

@@ -9,7 +9,7 @@ use super::wire::{Reader, Writer, malformed};
 use crate::engine::{SampleTarget, Step, StepLimits};
 
 /// Changes with every change of a message: ranks of different versions refuse each other.
-const PROTOCOL: u64 = 1;
+const PROTOCOL: u64 = 2;
 /// In front of a first message, so that a stranger is told from a rank.
 const MAGIC: u64 = u64::from_le_bytes(*b"dsa80bus");
 
@@ -64,56 +64,35 @@ impl Hello {
     }
 
     pub(super) fn decode(body: &[u8]) -> io::Result<Self> {
-        let mut reader = Reader::new(body);
-        if reader.u64()? != MAGIC {
-            return Err(malformed("not a rank of dsa80"));
-        }
-        let protocol = reader.u64()?;
-        if protocol != PROTOCOL {
-            let message = format!(
-                "a rank speaks version {protocol} of the protocol between ranks, and rank 0 version {PROTOCOL}: all ranks need the same \
-                 version of dsa80"
-            );
-            return Err(io::Error::new(io::ErrorKind::Unsupported, message));
-        }
-        let rank = reader.size()?;
-        let channel = reader.u8()?;
-        let channel = *CHANNELS.get(usize::from(channel)).ok_or_else(|| malformed("an unknown channel"))?;
-        let mut articles = Vec::new();
-        for _ in 0..reader.size()? {
-            articles.push((reader.text()?, reader.text()?));
-        }
-        reader.end()?;
-        Ok(Self { rank, channel, creed: Creed(articles) })
+        whole(body, |reader| {
+            if reader.u64()? != MAGIC {
+                return Err(malformed("not a rank of dsa80"));
+            }
+            let protocol = reader.u64()?;
+            if protocol != PROTOCOL {
+                let message = format!(
+                    "a rank speaks version {protocol} of the protocol between ranks, and rank 0 version {PROTOCOL}: all ranks need the \
+                     same version of dsa80"
+                );
+                return Err(io::Error::new(io::ErrorKind::Unsupported, message));
+            }
+            let (rank, channel) = (reader.size()?, reader.u8()?);
+            let channel =
+                *CHANNELS.get(usize::from(channel)).ok_or_else(|| malformed("an unknown channel"))?;
+            let mut articles = Vec::new();
+            for _ in 0..reader.size()? {
+                articles.push((reader.text()?, reader.text()?));
+            }
+            Ok(Self { rank, channel, creed: Creed(articles) })
+        })
     }
 }
 
-/// Rank 0's answer to a [`Hello`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Welcome {
-    Come,
-    /// Why not.
-    Refused(String),
-}
-
-impl Welcome {
-    pub(super) fn encode(&self) -> Vec<u8> {
-        match self {
-            Self::Come => Writer::new().u8(0).finish(),
-            Self::Refused(reason) => Writer::new().u8(1).text(reason).finish(),
-        }
-    }
-
-    pub(super) fn decode(body: &[u8]) -> io::Result<Self> {
-        let mut reader = Reader::new(body);
-        let welcome = match reader.u8()? {
-            0 => Self::Come,
-            1 => Self::Refused(reader.text()?),
-            other => return Err(unknown("answer", other)),
-        };
-        reader.end()?;
-        Ok(welcome)
-    }
+/// Takes a body apart, of which nothing may be left.
+fn whole<T>(body: &[u8], take: impl FnOnce(&mut Reader<'_>) -> io::Result<T>) -> io::Result<T> {
+    let mut reader = Reader::new(body);
+    let taken = take(&mut reader)?;
+    reader.end().map(|()| taken)
 }
 
 /// What rank 0 tells another rank to do.
@@ -155,17 +134,14 @@ impl Order {
     }
 
     pub(super) fn decode(body: &[u8]) -> io::Result<Self> {
-        let mut reader = Reader::new(body);
-        let order = match reader.u8()? {
-            0 => Self::Begin(reader.bytes()?.to_vec()),
-            1 => Self::Agreed(take_limits(&mut reader)?),
-            2 => Self::Step(Arc::new(take_step(&mut reader)?)),
-            3 => Self::RecordGraphs,
-            4 => Self::Leave,
-            other => return Err(unknown("order", other)),
-        };
-        reader.end()?;
-        Ok(order)
+        whole(body, |reader| match reader.u8()? {
+            0 => Ok(Self::Begin(reader.bytes()?.to_vec())),
+            1 => take_limits(reader).map(Self::Agreed),
+            2 => Ok(Self::Step(Arc::new(take_step(reader)?))),
+            3 => Ok(Self::RecordGraphs),
+            4 => Ok(Self::Leave),
+            other => Err(unknown("order", other)),
+        })
     }
 }
 
@@ -181,47 +157,47 @@ impl Answer {
     }
 
     pub(super) fn decode(body: &[u8]) -> io::Result<Self> {
-        let mut reader = Reader::new(body);
-        let answer = match reader.u8()? {
-            0 => Self::Opened(reader.text()?),
-            1 => Self::Offered(take_limits(&mut reader)?),
-            2 => Self::Loaded,
-            3 => Self::Recorded,
-            other => return Err(unknown("answer", other)),
-        };
-        reader.end()?;
-        Ok(answer)
+        whole(body, |reader| match reader.u8()? {
+            0 => reader.text().map(Self::Opened),
+            1 => take_limits(reader).map(Self::Offered),
+            2 => Ok(Self::Loaded),
+            3 => Ok(Self::Recorded),
+            other => Err(unknown("answer", other)),
+        })
     }
 }
 
-/// What watches say.
+/// How a rank is: rank 0's answer to a [`Hello`], and what watches say.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Sign {
-    Alive,
+    /// With how far it is, and what it does.
+    Alive { count: u64, doing: String },
+    /// It, or another, and why; or the one that came is not let in.
     Failed(String),
     /// The rank goes because all is done.
     Left,
+    /// All ranks are there.
+    Come,
 }
 
 impl Sign {
     pub(super) fn encode(&self) -> Vec<u8> {
         match self {
-            Self::Alive => Writer::new().u8(0).finish(),
+            Self::Alive { count, doing } => Writer::new().u8(0).u64(*count).text(doing).finish(),
             Self::Failed(reason) => Writer::new().u8(1).text(reason).finish(),
             Self::Left => Writer::new().u8(2).finish(),
+            Self::Come => Writer::new().u8(3).finish(),
         }
     }
 
     pub(super) fn decode(body: &[u8]) -> io::Result<Self> {
-        let mut reader = Reader::new(body);
-        let sign = match reader.u8()? {
-            0 => Self::Alive,
-            1 => Self::Failed(reader.text()?),
-            2 => Self::Left,
-            other => return Err(unknown("sign", other)),
-        };
-        reader.end()?;
-        Ok(sign)
+        whole(body, |reader| match reader.u8()? {
+            0 => Ok(Self::Alive { count: reader.u64()?, doing: reader.text()? }),
+            1 => reader.text().map(Self::Failed),
+            2 => Ok(Self::Left),
+            3 => Ok(Self::Come),
+            other => Err(unknown("sign", other)),
+        })
     }
 }
 
@@ -386,11 +362,9 @@ mod tests {
         ] {
             assert_eq!(Answer::decode(&answer.encode()[4..]).unwrap(), answer);
         }
-        for sign in [Sign::Alive, Sign::Failed("out of pages".into()), Sign::Left] {
+        let alive = Sign::Alive { count: 7, doing: "a step".into() };
+        for sign in [alive, Sign::Failed("out of pages".into()), Sign::Left, Sign::Come] {
             assert_eq!(Sign::decode(&sign.encode()[4..]).unwrap(), sign);
-        }
-        for welcome in [Welcome::Come, Welcome::Refused("no".into())] {
-            assert_eq!(Welcome::decode(&welcome.encode()[4..]).unwrap(), welcome);
         }
         let hello = Hello { rank: 3, channel: Channel::Watch, creed: Creed(vec![("a".into(), "b".into())]) };
         assert_eq!(Hello::decode(&hello.encode()[4..]).unwrap(), hello);

@@ -10,6 +10,7 @@ use std::time::Duration;
 use super::fate::Fate;
 use super::message::Sign;
 use super::wire;
+use crate::headway::Headway;
 
 /// How often ranks give signs of life.
 #[derive(Debug, Clone, Copy)]
@@ -53,9 +54,11 @@ impl Speaker {
     }
 }
 
-/// Listens to `peers`, by rank, and gives them signs of life until the group's fate is known.
+/// Listens to `peers`, by rank, and gives them signs of life of rank `own` until the group's fate is known.
 pub(super) fn start(
     fate: &Arc<Fate>,
+    headway: &Arc<Headway>,
+    own: usize,
     peers: Vec<(usize, TcpStream)>,
     pace: Pace,
 ) -> io::Result<Arc<Speaker>> {
@@ -65,17 +68,20 @@ pub(super) fn start(
         stream.set_write_timeout(Some(WRITE_PATIENCE))?;
         streams.push(stream.try_clone()?);
         let fate = Arc::clone(fate);
+        // Rank 0 alone judges whether a start gets on.
+        let headway = (own == 0).then(|| Arc::clone(headway));
         thread::Builder::new()
             .name(format!("dsa80-watch-{rank}"))
-            .spawn(move || listen(&fate, rank, &stream, pace.silence))?;
+            .spawn(move || listen(&fate, headway.as_deref(), rank, &stream, pace.silence))?;
     }
     let speaker = Arc::new(Speaker { streams: Mutex::new(streams) });
     let (of_failure, of_life) = (Arc::clone(&speaker), Arc::clone(&speaker));
     fate.on_failure(Arc::new(move |reason| of_failure.say(&Sign::Failed(reason.to_owned()))));
-    let fate = Arc::clone(fate);
+    let (fate, headway) = (Arc::clone(fate), Arc::clone(headway));
     thread::Builder::new().name("dsa80-alive".into()).spawn(move || {
         while !fate.is_over() {
-            of_life.say(&Sign::Alive);
+            let (count, doing) = headway.sign(own);
+            of_life.say(&Sign::Alive { count, doing });
             fate.wait(pace.interval);
         }
     })?;
@@ -83,14 +89,23 @@ pub(super) fn start(
 }
 
 /// Until the peer leaves or fails.
-fn listen(fate: &Fate, rank: usize, stream: &TcpStream, silence: Duration) {
+fn listen(fate: &Fate, headway: Option<&Headway>, rank: usize, stream: &TcpStream, silence: Duration) {
     loop {
         match wire::receive(stream, MAX_SIGN).and_then(|body| Sign::decode(&body)) {
-            Ok(Sign::Alive) => {}
+            Ok(Sign::Alive { count, doing }) => {
+                if let Some(headway) = headway {
+                    headway.hear(rank, count, doing);
+                }
+            }
+            Ok(Sign::Come) => {
+                return fate.fail(&format!("rank {rank} welcomes ranks that are there already"));
+            }
             Ok(Sign::Failed(reason)) => return fate.fail(&reason),
             Ok(Sign::Left) => return fate.finish(),
             Err(error) if [ErrorKind::WouldBlock, ErrorKind::TimedOut].contains(&error.kind()) => {
-                return fate.fail(&format!("rank {rank} has given no sign of life for {silence:?}"));
+                return fate.fail(&format!(
+                    "rank {rank} has given no sign of life for {silence:?}: its machine or the network is gone, or it is stopped"
+                ));
             }
             Err(error) if error.kind() == ErrorKind::InvalidData => {
                 return fate.fail(&format!("rank {rank} sent {error}"));
@@ -120,7 +135,7 @@ mod tests {
     /// The fate of rank 0 that watches rank 1, who does `instead` of giving signs of life.
     fn end(instead: impl FnOnce(TcpStream)) -> Option<String> {
         let (fate, (own, other)) = (Arc::new(Fate::default()), pair());
-        start(&fate, vec![(1, own)], PACE).unwrap();
+        start(&fate, &Arc::default(), 0, vec![(1, own)], PACE).unwrap();
         instead(other);
         fate.wait(Duration::from_secs(10));
         assert!(fate.is_over(), "nothing was noticed");
@@ -130,11 +145,17 @@ mod tests {
     #[test]
     fn ranks_that_live_are_left_in_peace_and_a_failure_is_told_with_its_reason() {
         let fates = [Arc::new(Fate::default()), Arc::new(Fate::default())];
-        let (a, b) = pair();
-        start(&fates[0], vec![(1, a)], PACE).unwrap();
-        start(&fates[1], vec![(0, b)], PACE).unwrap();
+        let ((a, b), headways) = (pair(), [Arc::new(Headway::default()), Arc::new(Headway::default())]);
+        start(&fates[0], &headways[0], 0, vec![(1, a)], PACE).unwrap();
+        start(&fates[1], &headways[1], 1, vec![(0, b)], PACE).unwrap();
+        headways[1].begin(1, "loading layer 7 of 78");
         fates[0].wait(3 * PACE.silence);
         assert!(!fates[0].is_over() && !fates[1].is_over());
+        // Rank 0 knows how far the other is, and hears no more than that.
+        assert_eq!(headways[0].last_known(), "rank 1: loading layer 7 of 78");
+        let total = headways[0].total();
+        fates[0].wait(PACE.silence);
+        assert_eq!((headways[0].total(), headways[1].total()), (total, 1));
         fates[1].fail("rank 1: out of pages");
         fates[0].wait(Duration::from_secs(10));
         assert_eq!(fates[0].reason().unwrap(), "rank 1: out of pages");

@@ -1,6 +1,8 @@
 //! Frames on a connection, and the values in them: little-endian, every length checked before it is believed.
 
 use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::time::Instant;
 
 /// Bytes of a frame at most: a step of the longest contexts is a few MiB.
 pub(super) const MAX_FRAME: usize = 256 << 20;
@@ -81,6 +83,33 @@ pub(super) fn receive(mut stream: impl Read, most: usize) -> io::Result<Vec<u8>>
     let mut body = vec![0; length];
     stream.read_exact(&mut body)?;
     Ok(body)
+}
+
+/// [`receive`], all of it until `deadline`, however slowly it comes. The stream has no read timeout afterwards.
+pub(super) fn receive_until(stream: &TcpStream, most: usize, deadline: Instant) -> io::Result<Vec<u8>> {
+    let body = receive(Until { stream, deadline }, most)?;
+    stream.set_read_timeout(None).map(|()| body)
+}
+
+/// A stream that is read until a deadline.
+struct Until<'a> {
+    stream: &'a TcpStream,
+    deadline: Instant,
+}
+
+impl Read for Until<'_> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let late = || io::Error::new(io::ErrorKind::TimedOut, "no whole message came in time");
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(late());
+        }
+        self.stream.set_read_timeout(Some(left))?;
+        self.stream.read(out).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => late(),
+            _ => error,
+        })
+    }
 }
 
 pub(super) fn malformed(message: impl Into<String>) -> io::Error {

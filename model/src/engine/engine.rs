@@ -98,12 +98,8 @@ impl Engine {
             let shared = Arc::clone(&shared);
             move |reason: String| shared.abandon(&format!("the engine stopped: {reason}"))
         };
-        if let Err(error) = watchdog::start(Arc::clone(&clock), step_timeout, model.breaker(), failed) {
-            tracing::error!(
-                "steps have no deadline: the thread that watches them could not be started: {error}"
-            );
-        }
-        let worker = Worker {
+        let watched = watchdog::start(Arc::clone(&clock), step_timeout, model.breaker(), failed);
+        let mut worker = Worker {
             model,
             batching,
             shared: Arc::clone(&shared),
@@ -113,12 +109,25 @@ impl Engine {
             deadline: None,
             lost: None,
         };
-        let thread = std::thread::Builder::new().name("dsa80-engine".into()).spawn(|| worker.run());
-        let thread = match thread {
-            Ok(thread) => Some(thread),
+        // Handed over once the thread is there: where there is none, the ranks must hear of it.
+        let (hand, handed) = channel::<Worker>();
+        let run = move || {
+            if let Ok(worker) = handed.recv() {
+                worker.run();
+            }
+        };
+        let builder = std::thread::Builder::new().name("dsa80-engine".into());
+        let thread = match watched.and_then(|()| builder.spawn(run)) {
+            Ok(thread) => {
+                // It does not end before it has been given this.
+                let _ = hand.send(worker);
+                Some(thread)
+            }
             Err(error) => {
-                let failure = format!("the engine's thread could not be started: {error}");
+                let failure = format!("the engine's threads could not be started: {error}");
                 tracing::error!("{failure}");
+                worker.model.give_up(&failure);
+                worker.clock.end();
                 shared.stop(Some(failure));
                 None
             }
@@ -325,6 +334,7 @@ impl Worker {
         };
         if let Some(failure) = &failure {
             tracing::error!("{failure}");
+            self.model.give_up(failure);
         }
         let message = failure
             .clone()

@@ -35,6 +35,10 @@ pub trait StepModel: Send {
         None
     }
 
+    /// Whoever steps the model has failed with `reason` and will step it no more: ranks elsewhere hear that it is a failure, unless they know
+    /// of an earlier one. Being dropped without it is the end of all work.
+    fn give_up(&mut self, _reason: &str) {}
+
     /// Calls `tell` with the reason when the model can no longer be stepped, though no step is being made.
     fn on_loss(&mut self, _tell: Breaker) {}
 }

@@ -22,6 +22,17 @@ pub struct Alone {
     pub gpu: Option<GpuFacts>,
 }
 
+/// What is launched.
+struct Request<'a> {
+    checkpoint: &'a Arc<Checkpoint>,
+    weights: &'a dyn WeightSource,
+    options: &'a LaunchOptions,
+    lone: LoneRank,
+    /// Whether to measure those of the GPU before; without the feature `cuda` there is none.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
+    ceilings: bool,
+}
+
 /// Loads rank `rank` of `options.tp` with `weights`, which are those of `checkpoint` or in its formats. What other ranks would add is left
 /// out. `ceilings` says whether to measure those of the GPU before.
 ///
@@ -38,103 +49,74 @@ pub fn launch_alone(
     let lone = LoneRank::new(rank, options.tp).map_err(|_| {
         LaunchError::Options(format!("--rank {rank}: there are {} ranks, counted from 0", options.tp))
     })?;
+    let request = Request { checkpoint, weights, options, lone, ceilings };
     match options.device {
-        Device::Cpu => on_cpu(checkpoint, weights, options, lone),
+        Device::Cpu => request.on_cpu(),
         Device::Wgpu => Err(super::no_wgpu()),
-        Device::Cuda => on_cuda(checkpoint, weights, options, lone, ceilings),
-        Device::Auto => on_the_best(checkpoint, weights, options, lone, ceilings),
+        Device::Cuda => request.on_cuda(),
+        Device::Auto => request.on_the_best(),
     }
 }
 
-fn on_cpu(
-    checkpoint: &Arc<Checkpoint>,
-    weights: &dyn WeightSource,
-    options: &LaunchOptions,
-    lone: LoneRank,
-) -> Result<Alone, LaunchError> {
-    check_cpu_cache(options)?;
-    let bytes = options.kv_cache_bytes.unwrap_or(CPU_CACHE_BYTES * options.tp);
-    let memory = CacheMemory { bytes, act_bytes: size_of::<f32>() };
-    let limits = limits::within(checkpoint.config(), options, memory)?;
-    let (cpu, lone) = (Cpu::<f32>::new(), Box::new(lone));
-    Ok(Alone { rank: measured(cpu, lone, weights, &limits, INDEX_LOGITS, size_of::<f32>())?, gpu: None })
-}
+impl Request<'_> {
+    fn on_cpu(self) -> Result<Alone, LaunchError> {
+        let options = self.options;
+        check_cpu_cache(options)?;
+        let bytes = options.kv_cache_bytes.unwrap_or(CPU_CACHE_BYTES * options.tp);
+        let memory = CacheMemory { bytes, act_bytes: size_of::<f32>() };
+        let limits = limits::within(self.checkpoint.config(), options, memory)?;
+        let rank = self.measured(Cpu::<f32>::new(), &limits, INDEX_LOGITS, size_of::<f32>())?;
+        Ok(Alone { rank, gpu: None })
+    }
 
-fn measured<K: Kernels + 'static>(
-    kernels: K,
-    lone: Box<dyn Communicator<K::Tensor>>,
-    weights: &dyn WeightSource,
-    limits: &StepLimits,
-    index_logits: usize,
-    act_bytes: usize,
-) -> Result<Box<dyn MeasuredRank>, LaunchError> {
-    let rank = Rank::load(kernels, lone, weights, limits, index_logits)?;
-    Ok(Box::new(Measured { rank, limits: *limits, act_bytes }))
-}
-
-#[cfg(feature = "cuda")]
-fn on_cuda(
-    checkpoint: &Arc<Checkpoint>,
-    weights: &dyn WeightSource,
-    options: &LaunchOptions,
-    lone: LoneRank,
-    ceilings: bool,
-) -> Result<Alone, LaunchError> {
-    load_on_gpu(dsa80_cuda::Cuda::open()?, checkpoint, weights, options, lone, ceilings)
+    fn measured<K>(
+        self,
+        kernels: K,
+        limits: &StepLimits,
+        index_logits: usize,
+        act_bytes: usize,
+    ) -> Result<Box<dyn MeasuredRank>, LaunchError>
+    where
+        K: Kernels + 'static,
+        LoneRank: Communicator<K::Tensor>,
+    {
+        let rank = Rank::load(kernels, Box::new(self.lone), self.weights, limits, index_logits)?;
+        Ok(Box::new(Measured { rank, limits: *limits, act_bytes }))
+    }
 }
 
 #[cfg(feature = "cuda")]
-fn on_the_best(
-    checkpoint: &Arc<Checkpoint>,
-    weights: &dyn WeightSource,
-    options: &LaunchOptions,
-    lone: LoneRank,
-    ceilings: bool,
-) -> Result<Alone, LaunchError> {
-    match dsa80_cuda::Cuda::open() {
-        Ok(cuda) => load_on_gpu(cuda, checkpoint, weights, options, lone, ceilings),
-        Err(reason) => {
-            tracing::warn!("device: cpu (auto: {reason})");
-            on_cpu(checkpoint, weights, options, lone)
+impl Request<'_> {
+    fn on_cuda(self) -> Result<Alone, LaunchError> {
+        self.on_gpu(dsa80_cuda::Cuda::open()?)
+    }
+
+    fn on_the_best(self) -> Result<Alone, LaunchError> {
+        match dsa80_cuda::Cuda::open() {
+            Ok(cuda) => self.on_gpu(cuda),
+            Err(reason) => {
+                tracing::warn!("device: cpu (auto: {reason})");
+                self.on_cpu()
+            }
         }
     }
-}
 
-#[cfg(feature = "cuda")]
-fn load_on_gpu(
-    cuda: dsa80_cuda::Cuda,
-    checkpoint: &Arc<Checkpoint>,
-    weights: &dyn WeightSource,
-    options: &LaunchOptions,
-    lone: LoneRank,
-    ceilings: bool,
-) -> Result<Alone, LaunchError> {
-    // Before the memory is full.
-    let gpu = GpuFacts::of(cuda.device(), ceilings)?;
-    let limits = super::cuda::settle(cuda.device(), checkpoint, options)?;
-    let (lone, act_bytes) = (Box::new(lone), super::memory::ACT_BYTES);
-    let rank = measured(cuda, lone, weights, &limits, super::cuda::INDEX_LOGITS, act_bytes)?;
-    Ok(Alone { rank, gpu: Some(gpu) })
+    fn on_gpu(self, cuda: dsa80_cuda::Cuda) -> Result<Alone, LaunchError> {
+        // Before the memory is full.
+        let gpu = GpuFacts::of(cuda.device(), self.ceilings)?;
+        let limits = super::cuda::settle(cuda.device(), self.checkpoint, self.options)?;
+        let rank = self.measured(cuda, &limits, super::cuda::INDEX_LOGITS, super::memory::ACT_BYTES)?;
+        Ok(Alone { rank, gpu: Some(gpu) })
+    }
 }
 
 #[cfg(not(feature = "cuda"))]
-fn on_cuda(
-    _checkpoint: &Arc<Checkpoint>,
-    _weights: &dyn WeightSource,
-    _options: &LaunchOptions,
-    _lone: LoneRank,
-    _ceilings: bool,
-) -> Result<Alone, LaunchError> {
-    Err(super::no_cuda())
-}
+impl Request<'_> {
+    fn on_cuda(self) -> Result<Alone, LaunchError> {
+        Err(super::no_cuda())
+    }
 
-#[cfg(not(feature = "cuda"))]
-fn on_the_best(
-    checkpoint: &Arc<Checkpoint>,
-    weights: &dyn WeightSource,
-    options: &LaunchOptions,
-    lone: LoneRank,
-    _ceilings: bool,
-) -> Result<Alone, LaunchError> {
-    on_cpu(checkpoint, weights, options, lone)
+    fn on_the_best(self) -> Result<Alone, LaunchError> {
+        self.on_cpu()
+    }
 }

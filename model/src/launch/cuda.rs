@@ -10,15 +10,19 @@ use dsa80_reference::{Batch, Error, Kernels, SamplingParams, SequenceSlice};
 use super::limits;
 use super::memory::{self, GpuMemory};
 use super::options::{Collectives, LaunchOptions};
+use super::start;
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::distributed::{Leader, Member, Place};
 use crate::engine::{SampleTarget, Step, StepLimits, StepModel};
 use crate::error::LaunchError;
-use crate::runner::{RankGroup, RankParts, WeightSource};
+use crate::headway::Headway;
+use crate::runner::{RankGroup, RankParts};
 
 /// Scores in the indexer's workspace, 256 MiB: 2048 tokens of a context of 32K at once.
 pub(super) const INDEX_LOGITS: usize = 64 << 20;
+/// What a rank of several processes does when it has its GPU.
+const JOINING: &str = "joining the others' NCCL group";
 
 /// What the model can run on.
 pub(super) enum Opened {
@@ -54,20 +58,18 @@ pub(super) fn load(
     opened: Opened,
     checkpoint: &Arc<Checkpoint>,
     options: &LaunchOptions,
+    headway: &Arc<Headway>,
 ) -> Result<Box<dyn StepModel>, LaunchError> {
     let config = checkpoint.config();
     let widest = limits::widest(config, options);
+    let weights = start::told(checkpoint, headway);
     match opened {
         Opened::One(backend) => {
             say_what_is_used(backend.device(), config, options);
             let limits = settle(backend.device(), checkpoint, options)?;
             let parts = RankParts { kernels: *backend, communicator: Box::new(SingleRank::default()) };
-            let weights = &**checkpoint;
-            ready(
-                RankGroup::load_alone(parts, weights, &widest, INDEX_LOGITS, |_| Ok(limits))?,
-                config,
-                options,
-            )
+            let model = RankGroup::load_alone(parts, &*weights, &widest, INDEX_LOGITS, |_| Ok(limits))?;
+            ready(model, config, options, headway)
         }
         Opened::Several(ranks) => {
             for rank in &ranks {
@@ -79,14 +81,16 @@ pub(super) fn load(
                 limits.num_pages = limits.num_pages.min(own.num_pages);
                 limits.max_model_len = limits.max_model_len.min(own.max_model_len);
             }
+            if let Some(breaker) = ranks.first().and_then(|first| first.communicator.breaker()) {
+                headway.break_with(breaker);
+            }
             let parts = ranks
                 .into_iter()
                 .map(|RankOnGpu { backend, communicator }| RankParts { kernels: backend, communicator })
                 .collect();
-            let weights: Arc<dyn WeightSource> = Arc::clone(checkpoint) as _;
             let group =
                 RankGroup::load_and_settle(parts, &weights, &widest, INDEX_LOGITS, move |_| Ok(limits))?;
-            ready(group, config, options)
+            ready(group, config, options, headway)
         }
     }
 }
@@ -133,6 +137,7 @@ pub(super) fn lead(
     leader: Leader,
     checkpoint: &Arc<Checkpoint>,
     options: &LaunchOptions,
+    headway: &Arc<Headway>,
 ) -> Result<Box<dyn StepModel>, LaunchError> {
     refuse_peers(options)?;
     let config = checkpoint.config();
@@ -140,6 +145,7 @@ pub(super) fn lead(
     let id = Nccl::load()?.unique_id()?;
     leader.begin("cuda", id.bytes())?;
     let fate = Arc::clone(leader.fate());
+    headway.begin(0, JOINING);
     let parts = opened.join(id, options, &|| fate.reason())?;
     if let Some(breaker) = parts.communicator.breaker() {
         fate.on_failure(breaker);
@@ -147,9 +153,9 @@ pub(super) fn lead(
     let widest = limits::widest(config, options);
     // By now NCCL has what it takes of the memory.
     let limits = settle(parts.kernels.device(), checkpoint, options)?;
-    let (others, weights) = (leader.followers(), &**checkpoint);
-    let group = RankGroup::lead(parts, others, weights, &widest, INDEX_LOGITS, move |_| Ok(limits))?;
-    ready(group, config, options)
+    let (others, weights) = (leader.followers(), start::told(checkpoint, headway));
+    let group = RankGroup::lead(parts, others, &*weights, &widest, INDEX_LOGITS, move |_| Ok(limits))?;
+    ready(group, config, options, headway)
 }
 
 /// Loads another rank of several processes, which then does what rank 0 says.
@@ -163,14 +169,15 @@ pub(super) fn follow(
     let config = checkpoint.config();
     say_what_is_used(opened.of_rank.backend.device(), config, options);
     let id = NcclId::from_bytes(&member.begin("cuda")?)?;
-    let fate = member.fate();
+    let (fate, headway) = (member.fate(), member.headway());
+    headway.begin(opened.place.rank, JOINING);
     let parts = opened.join(id, options, &|| fate.reason())?;
     if let Some(breaker) = parts.communicator.breaker() {
         fate.on_failure(breaker);
     }
     let widest = limits::widest(config, options);
     let limits = settle(parts.kernels.device(), checkpoint, options)?;
-    member.follow(parts, &**checkpoint, &widest, INDEX_LOGITS, move |_| Ok(limits))
+    member.follow(parts, &*start::told(checkpoint, headway), &widest, INDEX_LOGITS, move |_| Ok(limits))
 }
 
 /// Warms the model up, and records its decode steps: by then what the kernels keep between launches is as large as it gets.
@@ -178,15 +185,29 @@ fn ready<K: Kernels + 'static>(
     mut model: RankGroup<K>,
     config: &ModelConfig,
     options: &LaunchOptions,
+    headway: &Headway,
 ) -> Result<Box<dyn StepModel>, LaunchError> {
+    let made_ready = make_ready(&mut model, config, options, headway);
+    // The others hear why before rank 0 leaves them.
+    made_ready.inspect_err(|error| model.give_up(&error.to_string()))?;
+    Ok(Box::new(model))
+}
+
+fn make_ready<K: Kernels + 'static>(
+    model: &mut RankGroup<K>,
+    config: &ModelConfig,
+    options: &LaunchOptions,
+    headway: &Headway,
+) -> Result<(), LaunchError> {
     tracing::info!(
         "the weights are on the GPU; compiling the kernels: a minute the first time, then they are found on disk"
     );
     let started = Instant::now();
-    warm_up(&mut model, config)?;
+    warm_up(model, config, &mut || headway.begin_together("a first step"))?;
     tracing::info!(elapsed_ms = started.elapsed().as_millis() as u64, "the kernels are compiled");
     if options.cuda_graphs {
         let started = Instant::now();
+        headway.begin_together("recording decode steps");
         let graphs = model.record_graphs()?;
         tracing::info!(
             graphs,
@@ -195,7 +216,7 @@ fn ready<K: Kernels + 'static>(
         );
     }
     model.set_step_timeout(options.step_timeout);
-    Ok(Box::new(model))
+    Ok(())
 }
 
 fn say_what_is_used(gpu: &Gpu, config: &ModelConfig, options: &LaunchOptions) {
@@ -221,20 +242,27 @@ pub(super) fn settle(
 }
 
 /// A prompt in chunks, past the length from which the indexer has to choose, then chunks and batches of every power of two: what they
-/// launch is compiled (or found in the cache on disk), and what the kernels keep between launches has grown.
-pub(super) fn warm_up(model: &mut dyn StepModel, config: &ModelConfig) -> Result<(), LaunchError> {
+/// launch is compiled (or found in the cache on disk), and what the kernels keep between launches has grown. Calls `begin` before every step.
+pub(super) fn warm_up(
+    model: &mut dyn StepModel,
+    config: &ModelConfig,
+    begin: &mut dyn FnMut(),
+) -> Result<(), LaunchError> {
     let limits = model.limits();
     let context = warm_up_context(&limits, config);
     for start in (0..context).step_by(limits.max_batch_tokens) {
         let chunk = limits.max_batch_tokens.min(context - start);
+        begin();
         warm_up_step(model, &limits, 1, start, chunk)?;
     }
     let up_to =
         |most: usize| (0..usize::BITS).map(|i| 1 << i).take_while(move |&n: &usize| n < most).chain([most]);
     for tokens in up_to(limits.max_batch_tokens.min(context)) {
+        begin();
         warm_up_step(model, &limits, 1, context - tokens, tokens)?;
     }
     for sequences in up_to(limits.max_batch_seqs) {
+        begin();
         warm_up_step(model, &limits, sequences, context - 1, 1)?;
     }
     Ok(())

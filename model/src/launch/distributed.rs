@@ -1,22 +1,26 @@
 //! One rank in this process, the others in theirs.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use dsa80_reference::Breaker;
 use dsa80_reference::cpu::{Cpu, CpuCommunicator};
 use sha2::{Digest, Sha256};
 
 use super::options::{Device, LaunchOptions};
-use super::{cpu_limits, limits, say_what_is_loaded, start_engine};
+use super::{OPENING, cpu_limits, limits, say_what_is_loaded, start, start_engine};
 use crate::checkpoint::Checkpoint;
-use crate::config::ModelConfig;
 use crate::distributed::{Creed, Leader, Member, Place};
 use crate::engine::{EngineHandle, StepModel};
 use crate::error::LaunchError;
+use crate::headway::Headway;
 use crate::runner::{INDEX_LOGITS, RankGroup, RankParts};
 
 #[cfg(feature = "cuda")]
 use super::cuda::RankOpened;
+
+/// How long a rank waits for the last order of rank 0 when that has left, and then how long it may take to end.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What a rank runs on.
 enum Opened {
@@ -39,17 +43,23 @@ impl Opened {
 /// Launches rank 0, whose engine leads the ranks of the other processes ([`follow`]). `options.tp` is their number.
 ///
 /// # Errors
-/// As for [`launch`](super::launch); a rank that does not come, disagrees or fails, by its number and with its reason.
+/// As for [`launch`](super::launch); a rank that does not come, disagrees, fails or does not get on, by its number and with its reason.
 pub fn launch_leader(
     checkpoint: &Arc<Checkpoint>,
     options: &LaunchOptions,
     place: &Place,
 ) -> Result<EngineHandle, LaunchError> {
     limits::check(checkpoint.config(), options)?;
-    let creed = creed(checkpoint.config(), options);
-    let leader = Leader::gather(place.clone(), &creed, options.join_timeout)?;
+    let (creed, headway) = (creed(checkpoint, options)?, Headway::of(checkpoint));
+    let leader = Leader::gather(place.clone(), &creed, options.join_timeout, &headway)?;
     let fate = Arc::clone(leader.fate());
-    let model = lead(leader, checkpoint, options, place);
+    headway.break_with(fate.breaker());
+    let load = {
+        let (checkpoint, options, headway) = (Arc::clone(checkpoint), options.clone(), Arc::clone(&headway));
+        let place = place.clone();
+        move || lead(leader, &checkpoint, &options, &place, &headway)
+    };
+    let model = start::watched(&headway, options.start_timeout, load);
     let model = model.inspect_err(|error| fate.fail(&format!("rank 0: {error}")))?;
     Ok(start_engine(model, checkpoint, options))
 }
@@ -59,7 +69,9 @@ fn lead(
     checkpoint: &Arc<Checkpoint>,
     options: &LaunchOptions,
     place: &Place,
+    headway: &Arc<Headway>,
 ) -> Result<Box<dyn StepModel>, LaunchError> {
+    headway.begin(0, OPENING);
     match open(options, place)? {
         opened @ Opened::Cpu => {
             leader.begin(opened.name(), &[])?;
@@ -68,14 +80,14 @@ fn lead(
             let cpu = Cpu::<f32>::new();
             let communicator = Box::new(CpuCommunicator::new(cpu, leader.meeting()?));
             let parts = RankParts { kernels: cpu, communicator };
-            let (others, weights) = (leader.followers(), &**checkpoint);
+            let (others, weights) = (leader.followers(), start::told(checkpoint, headway));
             let mut group =
-                RankGroup::lead(parts, others, weights, &limits, INDEX_LOGITS, move |_| Ok(limits))?;
+                RankGroup::lead(parts, others, &*weights, &limits, INDEX_LOGITS, move |_| Ok(limits))?;
             group.set_step_timeout(options.step_timeout);
             Ok(Box::new(group))
         }
         #[cfg(feature = "cuda")]
-        Opened::Cuda(opened) => super::cuda::lead(*opened, leader, checkpoint, options),
+        Opened::Cuda(opened) => super::cuda::lead(*opened, leader, checkpoint, options, headway),
     }
 }
 
@@ -91,9 +103,10 @@ pub fn follow(
     lost: Breaker,
 ) -> Result<(), LaunchError> {
     limits::check(checkpoint.config(), options)?;
-    let creed = creed(checkpoint.config(), options);
-    let member = Member::join(place.clone(), &creed, options.join_timeout)?;
-    member.fate().on_failure(lost);
+    let (creed, headway) = (creed(checkpoint, options)?, Headway::of(checkpoint));
+    let member = Member::join(place.clone(), &creed, options.join_timeout, &headway)?;
+    member.fate().on_failure(Arc::clone(&lost));
+    member.end_with_rank_0(LEAVE_PATIENCE, lost)?;
     let followed = follow_member(&member, checkpoint, options, place);
     followed.map_err(|error| {
         let fate = member.fate();
@@ -112,6 +125,8 @@ fn follow_member(
     options: &LaunchOptions,
     place: &Place,
 ) -> Result<(), LaunchError> {
+    let headway = member.headway();
+    headway.begin(place.rank, OPENING);
     match open(options, place)? {
         opened @ Opened::Cpu => {
             member.begin(opened.name())?;
@@ -119,7 +134,8 @@ fn follow_member(
             let cpu = Cpu::<f32>::new();
             let communicator = Box::new(CpuCommunicator::new(cpu, member.meeting()?));
             let parts = RankParts { kernels: cpu, communicator };
-            member.follow(parts, &**checkpoint, &limits, INDEX_LOGITS, move |_| Ok(limits))
+            let weights = start::told(checkpoint, headway);
+            member.follow(parts, &*weights, &limits, INDEX_LOGITS, move |_| Ok(limits))
         }
         #[cfg(feature = "cuda")]
         Opened::Cuda(opened) => super::cuda::follow(*opened, member, checkpoint, options),
@@ -154,7 +170,7 @@ fn open(options: &LaunchOptions, _place: &Place) -> Result<Opened, LaunchError> 
 }
 
 /// What must be the same on all ranks. Taken apart whole, so that a new option is not forgotten.
-fn creed(config: &ModelConfig, options: &LaunchOptions) -> Creed {
+fn creed(checkpoint: &Checkpoint, options: &LaunchOptions) -> Result<Creed, LaunchError> {
     let LaunchOptions {
         device,
         tp,
@@ -172,14 +188,16 @@ fn creed(config: &ModelConfig, options: &LaunchOptions) -> Creed {
         collectives,
         step_timeout: _,
         join_timeout: _,
+        start_timeout: _,
     } = options;
-    let digest: String =
-        Sha256::digest(format!("{config:?}")).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    let config = format!("{:?}", checkpoint.config());
     let or_default = |value: &Option<usize>| value.map_or("not given".to_owned(), |value| value.to_string());
     let articles = [
         ("the version of dsa80", env!("CARGO_PKG_VERSION").to_owned()),
         ("WORLD_SIZE", tp.to_string()),
-        ("the model's config.json (its hash)", digest),
+        ("the model's config.json (its hash)", hash(Sha256::new().chain_update(config))),
+        ("--load-format", if checkpoint.is_dummy() { "dummy" } else { "safetensors" }.to_owned()),
+        ("the hash of the checkpoint's tensors (names, types, shapes, samples)", hash(checkpoint.sample()?)),
         ("--device", device.to_string()),
         ("--max-model-len", or_default(max_model_len)),
         ("--max-num-seqs", max_num_seqs.to_string()),
@@ -192,5 +210,10 @@ fn creed(config: &ModelConfig, options: &LaunchOptions) -> Creed {
         ("--cuda-graphs", if *cuda_graphs { "on" } else { "off" }.to_owned()),
         ("--collectives", collectives.to_string()),
     ];
-    Creed(articles.map(|(name, value)| (name.to_owned(), value)).into())
+    Ok(Creed(articles.map(|(name, value)| (name.to_owned(), value)).into()))
+}
+
+/// As people can compare it.
+fn hash(of: Sha256) -> String {
+    of.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }

@@ -38,8 +38,12 @@ pub(super) fn check(config: &ModelConfig, options: &LaunchOptions) -> Result<(),
             "--gpu-memory-utilization is {found}; expected a share above 0 and at most 1"
         )));
     }
-    if options.step_timeout.is_zero() {
-        return Err(LaunchError::Options("--step-timeout is 0; expected at least 1 second".into()));
+    for (name, value) in
+        [("--step-timeout", options.step_timeout), ("--start-timeout", options.start_timeout)]
+    {
+        if value.is_zero() {
+            return Err(LaunchError::Options(format!("{name} is 0; expected at least 1 second")));
+        }
     }
     if options.kv_cache_dtype == KvCacheDtype::Fp8 && !options.page_size.is_multiple_of(4) {
         return Err(LaunchError::Options(format!(

@@ -64,7 +64,7 @@ impl Needs {
             let max_model_len = widest.max_model_len.min(num_pages.saturating_mul(widest.page_size));
             Ok(StepLimits { num_pages, max_model_len, ..widest })
         })?;
-        warm_up(&mut model, config)?;
+        warm_up(&mut model, config, &mut || ())?;
         let caches = (num_pages * page_bytes(config, options, ACT_BYTES)) as u64;
         let weights = Plan::from_checkpoint(checkpoint, options.tp)?.weights.total();
         let workspace = allocated.bytes().saturating_sub(caches).saturating_sub(weights);

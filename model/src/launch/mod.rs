@@ -8,6 +8,7 @@ mod limits;
 #[cfg(feature = "cuda")]
 mod memory;
 mod options;
+mod start;
 
 use std::sync::Arc;
 
@@ -20,28 +21,44 @@ use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::engine::{Engine, EngineHandle, EngineOptions, StepLimits, StepModel};
 use crate::error::LaunchError;
-use crate::runner::{RankGroup, RankParts, WeightSource};
+use crate::headway::Headway;
+use crate::runner::{RankGroup, RankParts};
 
 /// Caches in host memory, where nothing else is said.
 const CPU_CACHE_BYTES: usize = 256 << 20;
+/// What a rank does before all else.
+const OPENING: &str = "opening its device";
 
 /// Loads `checkpoint` on the chosen device and starts its engine.
 ///
 /// # Errors
 /// A device that this build or this machine does not have, options that do not fit the model (with the arithmetic and what
-/// would fit), or a damaged checkpoint.
+/// would fit), a damaged checkpoint, or a rank that does not get on for [`LaunchOptions::start_timeout`].
 pub fn launch(checkpoint: &Arc<Checkpoint>, options: &LaunchOptions) -> Result<EngineHandle, LaunchError> {
     limits::check(checkpoint.config(), options)?;
-    let model = match options.device {
+    let headway = Headway::of(checkpoint);
+    let load = {
+        let (checkpoint, options, headway) = (Arc::clone(checkpoint), options.clone(), Arc::clone(&headway));
+        move || load(&checkpoint, &options, &headway)
+    };
+    let model = start::watched(&headway, options.start_timeout, load)?;
+    Ok(start_engine(model, checkpoint, options))
+}
+
+fn load(
+    checkpoint: &Arc<Checkpoint>,
+    options: &LaunchOptions,
+    headway: &Arc<Headway>,
+) -> Result<Box<dyn StepModel>, LaunchError> {
+    match options.device {
         Device::Cpu => {
             tracing::info!("device: cpu, as asked for");
-            on_cpu(checkpoint, options)?
+            on_cpu(checkpoint, options, headway)
         }
-        Device::Wgpu => return Err(no_wgpu()),
-        Device::Cuda => on_cuda(checkpoint, options)?,
-        Device::Auto => on_the_best(checkpoint, options)?,
-    };
-    Ok(start_engine(model, checkpoint, options))
+        Device::Wgpu => Err(no_wgpu()),
+        Device::Cuda => on_cuda(checkpoint, options, headway),
+        Device::Auto => on_the_best(checkpoint, options, headway),
+    }
 }
 
 fn start_engine(model: Box<dyn StepModel>, checkpoint: &Checkpoint, options: &LaunchOptions) -> EngineHandle {
@@ -68,22 +85,29 @@ fn no_cuda() -> LaunchError {
 }
 
 #[cfg(feature = "cuda")]
-fn on_cuda(checkpoint: &Arc<Checkpoint>, options: &LaunchOptions) -> Result<Box<dyn StepModel>, LaunchError> {
+fn on_cuda(
+    checkpoint: &Arc<Checkpoint>,
+    options: &LaunchOptions,
+    headway: &Arc<Headway>,
+) -> Result<Box<dyn StepModel>, LaunchError> {
+    headway.begin(0, OPENING);
     let backend = cuda::open(options)
         .map_err(|reason| LaunchError::Options(format!("--device cuda: {reason}; or use --device cpu")))?;
-    cuda::load(backend, checkpoint, options)
+    cuda::load(backend, checkpoint, options, headway)
 }
 
 #[cfg(feature = "cuda")]
 fn on_the_best(
     checkpoint: &Arc<Checkpoint>,
     options: &LaunchOptions,
+    headway: &Arc<Headway>,
 ) -> Result<Box<dyn StepModel>, LaunchError> {
+    headway.begin(0, OPENING);
     match cuda::open(options) {
-        Ok(backend) => cuda::load(backend, checkpoint, options),
+        Ok(backend) => cuda::load(backend, checkpoint, options, headway),
         Err(reason) => {
             tracing::info!("device: cpu (auto: {reason})");
-            on_cpu(checkpoint, options)
+            on_cpu(checkpoint, options, headway)
         }
     }
 }
@@ -92,6 +116,7 @@ fn on_the_best(
 fn on_cuda(
     _checkpoint: &Arc<Checkpoint>,
     _options: &LaunchOptions,
+    _headway: &Arc<Headway>,
 ) -> Result<Box<dyn StepModel>, LaunchError> {
     Err(no_cuda())
 }
@@ -100,22 +125,26 @@ fn on_cuda(
 fn on_the_best(
     checkpoint: &Arc<Checkpoint>,
     options: &LaunchOptions,
+    headway: &Arc<Headway>,
 ) -> Result<Box<dyn StepModel>, LaunchError> {
     tracing::info!("device: cpu (auto: this build has no GPU backend)");
-    on_cpu(checkpoint, options)
+    on_cpu(checkpoint, options, headway)
 }
 
 /// The oracle in f32, a thread for every rank.
-fn on_cpu(checkpoint: &Arc<Checkpoint>, options: &LaunchOptions) -> Result<Box<dyn StepModel>, LaunchError> {
+fn on_cpu(
+    checkpoint: &Arc<Checkpoint>,
+    options: &LaunchOptions,
+    headway: &Arc<Headway>,
+) -> Result<Box<dyn StepModel>, LaunchError> {
     let limits = cpu_limits(checkpoint.config(), options)?;
     say_what_is_loaded(checkpoint.config(), options, &limits);
     let cpu = Cpu::<f32>::new();
-    let ranks = ThreadCommunicator::group(cpu, options.tp)
+    let ranks: Vec<_> = ThreadCommunicator::group(cpu, options.tp)
         .into_iter()
         .map(|rank| RankParts { kernels: cpu, communicator: Box::new(rank) })
         .collect();
-    let weights: Arc<dyn WeightSource> = Arc::clone(checkpoint) as _;
-    let mut group = RankGroup::load(ranks, &weights, limits)?;
+    let mut group = RankGroup::load(ranks, &start::told(checkpoint, headway), limits)?;
     group.set_step_timeout(options.step_timeout);
     Ok(Box::new(group))
 }

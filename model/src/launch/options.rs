@@ -193,6 +193,8 @@ pub struct LaunchOptions {
     pub step_timeout: Duration,
     /// How long the ranks of several processes wait for each other at the start.
     pub join_timeout: Duration,
+    /// How long a start goes on in which no rank gets on: reads or copies no piece of the weights, and ends no first step.
+    pub start_timeout: Duration,
 }
 
 impl Default for LaunchOptions {
@@ -214,6 +216,8 @@ impl Default for LaunchOptions {
             collectives: Collectives::Auto,
             step_timeout: Duration::from_secs(120),
             join_timeout: Duration::from_secs(300),
+            // Longer than a first step compiles.
+            start_timeout: Duration::from_secs(600),
         }
     }
 }

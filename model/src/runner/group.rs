@@ -59,7 +59,7 @@ pub(crate) trait Follower: Send {
     }
     /// Calls `tell` when it is lost while it has nothing to do.
     fn on_loss(&self, _tell: Breaker) {}
-    /// There is nothing more to do. Does not wait.
+    /// There is nothing more to do, or it has heard why not. Does not wait.
     fn dismiss(&mut self);
     /// Waits a moment until it has ended, where it would otherwise outlive rank 0.
     fn end(&mut self) {}
@@ -165,8 +165,15 @@ where
         let mut loaded: Vec<_> = others.iter_mut().map(|other| other.loaded()).collect();
         match first {
             Ok((first, limits)) => {
-                loaded.into_iter().collect::<Result<(), _>>()?;
-                Ok(Self { first, others, limits, patience: PATIENCE })
+                let loaded: Result<(), _> = loaded.into_iter().collect();
+                let mut group = Self { first, others, limits, patience: PATIENCE };
+                match loaded {
+                    Ok(()) => Ok(group),
+                    Err(error) => {
+                        group.give_up(&error.to_string());
+                        Err(error)
+                    }
+                }
             }
             // The rank that was missed says why it went.
             Err(LaunchError::RankLost { rank, world_size }) => {
@@ -193,6 +200,12 @@ where
         self.together(done, |other| other.recorded()).map_err(|(_, error)| error)
     }
 
+    /// Tells all ranks that rank 0 goes no further.
+    fn tell(&mut self, reason: &str) {
+        self.first.abort(reason);
+        self.others.iter_mut().for_each(|other| other.give_up(reason));
+    }
+
     /// What rank 0 has `done`, and the others as `result` says. The error is that of the rank that failed by itself, with its rank.
     fn together<R>(
         &mut self,
@@ -202,9 +215,7 @@ where
         let mut errors = Vec::new();
         let done = done.map_err(|error| {
             // The others may wait for rank 0 in a collective.
-            let reason = error.to_string();
-            self.first.abort(&reason);
-            self.others.iter_mut().for_each(|other| other.give_up(&reason));
+            self.tell(&error.to_string());
             errors.push((0, error));
         });
         for (index, other) in self.others.iter_mut().enumerate() {
@@ -408,6 +419,10 @@ impl<K: Kernels + 'static> StepModel for RankGroup<K> {
         if self.others.is_empty() { None } else { Some(Arc::new(all)) }
     }
 
+    fn give_up(&mut self, reason: &str) {
+        self.tell(reason);
+    }
+
     fn on_loss(&mut self, tell: Breaker) {
         // Processes share one fate: whichever is asked tells of all.
         if let Some(other) = self.others.first() {
@@ -418,6 +433,9 @@ impl<K: Kernels + 'static> StepModel for RankGroup<K> {
 
 impl<K: Kernels> Drop for RankGroup<K> {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.others.iter_mut().for_each(|other| other.give_up("it panicked"));
+        }
         self.others.iter_mut().for_each(|other| other.dismiss());
         // Dropped in the middle of a step only by a panic: the others must not wait for rank 0.
         self.first.abort("rank 0 has left");

@@ -87,6 +87,11 @@ pub(super) struct ModelArgs {
     /// Seconds that the ranks of several processes wait for each other at the start.
     #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(..=YEAR))]
     join_timeout: u64,
+
+    /// Seconds that a start may go without any rank getting on (reading a piece of the weights, ending a first step): then it ends with the
+    /// reason. A slow one that gets on may take any time.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=YEAR))]
+    start_timeout: u64,
 }
 
 /// Seconds of the longest wait that can be asked for.
@@ -120,6 +125,7 @@ impl ModelArgs {
             collectives: self.collectives,
             step_timeout: Duration::from_secs(self.step_timeout),
             join_timeout: Duration::from_secs(self.join_timeout),
+            start_timeout: Duration::from_secs(self.start_timeout),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use clap::Args;
@@ -12,6 +12,7 @@ use serde_json::json;
 
 use super::args::ModelArgs;
 use super::load::load;
+use super::rank;
 use crate::http::ServedModel;
 use crate::metrics::Metrics;
 use crate::openai::{Common, StopList};
@@ -118,7 +119,10 @@ pub(super) fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
             text
         }
     };
-    let model = load(&args.model, None)?;
+    let model = load(&args.model, None).inspect_err(|_| {
+        // What a start has left behind may be stuck in a driver, which then does not let the process go.
+        rank::end_within(Duration::from_secs(10));
+    })?;
     let ids = args.encode(&model, &prompt)?;
     let record = Arc::new(RequestRecord::new("generate".into()));
     let plan = Plan {

@@ -166,12 +166,15 @@ fn end_of_sequence_ids_outside_the_vocabulary_are_ignored() {
 
 #[test]
 fn an_idle_engine_shuts_down_and_twice_is_harmless() {
-    let engine = start(MockModel::new(limits()));
+    let model = MockModel::new(limits());
+    let given_up = Arc::clone(&model.given_up);
+    let engine = start(model);
     assert!(engine.is_alive());
     engine.shutdown(LONG);
     assert!(!engine.is_alive());
     engine.shutdown(Duration::ZERO);
     assert_eq!(engine.submit(request([2], 4)).unwrap_err(), SubmitError::ShuttingDown);
+    assert!(given_up.lock().unwrap().is_empty(), "to be asked to stop is no failure");
 }
 
 #[test]
@@ -244,6 +247,7 @@ fn a_failing_step_fails_everything_and_stops_the_engine() {
         let (permits, permits_receiver) = channel();
         let mut model = MockModel::new(limits());
         model.fault = Some((4, fault));
+        let given_up = Arc::clone(&model.given_up);
         model.gate = Some(Gate { entered: entered_sender, permits: permits_receiver });
         let gated = Gated { engine: start(model), entered, permits };
         let mut streams = vec![gated.engine.submit(request([2], 60)).unwrap()];
@@ -263,6 +267,8 @@ fn a_failing_step_fails_everything_and_stops_the_engine() {
         let stats = engine.stats();
         assert_eq!((stats.failed, stats.running, stats.waiting, stats.pages_used), (4, 0, 0, 0));
         engine.shutdown(LONG);
+        // Ranks elsewhere are told, also of what goes wrong between two steps.
+        assert_eq!(*given_up.lock().unwrap(), [message], "{fault:?}");
     }
 }
 

@@ -47,12 +47,14 @@ pub(super) struct MockModel {
     pub(super) gate: Option<Gate>,
     /// All steps so far.
     pub(super) log: Arc<Mutex<Vec<Arc<Step>>>>,
+    /// Why it was given up.
+    pub(super) given_up: Arc<Mutex<Vec<String>>>,
 }
 
 impl MockModel {
     pub(super) fn new(limits: StepLimits) -> Self {
         let slots = vec![None; limits.num_pages * limits.page_size];
-        Self { limits, slots, fault: None, gate: None, log: Arc::default() }
+        Self { limits, slots, fault: None, gate: None, log: Arc::default(), given_up: Arc::default() }
     }
 
     /// What the contract says about a batch, before it is run.
@@ -127,6 +129,10 @@ impl MockModel {
 }
 
 impl StepModel for MockModel {
+    fn give_up(&mut self, reason: &str) {
+        self.given_up.lock().unwrap().push(reason.to_owned());
+    }
+
     fn step_while(
         &mut self,
         step: Arc<Step>,
