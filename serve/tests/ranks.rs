@@ -30,7 +30,11 @@ impl Drop for Process {
 
 impl Process {
     fn start(args: &[&str], environment: &[(&str, String)]) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_dsa80"));
+        Self::start_by(Command::new(env!("CARGO_BIN_EXE_dsa80")), args, environment)
+    }
+
+    /// As another program starts it.
+    fn start_by(mut command: Command, args: &[&str], environment: &[(&str, String)]) -> Self {
         command.args(["serve", "--device", "cpu", "--port", "0"]).args(args);
         for name in ["DSA80_MODEL", "DSA80_API_KEY", "RUST_LOG", "RANK", "WORLD_SIZE", "LOCAL_RANK"] {
             command.env_remove(name);
@@ -234,6 +238,122 @@ fn rank_0_that_is_killed_ends_the_others() {
     let (status, log) = ranks.remove(1).ends_within(Duration::from_secs(20));
     assert_eq!(status.code(), Some(1), "{log}");
     assert!(log.contains("rank 0 has closed its connection"), "{log}");
+}
+
+/// The environment of each of four ranks on two machines of two, of which rank 0 is to be found at `master`.
+fn on_two_machines(rank: usize, master: &str, port: u16) -> [(&'static str, String); 6] {
+    [
+        ("RANK", rank.to_string()),
+        ("WORLD_SIZE", "4".to_owned()),
+        ("LOCAL_RANK", (rank % 2).to_string()),
+        ("LOCAL_WORLD_SIZE", "2".to_owned()),
+        ("MASTER_ADDR", master.to_owned()),
+        ("MASTER_PORT", port.to_string()),
+    ]
+}
+
+/// Every machine counts its own ranks; rank 0's address is one of several that its machine has.
+#[test]
+fn local_ranks_repeat_from_machine_to_machine() {
+    let master = "127.0.0.2";
+    let port = TcpListener::bind((master, 0)).unwrap().local_addr().unwrap().port();
+    let start = |rank| Process::start(&[], &on_two_machines(rank, master, port));
+    let mut ranks: Vec<_> = [3, 2, 1, 0].map(start).into();
+    let address = ranks[3].address();
+    let mut alone = Process::start(&["--tp", "4"], &[]);
+    assert_eq!(sample(&address), sample(&alone.address()));
+    // Rank 2 is the first of its machine.
+    ranks[1].signal("-KILL");
+    let (status, log) = ranks.remove(3).ends_within(Duration::from_secs(20));
+    assert_eq!(status.code(), Some(1), "{log}");
+    assert!(log.contains("rank 2 has closed its connection"), "{log}");
+}
+
+/// Two machines with a cable between them, and one to here: network namespaces of this machine.
+#[cfg(target_os = "linux")]
+struct Machines {
+    names: [String; 2],
+}
+
+#[cfg(target_os = "linux")]
+impl Machines {
+    /// On each, `node0` is the first, as such machines have it: to itself an address of its loopback.
+    fn start() -> Self {
+        let names = [0, 1].map(|node| format!("dsa80-{}-{node}", std::process::id()));
+        for (name, host) in names.iter().zip(["127.0.1.1 node0", "10.253.1.1 node0"]) {
+            let dir = format!("/etc/netns/{name}");
+            std::fs::create_dir_all(&dir).unwrap();
+            std::fs::write(format!("{dir}/hosts"), format!("{host}\n127.0.0.1 localhost\n")).unwrap();
+        }
+        let [first, second] = &names;
+        let here = format!("d80-{}", std::process::id());
+        for line in [
+            format!("netns add {first}"),
+            format!("netns add {second}"),
+            format!("-n {first} link set lo up"),
+            format!("-n {second} link set lo up"),
+            format!("link add {here} type veth peer name here netns {first}"),
+            format!("address add 10.253.0.254/24 dev {here}"),
+            format!("link set {here} up"),
+            format!("-n {first} address add 10.253.0.1/24 dev here"),
+            format!("-n {first} link set here up"),
+            format!("-n {first} link add cable type veth peer name cable netns {second}"),
+            format!("-n {first} address add 10.253.1.1/24 dev cable"),
+            format!("-n {second} address add 10.253.1.2/24 dev cable"),
+            format!("-n {first} link set cable up"),
+            format!("-n {second} link set cable up"),
+        ] {
+            Self::ip(&line);
+        }
+        Self { names }
+    }
+
+    fn ip(line: &str) {
+        let status = Command::new("ip").args(line.split(' ')).status();
+        assert!(status.is_ok_and(|status| status.success()), "`ip {line}` needs iproute2 and root");
+    }
+
+    fn rank(&self, rank: usize) -> Process {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.names[rank / 2], env!("CARGO_BIN_EXE_dsa80")]);
+        Process::start_by(command, &["--host", "0.0.0.0"], &on_two_machines(rank, "node0", 29500))
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl Drop for Machines {
+    fn drop(&mut self) {
+        for name in &self.names {
+            let _ = Command::new("ip").args(["netns", "delete", name]).status();
+            let _ = std::fs::remove_dir_all(format!("/etc/netns/{name}"));
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+#[ignore = "needs root and iproute2: network namespaces"]
+fn ranks_on_two_machines_answer_as_threads_do_and_a_cut_cable_ends_them() {
+    let machines = Machines::start();
+    let mut ranks: Vec<_> = (0..4).map(|rank| machines.rank(rank)).collect();
+    ranks[0].says("leads to this machine's loopback, where no other comes");
+    let address = ranks[0].address().replace("0.0.0.0", "10.253.0.1");
+    let mut alone = Process::start(&["--tp", "4"], &[]);
+    assert_eq!(sample(&address), sample(&alone.address()));
+
+    let stream = Stream::start(&address);
+    let cut = Instant::now();
+    Machines::ip(&format!("-n {} link set cable down", machines.names[1]));
+    let rest = stream.rest();
+    let answered = cut.elapsed();
+    assert!(rest.contains("has given no sign of life for 20s"), "{rest}");
+    assert!(answered < Duration::from_secs(40), "{answered:?}");
+    for (rank, process) in ranks.into_iter().enumerate() {
+        let (status, log) = process.ends_within(Duration::from_secs(40));
+        assert_eq!(status.code(), Some(1), "rank {rank}: {log}");
+        let silent = ["rank 2 has given no", "rank 3 has given no", "rank 0 has given no"];
+        assert!(silent.iter().any(|words| log.contains(words)), "rank {rank}: {log}");
+    }
 }
 
 #[test]

@@ -99,8 +99,10 @@ impl Mock {
     }
 }
 
-/// SAFETY: handles are those of `init_rank`, which are never freed.
+/// # Safety
+/// `handle` is one of [`init_rank`].
 unsafe fn rank_of(handle: Handle) -> &'static Rank {
+    // SAFETY: those are never freed.
     unsafe { &*handle.cast::<Rank>() }
 }
 
