@@ -16,6 +16,8 @@ pub mod random;
 mod rendezvous;
 pub mod sampling;
 pub mod tensor;
+#[cfg(feature = "wgpu")]
+pub mod wgpu;
 
 pub use batch::{Batch, SequenceSlice};
 pub use communicator::{Breaker, Communicator};

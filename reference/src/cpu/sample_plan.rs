@@ -24,11 +24,11 @@ struct Row {
 }
 
 impl CpuSamplePlan {
-    pub(super) fn new(max_rows: usize, vocab_size: usize) -> Self {
+    pub(crate) fn new(max_rows: usize, vocab_size: usize) -> Self {
         Self { max_rows, vocab_size, rows: Vec::new() }
     }
 
-    pub(super) fn replace(&mut self, rows: &[SampleRow<'_>]) -> Result<()> {
+    pub(crate) fn replace(&mut self, rows: &[SampleRow<'_>]) -> Result<()> {
         if rows.len() > self.max_rows {
             let (shape, elements) = (vec![rows.len()], rows.len());
             return Err(Error::Capacity { shape, elements, capacity: self.max_rows });
@@ -46,7 +46,7 @@ impl CpuSamplePlan {
         Ok(())
     }
 
-    pub(super) fn rows(&self) -> Vec<SampleRow<'_>> {
+    pub(crate) fn rows(&self) -> Vec<SampleRow<'_>> {
         self.rows.iter().map(Row::lend).collect()
     }
 }

@@ -262,7 +262,7 @@ fn sources() -> Sources {
     std::env::var_os("DSA80_KERNELS").map_or(Sources::Embedded, |folder| Sources::Folder(folder.into()))
 }
 
-fn wanted(device: &str) -> bool {
+pub(super) fn wanted(device: &str) -> bool {
     std::env::var_os("DSA80_PARITY").is_none_or(|only| only == device)
 }
 

@@ -5,6 +5,7 @@
 
 pub mod batches;
 pub mod compare;
+pub mod contract;
 pub mod devices;
 mod interval;
 mod runner;

@@ -17,7 +17,7 @@ const GPU_FACTOR: u32 = 4;
 #[track_caller]
 pub fn check<S: Strategy>(name: &str, cases: S, body: impl Fn(&TestDevice, S::Value)) {
     for device in devices::all() {
-        run(name, &device, &cases, &body);
+        run_on(name, &device, &cases, &body);
     }
 }
 
@@ -25,7 +25,7 @@ pub fn check<S: Strategy>(name: &str, cases: S, body: impl Fn(&TestDevice, S::Va
 #[track_caller]
 pub fn check_on_gpu<S: Strategy>(name: &str, cases: S, body: impl Fn(&TestDevice, S::Value)) {
     if let Some(device) = devices::gpu() {
-        run(name, &device, &cases, &body);
+        run_on(name, &device, &cases, &body);
     }
 }
 
@@ -43,25 +43,48 @@ pub fn large_cases(body: impl Fn(&TestDevice)) {
 #[track_caller]
 pub fn catches<S: Strategy>(fault: Fault<'_>, cases: S, body: impl Fn(&TestDevice, S::Value)) {
     let Some(device) = devices::faulty(&[fault]) else { return };
+    let Some(reason) = catch(&cases, &|case| body(&device, case)) else { panic!("nothing sees the fault {fault:?}") };
+    assert!(!reason.contains("refused the kernel"), "{fault:?} does not compile: {reason}");
+}
+
+/// Why `body` fails on some of `cases`, if it does: the same cases in every run.
+pub(super) fn catch<S: Strategy>(cases: &S, body: &impl Fn(S::Value)) -> Option<String> {
     let mut config = ProptestConfig { failure_persistence: None, max_shrink_iters: 0, ..Default::default() };
     config.rng_seed = RngSeed::Fixed(1);
-    let outcome = TestRunner::new(config).run(&cases, |case| {
-        body(&device, case);
+    let outcome = TestRunner::new(config).run(cases, |case| {
+        body(case);
         Ok(())
     });
-    let Err(TestError::Fail(reason, _)) = outcome else { panic!("nothing sees the fault {fault:?}") };
-    assert!(!reason.message().contains("refused the kernel"), "{fault:?} does not compile: {reason}");
+    match outcome {
+        Err(TestError::Fail(reason, _)) => Some(reason.message().to_owned()),
+        _ => None,
+    }
+}
+
+/// What a run of random cases is called, and how many it has.
+pub(super) struct Config<'a> {
+    /// The test's name, and the file's of its regressions.
+    pub(super) name: &'a str,
+    /// What runs it.
+    pub(super) on: &'a str,
+    /// Times the cases of a test on the emulator.
+    pub(super) factor: u32,
 }
 
 #[track_caller]
-fn run<S: Strategy>(name: &str, device: &TestDevice, cases: &S, body: &impl Fn(&TestDevice, S::Value)) {
+fn run_on<S: Strategy>(name: &str, device: &TestDevice, cases: &S, body: &impl Fn(&TestDevice, S::Value)) {
+    let factor = if device.is_gpu() { GPU_FACTOR } else { 1 };
+    run(&Config { name, on: &device.to_string(), factor }, cases, &|case| body(device, case));
+}
+
+#[track_caller]
+pub(super) fn run<S: Strategy>(of: &Config<'_>, cases: &S, body: &impl Fn(S::Value)) {
+    let &Config { name, on, factor } = of;
     let mut config = ProptestConfig::default();
     if std::env::var_os("PROPTEST_CASES").is_none() {
         config.cases = CASES;
     }
-    if device.is_gpu() {
-        config.cases *= GPU_FACTOR;
-    }
+    config.cases *= factor;
     let regressions = format!("{}/regressions/{name}.txt", env!("CARGO_MANIFEST_DIR"));
     config.failure_persistence = Some(Box::new(FileFailurePersistence::Direct(regressions.leak())));
     config.max_shrink_iters = 64;
@@ -72,14 +95,14 @@ fn run<S: Strategy>(name: &str, device: &TestDevice, cases: &S, body: &impl Fn(&
     };
     config.rng_seed = RngSeed::Fixed(seed);
     let outcome = TestRunner::new(config).run(cases, |case| {
-        body(device, case);
+        body(case);
         Ok(())
     });
     match outcome {
         Ok(()) => {}
         Err(TestError::Fail(reason, case)) => panic!(
-            "{name} on {device}, PROPTEST_RNG_SEED={seed}: {reason}\nthe smallest case that fails: {case:#?}"
+            "{name} on {on}, PROPTEST_RNG_SEED={seed}: {reason}\nthe smallest case that fails: {case:#?}"
         ),
-        Err(TestError::Abort(reason)) => panic!("{name} on {device}: given up: {reason}"),
+        Err(TestError::Abort(reason)) => panic!("{name} on {on}: given up: {reason}"),
     }
 }

@@ -1,0 +1,277 @@
+//! An adapter that was opened: its device, its limits, the pipelines that were built on it, and what went wrong with it.
+
+use std::collections::HashMap;
+use std::fmt::Write;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use super::block_on::block_on;
+use super::launch::{Access, PipelineKey};
+use super::shader::{Edit, Shader};
+use crate::error::{Error, Result};
+
+/// Why an adapter is needed that has none of these, in errors.
+const NEXT_STEP: &str = "install a driver with Vulkan (on Debian without a GPU: mesa-vulkan-drivers), or use another device";
+
+/// How an adapter is chosen and used.
+#[derive(Debug, Clone, Default)]
+pub struct WgpuOptions {
+    /// Leaves out what not every adapter has: subgroups.
+    pub plain: bool,
+    /// Takes a GPU alone: no adapter that is a CPU.
+    pub hardware: bool,
+    /// The part of the adapter's name to look for; any adapter without it.
+    pub adapter: Option<String>,
+    /// Replaced in the shaders: to try a change, or to see that a test notices a fault.
+    pub edits: Vec<Edit>,
+}
+
+/// An opened adapter, which the backends of several ranks share.
+pub struct WgpuContext {
+    pub(super) device: wgpu::Device,
+    pub(super) queue: wgpu::Queue,
+    pub(super) limits: wgpu::Limits,
+    info: wgpu::AdapterInfo,
+    subgroups: bool,
+    edits: Vec<Edit>,
+    modules: Mutex<HashMap<&'static str, wgpu::ShaderModule>>,
+    pipelines: Mutex<HashMap<PipelineKey, Arc<Pipeline>>>,
+    /// What the device reported outside of any call: that it was lost, or an error that nobody waited for.
+    failure: Arc<OnceLock<String>>,
+}
+
+/// A kernel with its constants fixed.
+pub(super) struct Pipeline {
+    pub(super) pipeline: wgpu::ComputePipeline,
+    pub(super) layout: wgpu::BindGroupLayout,
+}
+
+impl std::fmt::Debug for WgpuContext {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("WgpuContext").field("adapter", &self.name()).finish_non_exhaustive()
+    }
+}
+
+impl WgpuContext {
+    /// Opens an adapter: the first GPU or, unless only hardware will do, a CPU.
+    ///
+    /// # Errors
+    /// There is no such adapter, or none that the kernels run on.
+    pub fn open(options: &WgpuOptions) -> Result<Arc<Self>> {
+        let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
+            flags: wgpu::InstanceFlags::empty(),
+            ..wgpu::InstanceDescriptor::new_without_display_handle()
+        });
+        let mut adapters = block_on(instance.enumerate_adapters(wgpu::Backends::all()));
+        adapters.sort_by_key(|adapter| rank(adapter.get_info().device_type));
+        let mut refused = String::new();
+        let wanted = options.adapter.as_deref().unwrap_or_default();
+        for adapter in adapters {
+            let info = adapter.get_info();
+            let reason = if !info.name.contains(wanted) {
+                format!("is not called {wanted:?}")
+            } else if options.hardware && info.device_type == wgpu::DeviceType::Cpu {
+                "is a CPU".into()
+            } else {
+                match Self::of(&adapter, info.clone(), options) {
+                    Ok(context) => return Ok(Arc::new(context)),
+                    Err(reason) => reason,
+                }
+            };
+            let _ = write!(refused, "; {} ({}) {reason}", info.name, info.backend);
+        }
+        Err(refuse(format!("no usable adapter{refused}: {NEXT_STEP}")))
+    }
+
+    fn of(
+        adapter: &wgpu::Adapter,
+        info: wgpu::AdapterInfo,
+        options: &WgpuOptions,
+    ) -> std::result::Result<Self, String> {
+        let (offered, limits) = (adapter.features(), adapter.limits());
+        if !offered.contains(wgpu::Features::IMMEDIATES) || limits.max_immediate_size < 128 {
+            return Err("has no 128 bytes of immediates".into());
+        }
+        let subgroups = !options.plain && offered.contains(wgpu::Features::SUBGROUP);
+        let mut required_features = wgpu::Features::IMMEDIATES;
+        required_features.set(wgpu::Features::SUBGROUP, subgroups);
+        let (device, queue) = block_on(adapter.request_device(&wgpu::DeviceDescriptor {
+            label: Some("dsa80"),
+            required_features,
+            required_limits: limits.clone(),
+            memory_hints: wgpu::MemoryHints::Performance,
+            ..Default::default()
+        }))
+        .map_err(|error| format!("does not open ({error})"))?;
+        let failure = Arc::new(OnceLock::new());
+        let reported = Arc::clone(&failure);
+        device.set_device_lost_callback(move |reason, message| {
+            if reason != wgpu::DeviceLostReason::Destroyed {
+                // The first is the cause.
+                let _ = reported.set(format!(
+                    "the device was lost ({message}); restart the process, and look for the driver's messages in the system's log"
+                ));
+            }
+        });
+        let reported = Arc::clone(&failure);
+        device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
+            let _ = reported.set(told(&error));
+        }));
+        Ok(Self {
+            device,
+            queue,
+            limits,
+            info,
+            subgroups,
+            edits: options.edits.clone(),
+            modules: Mutex::default(),
+            pipelines: Mutex::default(),
+            failure,
+        })
+    }
+
+    /// The adapter's name and how it is reached.
+    pub fn name(&self) -> String {
+        let Self { info: wgpu::AdapterInfo { name, backend, .. }, subgroups, .. } = self;
+        let path = if *subgroups { "subgroups" } else { "no subgroups" };
+        format!("{name} ({backend}, {path})")
+    }
+
+    /// Whether the kernels use subgroups.
+    pub fn has_subgroups(&self) -> bool {
+        self.subgroups
+    }
+
+    /// Whether it is a GPU, not a CPU that stands in for one.
+    pub fn is_hardware(&self) -> bool {
+        self.info.device_type != wgpu::DeviceType::Cpu
+    }
+
+    /// Fails with what the device has reported since it was opened.
+    pub(super) fn check(&self) -> Result<()> {
+        self.failure.get().map_or(Ok(()), |failure| Err(refuse(failure.clone())))
+    }
+
+    /// Runs `work` and fails with the error that it raised, if it is one of `filter`.
+    pub(super) fn scoped<T>(
+        &self,
+        filter: wgpu::ErrorFilter,
+        work: impl FnOnce() -> T,
+    ) -> std::result::Result<T, String> {
+        let scope = self.device.push_error_scope(filter);
+        let made = work();
+        block_on(scope.pop()).map_or(Ok(made), |error| Err(told(&error)))
+    }
+
+    /// Builds a pipeline, or finds it.
+    pub(super) fn pipeline(
+        &self,
+        shader: &Shader,
+        key: PipelineKey,
+    ) -> std::result::Result<Arc<Pipeline>, String> {
+        if let Some(pipeline) = lock(&self.pipelines).get(&key) {
+            return Ok(Arc::clone(pipeline));
+        }
+        let module = self.module(shader)?;
+        let pipeline = Arc::new(self.build(&module, &key)?);
+        lock(&self.pipelines).insert(key, Arc::clone(&pipeline));
+        Ok(pipeline)
+    }
+
+    fn module(&self, shader: &Shader) -> std::result::Result<wgpu::ShaderModule, String> {
+        let mut modules = lock(&self.modules);
+        if let Some(module) = modules.get(shader.name) {
+            return Ok(module.clone());
+        }
+        let source = shader.with_prelude(self.subgroups, &self.edits)?;
+        let module = self.scoped(wgpu::ErrorFilter::Validation, || {
+            self.device.create_shader_module(wgpu::ShaderModuleDescriptor {
+                label: Some(shader.name),
+                source: wgpu::ShaderSource::Wgsl(source.into()),
+            })
+        })?;
+        modules.insert(shader.name, module.clone());
+        Ok(module)
+    }
+
+    fn build(
+        &self,
+        module: &wgpu::ShaderModule,
+        key: &PipelineKey,
+    ) -> std::result::Result<Pipeline, String> {
+        let entries: Vec<wgpu::BindGroupLayoutEntry> = (0..)
+            .zip(&key.accesses)
+            .map(|(binding, &access)| wgpu::BindGroupLayoutEntry {
+                binding,
+                visibility: wgpu::ShaderStages::COMPUTE,
+                ty: wgpu::BindingType::Buffer {
+                    ty: wgpu::BufferBindingType::Storage { read_only: access == Access::Read },
+                    has_dynamic_offset: false,
+                    min_binding_size: None,
+                },
+                count: None,
+            })
+            .collect();
+        let constants: Vec<(&str, f64)> =
+            key.constants.iter().map(|&(name, bits)| (name, f64::from_bits(bits))).collect();
+        self.scoped(wgpu::ErrorFilter::Validation, || {
+            let layout = self
+                .device
+                .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: None, entries: &entries });
+            let pipeline_layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+                label: None,
+                bind_group_layouts: &[Some(&layout)],
+                immediate_size: key.immediates,
+            });
+            let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+                label: Some(key.shader),
+                layout: Some(&pipeline_layout),
+                module,
+                entry_point: Some(key.entry),
+                compilation_options: wgpu::PipelineCompilationOptions {
+                    constants: &constants,
+                    zero_initialize_workgroup_memory: false,
+                },
+                cache: None,
+            });
+            Pipeline { pipeline, layout }
+        })
+    }
+}
+
+/// GPUs first.
+fn rank(device_type: wgpu::DeviceType) -> u32 {
+    match device_type {
+        wgpu::DeviceType::DiscreteGpu => 0,
+        wgpu::DeviceType::IntegratedGpu => 1,
+        wgpu::DeviceType::VirtualGpu => 2,
+        wgpu::DeviceType::Other => 3,
+        wgpu::DeviceType::Cpu => 4,
+    }
+}
+
+/// An error of the backend as such.
+pub(super) fn refuse(message: String) -> Error {
+    Error::Backend { backend: "wgpu", message }
+}
+
+/// An error with its causes, and what to do where that is known.
+fn told(error: &wgpu::Error) -> String {
+    let mut message = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        let text = error.to_string();
+        if !message.contains(&text) {
+            let _ = write!(message, ": {text}");
+        }
+        cause = error.source();
+    }
+    if matches!(error, wgpu::Error::OutOfMemory { .. }) {
+        message += "; lower the batch or cache size";
+    }
+    message
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is behind these locks is whole after a panic elsewhere.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,55 @@
+//! The kernels' sources.
+
+const PRELUDE: &str = include_str!("../../shaders/prelude.wgsl");
+const REDUCE_SUBGROUPS: &str = include_str!("../../shaders/reduce_subgroups.wgsl");
+const REDUCE_PLAIN: &str = include_str!("../../shaders/reduce_plain.wgsl");
+
+/// A file of `shaders/`.
+#[derive(Debug)]
+pub(super) struct Shader {
+    /// The kernel's name, which is the file's.
+    pub(super) name: &'static str,
+    pub(super) source: &'static str,
+}
+
+/// The [`Shader`] of a name.
+macro_rules! shader {
+    ($name:literal) => {
+        $crate::wgpu::shader::Shader {
+            name: $name,
+            source: include_str!(concat!("../../shaders/", $name, ".wgsl")),
+        }
+    };
+}
+pub(super) use shader;
+
+/// A change of a shader.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Edit {
+    /// The kernel, or `prelude` or `reduce`.
+    pub shader: &'static str,
+    /// What is there once.
+    pub find: &'static str,
+    /// What takes its place.
+    pub replace: &'static str,
+}
+
+impl Shader {
+    /// The whole source: the prelude, the reductions, the kernel, with `edits` made.
+    pub(super) fn with_prelude(&self, subgroups: bool, edits: &[Edit]) -> Result<String, String> {
+        let reduce = if subgroups { REDUCE_SUBGROUPS } else { REDUCE_PLAIN };
+        let mut whole = String::new();
+        for (name, source) in [("prelude", PRELUDE), ("reduce", reduce), (self.name, self.source)] {
+            let mut source = source.to_owned();
+            for edit in edits.iter().filter(|edit| edit.shader == name) {
+                if source.matches(edit.find).count() != 1 {
+                    return Err(format!("{:?} is not once in {name}.wgsl", edit.find));
+                }
+                source = source.replace(edit.find, edit.replace);
+            }
+            whole += &source;
+            whole.push('\n');
+        }
+        Ok(whole)
+    }
+}
