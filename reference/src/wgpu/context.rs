@@ -21,6 +21,8 @@ pub struct WgpuOptions {
     pub hardware: bool,
     /// The part of the adapter's name to look for; any adapter without it.
     pub adapter: Option<String>,
+    /// Bytes of a binding at most, where that is less than the adapter has.
+    pub largest_binding: Option<u64>,
     /// Replaced in the shaders: to try a change, or to see that a test notices a fault.
     pub edits: Vec<Edit>,
 }
@@ -87,7 +89,10 @@ impl WgpuContext {
         info: wgpu::AdapterInfo,
         options: &WgpuOptions,
     ) -> std::result::Result<Self, String> {
-        let (offered, limits) = (adapter.features(), adapter.limits());
+        let (offered, mut limits) = (adapter.features(), adapter.limits());
+        if let Some(bytes) = options.largest_binding {
+            limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(bytes);
+        }
         if !offered.contains(wgpu::Features::IMMEDIATES) || limits.max_immediate_size < 128 {
             return Err("has no 128 bytes of immediates".into());
         }

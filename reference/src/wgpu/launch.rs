@@ -87,8 +87,8 @@ impl WgpuTensor {
 
     fn window(&self, elements: std::ops::Range<usize>, access: Access) -> Binding<'_> {
         let width = memory::element_bytes(self.dtype);
-        // Whole words: the buffer is that large.
-        let size = (elements.len() * width).next_multiple_of(4).max(4) as u64;
+        // Whole vectors of four words: the buffer is that large.
+        let size = (elements.len() * width).next_multiple_of(16).max(16) as u64;
         Binding { buffer: self.buffer(), offset: (elements.start * width) as u64, size, access }
     }
 }
@@ -124,8 +124,8 @@ impl Wgpu {
             return Ok(vec![0..rows]);
         }
         let alignment = limits.min_storage_buffer_offset_alignment.max(4) as usize;
-        // So many rows are a multiple of the alignment.
-        let step = alignment / greatest_common_divisor(alignment, row_bytes);
+        // So many rows are a multiple of the alignment, and an even number, so that no word has outputs of two ranges.
+        let step = (alignment / greatest_common_divisor(alignment, row_bytes)).max(2);
         let window = most / row_bytes / step * step;
         if window == 0 {
             return Err(Error::Shape {
@@ -184,7 +184,7 @@ impl Wgpu {
                 })
             })
             .map_err(refuse)?;
-        self.recorder.borrow_mut().record(&self.context, |encoder| {
+        self.recorder().record(&self.context, |encoder| {
             // What is wrong with a pass is known when its encoder is finished: the label says whose it was.
             let label = format!("{} ({})", launch.kernel, launch.shape);
             let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {

@@ -109,7 +109,7 @@ impl Wgpu {
             return Ok(());
         }
         // A write goes before what is submitted next.
-        self.recorder.borrow_mut().submit(&self.context)?;
+        self.recorder().submit(&self.context)?;
         let (words, rest) = bytes.split_at(bytes.len() / 4 * 4);
         let queue = &self.context.queue;
         let written = self.context.scoped(wgpu::ErrorFilter::OutOfMemory, || {
@@ -142,7 +142,7 @@ impl Wgpu {
             .context
             .scoped(wgpu::ErrorFilter::OutOfMemory, || device.create_buffer(&descriptor))
             .map_err(refuse)?;
-        let mut recorder = self.recorder.borrow_mut();
+        let mut recorder = self.recorder();
         recorder.record(&self.context, |encoder| {
             encoder.copy_buffer_to_buffer(tensor.buffer(), 0, &staging, 0, size);
         })?;

@@ -4,30 +4,46 @@
 //! Launches are recorded and run when something is read (`recorder.rs`). The kernels take no more than every adapter has: bf16 lies in
 //! pairs in a word, halves are converted by hand, and subgroups, where there are any, only add up (`reduce_subgroups.wgsl`).
 
+mod absorb;
 mod batch;
 mod block_on;
+mod communicator;
 mod context;
+mod embed;
 mod int4;
+mod latent_rope;
 mod launch;
+mod layer_norm_rope;
+mod linear;
 mod memory;
+mod product;
+mod qkv_norm_rope;
 mod recorder;
 mod rms_norm;
+mod rope;
+mod rope_table;
+mod router;
 mod shader;
+mod silu_mul;
+mod slots;
 mod tensor;
 
 use std::cell::RefCell;
 use std::convert::Infallible;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 pub use batch::WgpuBatch;
+pub use communicator::WgpuCommunicator;
 pub use context::{WgpuContext, WgpuOptions};
 pub use int4::WgpuInt4;
+pub use linear::WgpuSwiGlu;
 pub use shader::Edit;
 pub use tensor::WgpuTensor;
 
 use self::memory::Pool;
 use self::recorder::Recorder;
+use self::rope_table::Turns;
 use crate::batch::Batch;
 use crate::cpu::CpuSamplePlan;
 use crate::error::{Error, Result};
@@ -40,13 +56,25 @@ use crate::tensor::{DType, HostExpert, HostInt4, HostLinear, HostTensor};
 pub struct Wgpu {
     context: Arc<WgpuContext>,
     pool: Arc<Pool>,
-    recorder: RefCell<Recorder>,
+    recorder: Arc<Mutex<Recorder>>,
+    turns: RefCell<Option<Turns>>,
 }
 
 impl Wgpu {
     /// A backend on `context`, which ranks may share.
     pub fn new(context: Arc<WgpuContext>) -> Self {
-        Self { context, pool: Arc::default(), recorder: RefCell::default() }
+        Self { context, pool: Arc::default(), recorder: Arc::default(), turns: RefCell::default() }
+    }
+
+    /// The same backend for another owner on the same thread: launches of both are in one order.
+    fn share(&self) -> Self {
+        let Self { context, pool, recorder, .. } = self;
+        let (context, pool, recorder) = (Arc::clone(context), Arc::clone(pool), Arc::clone(recorder));
+        Self { context, pool, recorder, turns: RefCell::default() }
+    }
+
+    fn recorder(&self) -> MutexGuard<'_, Recorder> {
+        context::lock(&self.recorder)
     }
 
     /// What it runs on.
@@ -72,7 +100,7 @@ fn no_form(kernel: &'static str) -> Error {
 impl Kernels for Wgpu {
     type Tensor = WgpuTensor;
     type Int4 = WgpuInt4;
-    type SwiGlu = Infallible;
+    type SwiGlu = WgpuSwiGlu;
     type ExpertsInt4 = Infallible;
     type Experts = Infallible;
     type Batch = WgpuBatch;
@@ -91,8 +119,8 @@ impl Kernels for Wgpu {
         WgpuInt4::upload(self, &weight)
     }
 
-    fn upload_swiglu(&self, _gate_proj: HostLinear, _up_proj: HostLinear) -> Result<Infallible> {
-        Err(no_form("swiglu"))
+    fn upload_swiglu(&self, gate_proj: HostLinear, up_proj: HostLinear) -> Result<WgpuSwiGlu> {
+        WgpuSwiGlu::upload(self, gate_proj, up_proj)
     }
 
     fn upload_experts_int4(&self, _experts: Vec<HostExpert>) -> Result<Infallible> {
@@ -159,12 +187,12 @@ impl Kernels for Wgpu {
 
     fn embed(
         &self,
-        _batch: &WgpuBatch,
-        _table: &WgpuTensor,
-        _vocab_start: usize,
-        _out: &mut WgpuTensor,
+        batch: &WgpuBatch,
+        table: &WgpuTensor,
+        vocab_start: usize,
+        out: &mut WgpuTensor,
     ) -> Result<()> {
-        Err(no_form("embed"))
+        embed::embed(self, batch, table, vocab_start, out)
     }
 
     fn rms_norm(&self, x: &WgpuTensor, weight: &WgpuTensor, eps: f64, out: &mut WgpuTensor) -> Result<()> {
@@ -182,91 +210,91 @@ impl Kernels for Wgpu {
         rms_norm::rms_norm_residual(self, x, residual, weight, eps, out)
     }
 
-    fn rope_table(&self, _batch: &WgpuBatch, _theta: f64, _cos_sin: &mut WgpuTensor) -> Result<()> {
-        Err(no_form("rope_table"))
+    fn rope_table(&self, batch: &WgpuBatch, theta: f64, cos_sin: &mut WgpuTensor) -> Result<()> {
+        rope_table::rope_table(self, batch, theta, cos_sin)
     }
 
     fn rope(
         &self,
-        _x: &mut WgpuTensor,
-        _offset: usize,
-        _layout: RopeLayout,
-        _cos_sin: &WgpuTensor,
+        x: &mut WgpuTensor,
+        offset: usize,
+        layout: RopeLayout,
+        cos_sin: &WgpuTensor,
     ) -> Result<()> {
-        Err(no_form("rope"))
+        rope::rope(self, x, offset, layout, cos_sin)
     }
 
     fn layer_norm_rope(
         &self,
-        _batch: &WgpuBatch,
-        _x: &WgpuTensor,
-        _weight: &WgpuTensor,
-        _bias: &WgpuTensor,
-        _eps: f64,
-        _layout: RopeLayout,
-        _cos_sin: &WgpuTensor,
-        _cache: &mut WgpuTensor,
+        batch: &WgpuBatch,
+        x: &WgpuTensor,
+        weight: &WgpuTensor,
+        bias: &WgpuTensor,
+        eps: f64,
+        layout: RopeLayout,
+        cos_sin: &WgpuTensor,
+        cache: &mut WgpuTensor,
     ) -> Result<()> {
-        Err(no_form("layer_norm_rope"))
+        layer_norm_rope::layer_norm_rope(self, batch, x, weight, bias, eps, layout, cos_sin, cache)
     }
 
     fn latent_rope(
         &self,
-        _batch: &WgpuBatch,
-        _x: &WgpuTensor,
-        _weight: &WgpuTensor,
-        _eps: f64,
-        _cos_sin: &WgpuTensor,
-        _cache: &mut WgpuTensor,
+        batch: &WgpuBatch,
+        x: &WgpuTensor,
+        weight: &WgpuTensor,
+        eps: f64,
+        cos_sin: &WgpuTensor,
+        cache: &mut WgpuTensor,
     ) -> Result<()> {
-        Err(no_form("latent_rope"))
+        latent_rope::latent_rope(self, batch, x, weight, eps, cos_sin, cache)
     }
 
     fn qkv_norm_rope(
         &self,
-        _batch: &WgpuBatch,
-        _q_a: &WgpuTensor,
-        _q_weight: &WgpuTensor,
-        _q_latent: &mut WgpuTensor,
-        _kv_a: &WgpuTensor,
-        _kv_weight: &WgpuTensor,
-        _cache: &mut WgpuTensor,
-        _eps: f64,
-        _cos_sin: &WgpuTensor,
-        _keys: Option<IndexKeys<'_, WgpuTensor>>,
+        batch: &WgpuBatch,
+        q_a: &WgpuTensor,
+        q_weight: &WgpuTensor,
+        q_latent: &mut WgpuTensor,
+        kv_a: &WgpuTensor,
+        kv_weight: &WgpuTensor,
+        cache: &mut WgpuTensor,
+        eps: f64,
+        cos_sin: &WgpuTensor,
+        keys: Option<IndexKeys<'_, WgpuTensor>>,
     ) -> Result<()> {
-        Err(no_form("qkv_norm_rope"))
+        qkv_norm_rope::qkv_norm_rope(self, batch, q_a, q_weight, q_latent, kv_a, kv_weight, cache, eps, cos_sin, keys)
     }
 
-    fn linear(&self, _x: &WgpuTensor, _weight: &WgpuTensor, _out: &mut WgpuTensor) -> Result<()> {
-        Err(no_form("linear"))
+    fn linear(&self, x: &WgpuTensor, weight: &WgpuTensor, out: &mut WgpuTensor) -> Result<()> {
+        linear::linear(self, x, weight, out)
     }
 
     fn linear_split(
         &self,
-        _x: &WgpuTensor,
-        _weight: &WgpuTensor,
-        _outs: &mut [&mut WgpuTensor],
+        x: &WgpuTensor,
+        weight: &WgpuTensor,
+        outs: &mut [&mut WgpuTensor],
     ) -> Result<()> {
-        Err(no_form("linear_split"))
+        linear::linear_split(self, x, weight, outs)
     }
 
-    fn linear_int4(&self, _x: &WgpuTensor, _weight: &WgpuInt4, _out: &mut WgpuTensor) -> Result<()> {
-        Err(no_form("linear_int4"))
+    fn linear_int4(&self, x: &WgpuTensor, weight: &WgpuInt4, out: &mut WgpuTensor) -> Result<()> {
+        linear::linear_int4(self, x, weight, out)
     }
 
     fn absorb_query(
         &self,
-        _q: &WgpuTensor,
-        _kv_b: &WgpuTensor,
-        _cos_sin: &WgpuTensor,
-        _out: &mut WgpuTensor,
+        q: &WgpuTensor,
+        kv_b: &WgpuTensor,
+        cos_sin: &WgpuTensor,
+        out: &mut WgpuTensor,
     ) -> Result<()> {
-        Err(no_form("absorb_query"))
+        absorb::absorb_query(self, q, kv_b, cos_sin, out)
     }
 
-    fn absorb_output(&self, _o: &WgpuTensor, _kv_b: &WgpuTensor, _out: &mut WgpuTensor) -> Result<()> {
-        Err(no_form("absorb_output"))
+    fn absorb_output(&self, o: &WgpuTensor, kv_b: &WgpuTensor, out: &mut WgpuTensor) -> Result<()> {
+        absorb::absorb_output(self, o, kv_b, out)
     }
 
     fn indexer_logits(
@@ -306,13 +334,13 @@ impl Kernels for Wgpu {
 
     fn router(
         &self,
-        _logits: &WgpuTensor,
-        _bias: &WgpuTensor,
-        _params: RouterParams,
-        _topk_ids: &mut WgpuTensor,
-        _topk_weights: &mut WgpuTensor,
+        logits: &WgpuTensor,
+        bias: &WgpuTensor,
+        params: RouterParams,
+        topk_ids: &mut WgpuTensor,
+        topk_weights: &mut WgpuTensor,
     ) -> Result<()> {
-        Err(no_form("router"))
+        router::router(self, logits, bias, params, topk_ids, topk_weights)
     }
 
     fn moe_int4(
@@ -339,22 +367,22 @@ impl Kernels for Wgpu {
         match *experts {}
     }
 
-    fn swiglu(&self, _x: &WgpuTensor, weights: &Infallible, _out: &mut WgpuTensor) -> Result<()> {
-        match *weights {}
+    fn swiglu(&self, x: &WgpuTensor, weights: &WgpuSwiGlu, out: &mut WgpuTensor) -> Result<()> {
+        linear::swiglu(self, x, weights, out)
     }
 
-    fn silu_mul(&self, _gate: &WgpuTensor, _up: &WgpuTensor, _out: &mut WgpuTensor) -> Result<()> {
-        Err(no_form("silu_mul"))
+    fn silu_mul(&self, gate: &WgpuTensor, up: &WgpuTensor, out: &mut WgpuTensor) -> Result<()> {
+        silu_mul::silu_mul(self, gate, up, out)
     }
 
     fn lm_head(
         &self,
-        _x: &WgpuTensor,
-        _rows: &WgpuTensor,
-        _weight: &WgpuTensor,
-        _logits: &mut WgpuTensor,
+        x: &WgpuTensor,
+        rows: &WgpuTensor,
+        weight: &WgpuTensor,
+        logits: &mut WgpuTensor,
     ) -> Result<()> {
-        Err(no_form("lm_head"))
+        linear::lm_head(self, x, rows, weight, logits)
     }
 
     fn sample(

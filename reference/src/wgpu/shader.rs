@@ -7,9 +7,11 @@ const REDUCE_PLAIN: &str = include_str!("../../shaders/reduce_plain.wgsl");
 /// A file of `shaders/`.
 #[derive(Debug)]
 pub(super) struct Shader {
-    /// The kernel's name, which is the file's.
+    /// The file's name.
     pub(super) name: &'static str,
     pub(super) source: &'static str,
+    /// The file that goes before it, and its name.
+    pub(super) after: Option<(&'static str, &'static str)>,
 }
 
 /// The [`Shader`] of a name.
@@ -18,6 +20,14 @@ macro_rules! shader {
         $crate::wgpu::shader::Shader {
             name: $name,
             source: include_str!(concat!("../../shaders/", $name, ".wgsl")),
+            after: None,
+        }
+    };
+    ($name:literal, after $before:literal) => {
+        $crate::wgpu::shader::Shader {
+            name: $name,
+            source: include_str!(concat!("../../shaders/", $name, ".wgsl")),
+            after: Some(($before, include_str!(concat!("../../shaders/", $before, ".wgsl")))),
         }
     };
 }
@@ -26,7 +36,7 @@ pub(super) use shader;
 /// A change of a shader.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Edit {
-    /// The kernel, or `prelude` or `reduce`.
+    /// The file without its ending; `reduce` is the one of the reductions that is used.
     pub shader: &'static str,
     /// What is there once.
     pub find: &'static str,
@@ -39,7 +49,8 @@ impl Shader {
     pub(super) fn with_prelude(&self, subgroups: bool, edits: &[Edit]) -> Result<String, String> {
         let reduce = if subgroups { REDUCE_SUBGROUPS } else { REDUCE_PLAIN };
         let mut whole = String::new();
-        for (name, source) in [("prelude", PRELUDE), ("reduce", reduce), (self.name, self.source)] {
+        let files = [("prelude", PRELUDE), ("reduce", reduce)].into_iter().chain(self.after);
+        for (name, source) in files.chain([(self.name, self.source)]) {
             let mut source = source.to_owned();
             for edit in edits.iter().filter(|edit| edit.shader == name) {
                 if source.matches(edit.find).count() != 1 {
