@@ -52,6 +52,19 @@ pub fn on_wgpu(body: impl Fn(&Wgpu)) {
     }
 }
 
+/// Runs `body` once where a binding has `bytes` at most.
+pub fn with_small_bindings(bytes: u64, body: impl Fn(&Wgpu)) {
+    on_wgpu(|wgpu| {
+        let options = WgpuOptions { largest_binding: Some(bytes), ..same_adapter(wgpu) };
+        body(&Wgpu::new(done(WgpuContext::open(&options))));
+    });
+}
+
+/// What opens the adapter of `wgpu` again.
+pub fn same_adapter(wgpu: &Wgpu) -> WgpuOptions {
+    WgpuOptions { plain: !wgpu.context().has_subgroups(), ..options() }
+}
+
 /// Whether the body sees `edit`, a fault in a shader.
 #[track_caller]
 pub fn catches<C: Contract>(edit: Edit) {

@@ -2,4 +2,22 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too, and shows what it measured")]
 
+mod absorb;
+mod embed;
+#[path = "../kernels/int4_weights.rs"]
+mod int4_weights;
+mod latent_rope;
+mod layer_norm_rope;
+mod linear;
+mod linear_int4;
+mod lm_head;
+mod products;
+mod qkv_norm_rope;
+mod refusals;
 mod rms_norm;
+mod rope;
+mod rope_table;
+mod rotary;
+mod router;
+mod silu_mul;
+mod swiglu;
