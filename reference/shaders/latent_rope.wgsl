@@ -1,8 +1,6 @@
 // One workgroup a token: RMSNorm of the latent, RoPE of the key beside it, into the token's slot of the cache.
 
 override WEIGHT: u32 = BF16;
-// Rows lie in the order of the tokens, not in slots.
-override IN_ORDER: bool = false;
 
 struct Params {
     tokens: u32,
@@ -30,7 +28,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     if t >= params.tokens {
         return;
     }
-    let slot = select(slot_mapping[t], i32(t), IN_ORDER);
+    let slot = slot_mapping[t];
     if slot < 0 || u32(slot) >= params.slots {
         return;
     }

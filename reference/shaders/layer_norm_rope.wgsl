@@ -6,8 +6,6 @@ override BIAS: u32 = BF16;
 override WIDTH: u32 = 2u;
 override DIM: u32 = 2u;
 override HALF: bool = false;
-// Rows lie in the order of the tokens, not in slots.
-override IN_ORDER: bool = false;
 
 struct Params {
     tokens: u32,
@@ -45,7 +43,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     if t >= params.tokens {
         return;
     }
-    let slot = select(slot_mapping[t], i32(t), IN_ORDER);
+    let slot = slot_mapping[t];
     if slot < 0 || u32(slot) >= params.slots {
         return;
     }

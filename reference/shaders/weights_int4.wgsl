@@ -28,8 +28,8 @@ fn weights(row: u32, chunk: u32) -> Eight {
     let high = vec4<f32>((vec4(word) >> vec4(16u, 20u, 24u, 28u)) & vec4(15u));
     let scale_row = row + params.scale_row;
     if WHOLE {
-        let of = of_group(scale_row, 8u * chunk / params.group_size);
-        return Eight((low - of.y) * of.x, (high - of.y) * of.x);
+        let group = of_group(scale_row, 8u * chunk / params.group_size);
+        return Eight((low - group.y) * group.x, (high - group.y) * group.x);
     }
     var eight = Eight(low, high);
     for (var j = 0u; j < 4u; j++) {

@@ -54,12 +54,18 @@ pub(super) fn absorb_query(
         ],
         bindings: &[q.reads(), kv_b.reads(), cos_sin.reads(), out.writes()],
         params: &[tokens, heads, rows, rank, rope].map(|number| number as u32),
-        groups: [columns.div_ceil(lanes as usize), tokens.div_ceil(TOKENS), heads].map(|groups| groups as u32),
+        groups: [columns.div_ceil(lanes as usize), tokens.div_ceil(TOKENS), heads]
+            .map(|groups| groups as u32),
         shape: format!("{tokens} tokens, {heads} heads of {nope} + {rope}, rank {rank}, {}", kv_b.dtype()),
     })
 }
 
-pub(super) fn absorb_output(wgpu: &Wgpu, o: &WgpuTensor, kv_b: &WgpuTensor, out: &mut WgpuTensor) -> Result<()> {
+pub(super) fn absorb_output(
+    wgpu: &Wgpu,
+    o: &WgpuTensor,
+    kv_b: &WgpuTensor,
+    out: &mut WgpuTensor,
+) -> Result<()> {
     let kernel = "absorb_output";
     let [tokens, heads, rank] = o.dims(kernel, "o")?;
     o.expect_act(kernel, "o")?;

@@ -20,7 +20,11 @@ impl WgpuCommunicator {
     /// The ranks of a group, in order, of which each launches on its backend; each goes to its own thread.
     pub fn group(backends: &[Wgpu]) -> Vec<Self> {
         let meetings = Rendezvous::group(backends.len());
-        meetings.into_iter().zip(backends).map(|(meeting, wgpu)| Self { wgpu: wgpu.share(), meeting }).collect()
+        meetings
+            .into_iter()
+            .zip(backends)
+            .map(|(meeting, wgpu)| Self { wgpu: wgpu.share(), meeting })
+            .collect()
     }
 
     /// Every rank's elements of `tensor`, as many as there are on this rank.
@@ -33,7 +37,11 @@ impl WgpuCommunicator {
             Some(rank) => Err(Error::Value {
                 kernel,
                 name: "tensor",
-                expected: format!("{} elements on every rank, as on rank {}", tensor.len(), self.meeting.rank()),
+                expected: format!(
+                    "{} elements on every rank, as on rank {}",
+                    tensor.len(),
+                    self.meeting.rank()
+                ),
                 found: format!("{} on rank {rank}", parts[rank].len()),
             }),
         }

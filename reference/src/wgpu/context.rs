@@ -10,7 +10,8 @@ use super::shader::{Edit, Shader};
 use crate::error::{Error, Result};
 
 /// Why an adapter is needed that has none of these, in errors.
-const NEXT_STEP: &str = "install a driver with Vulkan (on Debian without a GPU: mesa-vulkan-drivers), or use another device";
+const NEXT_STEP: &str =
+    "install a driver with Vulkan (on Debian without a GPU: mesa-vulkan-drivers), or use another device";
 
 /// How an adapter is chosen and used.
 #[derive(Debug, Clone, Default)]
@@ -198,11 +199,7 @@ impl WgpuContext {
         Ok(module)
     }
 
-    fn build(
-        &self,
-        module: &wgpu::ShaderModule,
-        key: &PipelineKey,
-    ) -> std::result::Result<Pipeline, String> {
+    fn build(&self, module: &wgpu::ShaderModule, key: &PipelineKey) -> std::result::Result<Pipeline, String> {
         let entries: Vec<wgpu::BindGroupLayoutEntry> = (0..)
             .zip(&key.accesses)
             .map(|(binding, &access)| wgpu::BindGroupLayoutEntry {
@@ -219,9 +216,10 @@ impl WgpuContext {
         let constants: Vec<(&str, f64)> =
             key.constants.iter().map(|&(name, bits)| (name, f64::from_bits(bits))).collect();
         self.scoped(wgpu::ErrorFilter::Validation, || {
-            let layout = self
-                .device
-                .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: None, entries: &entries });
+            let layout = self.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
+                label: None,
+                entries: &entries,
+            });
             let pipeline_layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
                 label: None,
                 bind_group_layouts: &[Some(&layout)],

@@ -30,7 +30,11 @@ impl WgpuInt4 {
         }
         let (words, groups) = (weight.words_per_row(), weight.groups());
         if weight.weight_packed.len() != out_features * words {
-            return refuse("weight_packed", format!("{} words", out_features * words), weight.weight_packed.len());
+            return refuse(
+                "weight_packed",
+                format!("{} words", out_features * words),
+                weight.weight_packed.len(),
+            );
         }
         if weight.scales.len() != out_features * groups {
             return refuse("scales", format!("{} scales", out_features * groups), weight.scales.len());

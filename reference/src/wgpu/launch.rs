@@ -71,11 +71,6 @@ impl WgpuTensor {
         self.window(elements, Access::Read)
     }
 
-    /// [`reads_window`](Self::reads_window), to write.
-    pub(super) fn writes_window(&mut self, elements: std::ops::Range<usize>) -> Binding<'_> {
-        self.window(elements, Access::Write)
-    }
-
     /// In place of a buffer that a variant of a kernel does not touch, where the kernel would write.
     pub(super) fn unused(&self) -> Binding<'_> {
         self.binding(Access::Write)
@@ -107,7 +102,8 @@ impl Wgpu {
     pub(super) fn fold(&self, groups: usize) -> [u32; 3] {
         let most = self.context.limits.max_compute_workgroups_per_dimension as usize;
         let y = groups.div_ceil(most).max(1);
-        [groups.div_ceil(y), y.min(most), y.div_ceil(most)].map(|groups| u32::try_from(groups).unwrap_or(u32::MAX))
+        [groups.div_ceil(y), y.min(most), y.div_ceil(most)]
+            .map(|groups| u32::try_from(groups).unwrap_or(u32::MAX))
     }
 
     /// `rows` rows of `row_bytes` bytes in as few ranges as bindings take: each starts where a binding may.
@@ -131,7 +127,9 @@ impl Wgpu {
             return Err(Error::Shape {
                 kernel,
                 tensor,
-                expected: format!("{step} rows that fit {most} bytes, which is what the adapter binds at most"),
+                expected: format!(
+                    "{step} rows that fit {most} bytes, which is what the adapter binds at most"
+                ),
                 found: vec![rows, row_bytes],
             });
         }
@@ -140,11 +138,8 @@ impl Wgpu {
 
     /// Records the launch; it runs when something waits for it.
     pub(super) fn launch(&self, launch: &Launch<'_>) -> Result<()> {
-        let refuse = |message: String| Error::Launch {
-            kernel: launch.kernel,
-            shape: launch.shape.clone(),
-            message,
-        };
+        let refuse =
+            |message: String| Error::Launch { kernel: launch.kernel, shape: launch.shape.clone(), message };
         let most = self.context.limits.max_storage_buffer_binding_size;
         for (place, binding) in launch.bindings.iter().enumerate() {
             if binding.size > most {

@@ -1,10 +1,10 @@
 //! `linear`, `linear_split`, `linear_int4`, `lm_head` and `swiglu`.
 
+use super::Wgpu;
 use super::int4::WgpuInt4;
 use super::product::{Product, Weight};
 use super::silu_mul;
 use super::tensor::WgpuTensor;
-use super::Wgpu;
 use crate::error::{Error, Result};
 use crate::tensor::{DType, HostLinear};
 
@@ -86,8 +86,18 @@ pub(super) fn linear(wgpu: &Wgpu, x: &WgpuTensor, weight: &WgpuTensor, out: &mut
     out.expect_shape(kernel, "out", &[tokens, features])?;
     let weight = Weight::Dense(weight);
     let all = 0..features;
-    Product { kernel, x, rows: None, weight, features: all, rows_of_head: features, tokens, heads: 1, columns }
-        .launch(wgpu, "out", out)
+    Product {
+        kernel,
+        x,
+        rows: None,
+        weight,
+        features: all,
+        rows_of_head: features,
+        tokens,
+        heads: 1,
+        columns,
+    }
+    .launch(wgpu, "out", out)
 }
 
 pub(super) fn linear_split(
@@ -120,7 +130,12 @@ pub(super) fn linear_split(
     Ok(())
 }
 
-pub(super) fn linear_int4(wgpu: &Wgpu, x: &WgpuTensor, weight: &WgpuInt4, out: &mut WgpuTensor) -> Result<()> {
+pub(super) fn linear_int4(
+    wgpu: &Wgpu,
+    x: &WgpuTensor,
+    weight: &WgpuInt4,
+    out: &mut WgpuTensor,
+) -> Result<()> {
     let kernel = "linear_int4";
     let &WgpuInt4 { out_features, in_features: columns, .. } = weight;
     let tokens = tokens(kernel, x, columns)?;
@@ -157,13 +172,14 @@ pub(super) fn swiglu(wgpu: &Wgpu, x: &WgpuTensor, weights: &WgpuSwiGlu, out: &mu
     let tokens = tokens(kernel, x, columns)?;
     out.expect_shape(kernel, "out", &[tokens, intermediate])?;
     out.expect_act(kernel, "out")?;
-    let project = |projection: &Projection| {
-        let mut floats = wgpu.tensor(DType::Float, &[tokens, intermediate])?;
-        let (weight, features, rows_of_head) = (projection.weight(), 0..intermediate, intermediate);
-        Product { kernel, x, rows: None, weight, features, rows_of_head, tokens, heads: 1, columns }
-            .launch(wgpu, "out", &mut floats)?;
-        Ok(floats)
-    };
+    let project =
+        |projection: &Projection| {
+            let mut floats = wgpu.tensor(DType::Float, &[tokens, intermediate])?;
+            let (weight, features, rows_of_head) = (projection.weight(), 0..intermediate, intermediate);
+            Product { kernel, x, rows: None, weight, features, rows_of_head, tokens, heads: 1, columns }
+                .launch(wgpu, "out", &mut floats)?;
+            Ok(floats)
+        };
     let (gate, up) = (project(&weights.gate_proj)?, project(&weights.up_proj)?);
     silu_mul::launch(wgpu, kernel, &gate, &up, out)
 }

@@ -87,9 +87,9 @@ impl Wgpu {
         let size = size.filter(|&size| size <= most).ok_or_else(|| no_room(shape))?;
         let buffer = match self.pool.take(size) {
             Some(buffer) => buffer,
-            None => self.create(size, wgpu::BufferUsages::STORAGE).map_err(|message| {
-                refuse(format!("a tensor of shape {shape:?} was refused: {message}"))
-            })?,
+            None => self
+                .create(size, wgpu::BufferUsages::STORAGE)
+                .map_err(|message| refuse(format!("a tensor of shape {shape:?} was refused: {message}")))?,
         };
         let pooled = Pooled { buffer, pool: Arc::clone(&self.pool) };
         Ok(WgpuTensor::new(dtype, shape, pooled))
@@ -99,7 +99,8 @@ impl Wgpu {
         let usage = usage | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
         let descriptor = wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false };
         self.context.scoped(wgpu::ErrorFilter::OutOfMemory, || {
-            self.context.scoped(wgpu::ErrorFilter::Validation, || self.context.device.create_buffer(&descriptor))
+            self.context
+                .scoped(wgpu::ErrorFilter::Validation, || self.context.device.create_buffer(&descriptor))
         })?
     }
 
@@ -152,7 +153,8 @@ impl Wgpu {
         self.context.check()?;
         waited.map_err(|error| refuse(format!("waiting for the device failed: {error}")))?;
         let view = staging.get_mapped_range(..);
-        let view = view.map_err(|error| refuse(format!("what the device has written cannot be read: {error}")))?;
+        let view =
+            view.map_err(|error| refuse(format!("what the device has written cannot be read: {error}")))?;
         Ok(view[..bytes].to_vec())
     }
 

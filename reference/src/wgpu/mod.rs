@@ -263,19 +263,16 @@ impl Kernels for Wgpu {
         cos_sin: &WgpuTensor,
         keys: Option<IndexKeys<'_, WgpuTensor>>,
     ) -> Result<()> {
-        qkv_norm_rope::qkv_norm_rope(self, batch, q_a, q_weight, q_latent, kv_a, kv_weight, cache, eps, cos_sin, keys)
+        qkv_norm_rope::qkv_norm_rope(
+            self, batch, q_a, q_weight, q_latent, kv_a, kv_weight, cache, eps, cos_sin, keys,
+        )
     }
 
     fn linear(&self, x: &WgpuTensor, weight: &WgpuTensor, out: &mut WgpuTensor) -> Result<()> {
         linear::linear(self, x, weight, out)
     }
 
-    fn linear_split(
-        &self,
-        x: &WgpuTensor,
-        weight: &WgpuTensor,
-        outs: &mut [&mut WgpuTensor],
-    ) -> Result<()> {
+    fn linear_split(&self, x: &WgpuTensor, weight: &WgpuTensor, outs: &mut [&mut WgpuTensor]) -> Result<()> {
         linear::linear_split(self, x, weight, outs)
     }
 

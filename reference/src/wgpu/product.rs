@@ -160,7 +160,8 @@ impl Product<'_> {
                 (&INT4, format!("INT4 in groups of {group_size}"))
             }
         };
-        let shape = format!("{tokens} tokens, {heads} heads, {columns} columns to {of_all} features, {words}");
+        let shape =
+            format!("{tokens} tokens, {heads} heads, {columns} columns to {of_all} features, {words}");
         let dimension = |groups: usize| {
             let most = wgpu.context.limits.max_compute_workgroups_per_dimension;
             u32::try_from(groups).ok().filter(|&groups| groups <= most).ok_or_else(|| Error::Launch {

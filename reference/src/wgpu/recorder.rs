@@ -20,7 +20,8 @@ impl Recorder {
         context: &WgpuContext,
         commands: impl FnOnce(&mut wgpu::CommandEncoder),
     ) -> Result<()> {
-        let encoder = self.encoder.get_or_insert_with(|| context.device.create_command_encoder(&Default::default()));
+        let encoder =
+            self.encoder.get_or_insert_with(|| context.device.create_command_encoder(&Default::default()));
         commands(encoder);
         self.launches += 1;
         if self.launches < SUBMITTED_AT_ONCE { Ok(()) } else { self.submit(context) }

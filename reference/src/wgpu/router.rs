@@ -37,7 +37,8 @@ pub(super) fn router(
     expect("n_group", divides, format!("a divisor of {experts} experts"), n_group)?;
     expect("topk_group", (1..=n_group).contains(&topk_group), format!("1 to {n_group} groups"), topk_group)?;
     let kept = topk_group * (experts / n_group);
-    topk_ids.expect(KERNEL, "topk_ids", top_k <= kept, || format!("at most {kept} experts of the kept groups"))?;
+    topk_ids
+        .expect(KERNEL, "topk_ids", top_k <= kept, || format!("at most {kept} experts of the kept groups"))?;
     if tokens * top_k == 0 {
         return Ok(());
     }

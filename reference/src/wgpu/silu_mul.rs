@@ -25,7 +25,12 @@ pub(super) fn launch(
 ) -> Result<()> {
     let shape: [usize; 2] = gate.dims(kernel, "gate")?;
     up.expect_shape(kernel, "up", &shape)?;
-    up.expect_dtype(kernel, "up", &[gate.dtype()], if gate.dtype() == DType::Act { "activations" } else { "floats" })?;
+    up.expect_dtype(
+        kernel,
+        "up",
+        &[gate.dtype()],
+        if gate.dtype() == DType::Act { "activations" } else { "floats" },
+    )?;
     out.expect_shape(kernel, "out", &shape)?;
     out.expect_act(kernel, "out")?;
     // The last word's second half may be nobody's: then there is room for it.

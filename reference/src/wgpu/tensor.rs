@@ -36,8 +36,15 @@ impl WgpuTensor {
     }
 
     /// The shape as an array, or an error that says how many dimensions were expected.
-    pub(super) fn dims<const N: usize>(&self, kernel: &'static str, tensor: &'static str) -> Result<[usize; N]> {
-        self.shape.as_slice().try_into().map_err(|_| self.bad_shape(kernel, tensor, format!("{N} dimensions")))
+    pub(super) fn dims<const N: usize>(
+        &self,
+        kernel: &'static str,
+        tensor: &'static str,
+    ) -> Result<[usize; N]> {
+        self.shape
+            .as_slice()
+            .try_into()
+            .map_err(|_| self.bad_shape(kernel, tensor, format!("{N} dimensions")))
     }
 
     /// Fails with the shape unless `ok`.
@@ -63,7 +70,9 @@ impl WgpuTensor {
 
     /// Fails unless there are as many elements as `values`.
     pub(super) fn expect_len(&self, kernel: &'static str, values: usize) -> Result<()> {
-        self.expect(kernel, "tensor", self.len() == values, || format!("the dimensions of the {values} values"))
+        self.expect(kernel, "tensor", self.len() == values, || {
+            format!("the dimensions of the {values} values")
+        })
     }
 
     /// Fails unless the element type is one of `dtypes`, which `expected` names.

@@ -114,9 +114,16 @@ pub fn numbers<K: Kernels>(
     shape: &[usize],
     values: &[f64],
 ) -> (CpuTensor<f64>, K::Tensor) {
-    let round = |x: f64| if dtype == DType::Act { bf16::from_f32(x as f32).to_f64() } else { f64::from(x as f32) };
+    let round =
+        |x: f64| if dtype == DType::Act { bf16::from_f32(x as f32).to_f64() } else { f64::from(x as f32) };
     let rounded: Vec<f64> = values.iter().map(|&x| round(x)).collect();
-    both(kernels, dtype, shape, |host| oracle().write(&rounded, host), |device| kernels.write(&rounded, device))
+    both(
+        kernels,
+        dtype,
+        shape,
+        |host| oracle().write(&rounded, host),
+        |device| kernels.write(&rounded, device),
+    )
 }
 
 /// An `Index` tensor on both sides.
@@ -182,8 +189,7 @@ pub fn output<K: Kernels>(kernels: &K, dtype: DType, shape: &[usize]) -> (CpuTen
 /// A batch on both sides.
 pub fn batch<K: Kernels>(kernels: &K, batch: &Batch) -> (CpuBatch, K::Batch) {
     fn on<K: Kernels>(kernels: &K, batch: &Batch) -> K::Batch {
-        let mut device =
-            done(kernels.alloc_batch(batch.num_tokens(), batch.num_seqs(), batch.max_blocks));
+        let mut device = done(kernels.alloc_batch(batch.num_tokens(), batch.num_seqs(), batch.max_blocks));
         done(kernels.upload_batch(batch, &mut device));
         device
     }

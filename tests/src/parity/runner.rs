@@ -43,7 +43,9 @@ pub fn large_cases(body: impl Fn(&TestDevice)) {
 #[track_caller]
 pub fn catches<S: Strategy>(fault: Fault<'_>, cases: S, body: impl Fn(&TestDevice, S::Value)) {
     let Some(device) = devices::faulty(&[fault]) else { return };
-    let Some(reason) = catch(&cases, &|case| body(&device, case)) else { panic!("nothing sees the fault {fault:?}") };
+    let Some(reason) = catch(&cases, &|case| body(&device, case)) else {
+        panic!("nothing sees the fault {fault:?}")
+    };
     assert!(!reason.contains("refused the kernel"), "{fault:?} does not compile: {reason}");
 }
 

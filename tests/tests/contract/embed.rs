@@ -29,12 +29,14 @@ impl Contract for Embed {
         let shards = (0..=12_usize, prop_oneof![Just(0_usize), 0..5000_usize, Just(i32::MAX as usize)]);
         let tokens = shards.prop_flat_map(|(vocab, start)| {
             let (first, end) = (start as i64, (start + vocab) as i64);
-            let edges = select(vec![first - 1, first, end - 1, end, -1, i64::from(i32::MIN), i64::from(i32::MAX)]);
+            let edges =
+                select(vec![first - 1, first, end - 1, end, -1, i64::from(i32::MIN), i64::from(i32::MAX)]);
             let token = prop_oneof![4 => first..=end, 1 => edges];
             let token = token.prop_map(|token| token.clamp(i64::from(i32::MIN), i64::from(i32::MAX)) as i32);
             (vec(token, 0..=9), Just(vocab), Just(start))
         });
-        let types = select(&[(DType::Bf16, DType::Float), (DType::F32, DType::Act), (DType::F16, DType::Float)][..]);
+        let types =
+            select(&[(DType::Bf16, DType::Float), (DType::F32, DType::Act), (DType::F16, DType::Float)][..]);
         (tokens, select(&[36_usize, 328][..]), types, any::<u64>()).prop_map(
             |((token_ids, vocab, vocab_start), width, (table, out), seed)| Case {
                 token_ids,
@@ -79,7 +81,7 @@ fn agrees_with_the_oracle() {
 #[test]
 fn a_table_of_several_bindings_is_whole() {
     let case = Case {
-        token_ids: (-1..140).collect(),
+        token_ids: (-1..140).step_by(3).collect(),
         vocab: 139,
         vocab_start: 0,
         width: 36,

@@ -20,7 +20,13 @@ struct Case {
 }
 
 /// What rows that the kernel writes may be.
-pub(crate) fn intervals(x: &[f64], weight: &[f64], eps: f64, turns: &[f64], dims: [usize; 2]) -> Vec<Interval> {
+pub(crate) fn intervals(
+    x: &[f64],
+    weight: &[f64],
+    eps: f64,
+    turns: &[f64],
+    dims: [usize; 2],
+) -> Vec<Interval> {
     let [rank, rope] = dims;
     let error = ((rank as f64).min(64.0) + 17.0) * F32_UNIT / 2.0 + 12.0 * F32_UNIT;
     let mut out = Vec::new();

@@ -66,11 +66,12 @@ impl Contract for LayerNormRope {
 
     fn cases() -> impl Strategy<Value = Case> {
         let batches = Batches { page_sizes: &[4, 16], max_seqs: 3, max_computed: 20, max_chunk: 9 }.any();
-        let types = select(&[(DType::Bf16, DType::F32), (DType::F32, DType::F16), (DType::F16, DType::Bf16)][..]);
+        let types =
+            select(&[(DType::Bf16, DType::F32), (DType::F32, DType::F16), (DType::F16, DType::Bf16)][..]);
         let layout = select(&[RopeLayout::Interleaved, RopeLayout::Half][..]);
         let values = Values::any_of(&[Values::Normal, Values::Ties, Values::Negative, Values::Outliers]);
-        (batches, select(&[[128_usize, 64], [40, 8], [6, 6]][..]), layout, types, values, any::<u64>()).prop_map(
-            |(batch, dims, layout, (weight, bias), values, seed)| Case {
+        (batches, select(&[[128_usize, 64], [40, 8], [6, 6]][..]), layout, types, values, any::<u64>())
+            .prop_map(|(batch, dims, layout, (weight, bias), values, seed)| Case {
                 batch,
                 dims,
                 layout,
@@ -78,8 +79,7 @@ impl Contract for LayerNormRope {
                 bias,
                 values,
                 seed,
-            },
-        )
+            })
     }
 
     fn run<K: Kernels>(kernels: &K, case: &Case) {

@@ -49,7 +49,12 @@ impl Contract for Linear {
     fn run<K: Kernels>(kernels: &K, case: &Case) {
         let &Case { tokens, columns, seed, .. } = case;
         let all: usize = case.features.iter().sum();
-        let x = contract::numbers(kernels, DType::Act, &[tokens, columns], &case.values.take(seed, tokens * columns));
+        let x = contract::numbers(
+            kernels,
+            DType::Act,
+            &[tokens, columns],
+            &case.values.take(seed, tokens * columns),
+        );
         let weights = Values::Normal.take(seed ^ 1, (all + 3) * columns).into_iter().enumerate();
         let weights: Vec<f64> = weights.map(|(i, w)| w * (1.0 + (i % 89) as f64 / 887.0)).collect();
         // Rows beyond the last are not read.

@@ -30,14 +30,26 @@ impl Contract for LmHead {
         let rows = (1..=20_i32).prop_flat_map(|tokens| (Just(tokens as usize), vec(0..tokens, 0..=20)));
         let weight = select(&[DType::Bf16, DType::F32][..]);
         (rows, select(&[64_usize, 200][..]), select(&[33_usize, 80][..]), weight, any::<u64>()).prop_map(
-            |((tokens, rows), hidden, vocab, weight, seed)| Case { tokens, rows, hidden, vocab, weight, seed },
+            |((tokens, rows), hidden, vocab, weight, seed)| Case {
+                tokens,
+                rows,
+                hidden,
+                vocab,
+                weight,
+                seed,
+            },
         )
     }
 
     fn run<K: Kernels>(kernels: &K, case: &Case) {
         let &Case { tokens, hidden, vocab, seed, .. } = case;
         let count = case.rows.len();
-        let x = contract::numbers(kernels, DType::Act, &[tokens, hidden], &Values::Normal.take(seed, tokens * hidden));
+        let x = contract::numbers(
+            kernels,
+            DType::Act,
+            &[tokens, hidden],
+            &Values::Normal.take(seed, tokens * hidden),
+        );
         let rows = contract::index(kernels, &[count], &case.rows);
         let weights = Values::Normal.take(seed ^ 1, vocab * hidden);
         let weight = contract::weight(kernels, case.weight, &[vocab, hidden], &weights);
@@ -63,6 +75,10 @@ fn agrees_with_the_oracle() {
 fn planted_faults_are_seen() {
     let edit = Edit { shader: "product", find: "u32(rows[t])", replace: "t" };
     contract::catches::<LmHead>(edit);
-    let edit = Edit { shader: "product", find: "if feature + 1u < params.features {\n            out[i + 1u]", replace: "{\n            out[i + 1u]" };
+    let edit = Edit {
+        shader: "product",
+        find: "if feature + 1u < params.features {\n            out[i + 1u]",
+        replace: "{\n            out[i + 1u]",
+    };
     contract::catches::<LmHead>(edit);
 }

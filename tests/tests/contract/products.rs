@@ -16,7 +16,8 @@ pub(crate) fn assert_products(
         .iter()
         .enumerate()
         .map(|(i, _)| {
-            let (x, weight) = (&x[i / features * columns..][..columns], &weight[i % features * columns..][..columns]);
+            let (x, weight) =
+                (&x[i / features * columns..][..columns], &weight[i % features * columns..][..columns]);
             of(x.iter().copied().zip(weight.iter().copied()), floats)
         })
         .collect();
@@ -50,7 +51,11 @@ pub(crate) fn assert_within(
     let relative = if floats { 1e-3 } else { 2e-2 };
     assert_close(what, width, found, expected, relative, |i| {
         let slack = 1e-9 * intervals[i].magnitude();
-        assert!(intervals[i].widened(slack).contains(expected[i]), "the bound misses the oracle: {:?}", intervals[i]);
+        assert!(
+            intervals[i].widened(slack).contains(expected[i]),
+            "the bound misses the oracle: {:?}",
+            intervals[i]
+        );
         intervals[i].farthest(expected[i])
     });
 }

@@ -22,14 +22,16 @@ fn is_what_its_kernels_are() {
             contract::numbers(kernels, DType::Act, &shape, &vec![7.0; shape.iter().product()]).1
         };
         let (q_a, kv_a, x) = (act(48, 1), act(40, 2), act(16, 3));
-        let (q_weight, kv_weight, key_weight, bias) = (weight(48, 4), weight(32, 5), weight(16, 6), weight(16, 7));
+        let (q_weight, kv_weight, key_weight, bias) =
+            (weight(48, 4), weight(32, 5), weight(16, 6), weight(16, 7));
         let cos_sin = turns(kernels, rows, 8, 8).1;
         let on_device = contract::batch(kernels, &batch.batch).1;
         for with_keys in [false, true] {
             let run = |together: bool| {
                 let (mut rows_of_mla, mut keys) = (cache(40), cache(16));
                 let mut q_latent = contract::output(kernels, DType::Act, &[rows, 48]).1;
-                let index = IndexKeys { x: &x, weight: &key_weight, bias: &bias, eps, layout, cache: &mut keys };
+                let index =
+                    IndexKeys { x: &x, weight: &key_weight, bias: &bias, eps, layout, cache: &mut keys };
                 if together {
                     let index = with_keys.then_some(index);
                     kernels
@@ -53,7 +55,16 @@ fn is_what_its_kernels_are() {
                         .unwrap();
                     if with_keys {
                         kernels
-                            .layer_norm_rope(&on_device, &x, &key_weight, &bias, eps, layout, &cos_sin, index.cache)
+                            .layer_norm_rope(
+                                &on_device,
+                                &x,
+                                &key_weight,
+                                &bias,
+                                eps,
+                                layout,
+                                &cos_sin,
+                                index.cache,
+                            )
                             .unwrap();
                     }
                 }

@@ -34,12 +34,19 @@ fn misfits_are_named() {
         let act = |shape: &[usize]| tensor(DType::Act, shape);
         let weight = tensor(DType::Bf16, &[16]);
         let mut out = act(&[2, 16]);
-        let norm = |x: &WgpuTensor, weight: &WgpuTensor, out: &mut WgpuTensor| wgpu.rms_norm(x, weight, 1e-5, out).unwrap_err();
+        let norm = |x: &WgpuTensor, weight: &WgpuTensor, out: &mut WgpuTensor| {
+            wgpu.rms_norm(x, weight, 1e-5, out).unwrap_err()
+        };
         expect(norm(&act(&[2, 4, 4]), &weight, &mut out), &["rms_norm: `x`", "2 dimensions"]);
         expect(norm(&tensor(DType::Index, &[2, 16]), &weight, &mut out), &["`x` holds indices"]);
         expect(norm(&act(&[2, 16]), &act(&[16]), &mut out), &["`weight` holds activations"]);
-        expect(norm(&act(&[2, 15]), &tensor(DType::Bf16, &[15]), &mut act(&[2, 15])), &["even last dimension"]);
-        let linear = |x: &WgpuTensor, weight: &WgpuTensor, out: &mut WgpuTensor| wgpu.linear(x, weight, out).unwrap_err();
+        expect(
+            norm(&act(&[2, 15]), &tensor(DType::Bf16, &[15]), &mut act(&[2, 15])),
+            &["even last dimension"],
+        );
+        let linear = |x: &WgpuTensor, weight: &WgpuTensor, out: &mut WgpuTensor| {
+            wgpu.linear(x, weight, out).unwrap_err()
+        };
         let matrix = tensor(DType::F32, &[8, 16]);
         expect(linear(&act(&[2, 15]), &matrix, &mut act(&[2, 8])), &["linear: `x`", "[2, 16]"]);
         expect(linear(&act(&[2, 16]), &matrix, &mut act(&[2, 9])), &["`out`", "[2, 8]"]);
@@ -54,7 +61,8 @@ fn misfits_are_named() {
 #[test]
 fn a_cache_larger_than_a_binding_is_an_error_that_says_what_to_do() {
     let small = |wgpu: &Wgpu| {
-        let (gate, up) = (wgpu.alloc(DType::Act, &[9, 800]).unwrap(), wgpu.alloc(DType::Act, &[9, 800]).unwrap());
+        let (gate, up) =
+            (wgpu.alloc(DType::Act, &[9, 800]).unwrap(), wgpu.alloc(DType::Act, &[9, 800]).unwrap());
         let error = wgpu.silu_mul(&gate, &up, &mut wgpu.alloc(DType::Act, &[9, 800]).unwrap()).unwrap_err();
         expect(error, &["silu_mul (9 rows of 800)", "binds at most 4096", "lower the batch or cache size"]);
     };

@@ -58,7 +58,15 @@ impl Contract for RmsNorm {
         let x = select(&[Rows::Acts, Rows::Floats, Rows::Residual][..]);
         let values = Values::any_of(&Values::ORDINARY);
         (shape, weight, x, values, select(&[1e-5, 1e-6, 0.25][..]), any::<u64>()).prop_map(
-            |((rows, width), weight, x, values, eps, seed)| Case { rows, width, weight, x, values, eps, seed },
+            |((rows, width), weight, x, values, eps, seed)| Case {
+                rows,
+                width,
+                weight,
+                x,
+                values,
+                eps,
+                seed,
+            },
         )
     }
 
@@ -108,7 +116,11 @@ fn planted_faults_are_seen() {
         ("rms_norm", "values.y);", "values.x);"),
         ("rms_norm", "+ params.eps)", ") + params.eps"),
         ("rms_norm", "residual[i + 1u] += added.y", "residual[i + 1u] -= added.y"),
-        ("reduce", "i < lane.subgroups; i++) {\n        sum +=", "i + 1u < lane.subgroups; i++) {\n        sum +="),
+        (
+            "reduce",
+            "i < lane.subgroups; i++) {\n        sum +=",
+            "i + 1u < lane.subgroups; i++) {\n        sum +=",
+        ),
     ] {
         contract::catches::<RmsNorm>(Edit { shader, find, replace });
     }

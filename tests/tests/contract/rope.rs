@@ -64,7 +64,7 @@ fn agrees_with_the_oracle() {
 #[test]
 fn planted_faults_are_seen() {
     for (find, replace) in [
-        ("if column < DIM {", "if column <= DIM {"),
+        ("if column + 1u < DIM {", "if column + 2u < DIM {"),
         ("columns[first] * turn.x - columns", "columns[first] * turn.x + columns"),
         ("column % (DIM / 2u), HALF", "column / 2u, HALF"),
         ("let t = head / params.heads;", "let t = 0u;"),

@@ -40,7 +40,9 @@ impl Contract for RopeTable {
         let (found, expected) =
             (kernels.read(&cos_sin.1).unwrap(), parity::oracle().read(&cos_sin.0).unwrap());
         // Three roundings of what is below 1, the polynomials' last terms, and an angle whose frequency is an f64.
-        assert_close("cos_sin", 2 * pairs, &found, &expected, 2e-7, |i| {
+        // Where a position turns faster than an f64 tells, the bound of each element is all there is.
+        let relative = if *theta < 1.0 { 1e-4 } else { 2e-7 };
+        assert_close("cos_sin", 2 * pairs, &found, &expected, relative, |i| {
             let (position, pair) = (f64::from(positions[i / 2 / pairs]), (i / 2 % pairs) as f64);
             let exponent = pair / *pairs as f64 * theta.ln();
             let angle = position * (-exponent).exp();
@@ -60,7 +62,7 @@ fn planted_faults_are_seen() {
         ("+ upper_product(position, turn.y)", ""),
         ("case 2u: { turned = vec2(-cosine, -sine); }", ""),
         ("1.0 / 362880.0", "0.0"),
-        ("(low >> 16u)", "0u"),
+        ("let first = (a >> 16u) * (b & 0xffffu) +", "let first = (b & 0xffffu) +"),
     ] {
         contract::catches::<RopeTable>(Edit { shader: "rope_table", find, replace });
     }

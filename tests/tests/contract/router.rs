@@ -36,7 +36,8 @@ impl Contract for Router {
 
     fn cases() -> impl Strategy<Value = Case> {
         // Equal scores of experts; sums of two that are equal by chance alone are not told apart by rounding.
-        let dims = select(&[(40, 1, 1, Values::Ties), (40, 1, 1, Values::Normal), (16, 4, 2, Values::Normal)][..]);
+        let dims =
+            select(&[(40, 1, 1, Values::Ties), (40, 1, 1, Values::Normal), (16, 4, 2, Values::Normal)][..]);
         let more = select(&[(132, 3, 2, Values::Negative), (66, 66, 11, Values::Ties)][..]);
         let bias = select(&[DType::Bf16, DType::F16, DType::F32][..]);
         (prop_oneof![dims, more], 0..=6_usize, 1..=8_usize, bias, any::<bool>(), any::<u64>()).prop_map(
@@ -63,7 +64,8 @@ impl Contract for Router {
         let found = (kernels.read_index(&ids.1).unwrap(), kernels.read(&weights.1).unwrap());
         let expected = (oracle.read_index(&ids.0).unwrap(), oracle.read(&weights.0).unwrap());
         for (t, logits) in logits.chunks(experts).enumerate() {
-            let choice: Vec<f64> = logits.iter().zip(&bias).map(|(x, b)| 1.0 / (1.0 + (-x).exp()) + b).collect();
+            let choice: Vec<f64> =
+                logits.iter().zip(&bias).map(|(x, b)| 1.0 / (1.0 + (-x).exp()) + b).collect();
             let two_best = |group: &[f64]| {
                 let mut group = group.to_vec();
                 group.sort_by(|a, b| b.total_cmp(a));
@@ -71,7 +73,8 @@ impl Contract for Router {
             };
             let groups: Vec<f64> = choice.chunks(experts / params.n_group).map(two_best).collect();
             // The experts of all groups: that a dropped one may be among them makes a row undecided more often than need be.
-            if undecided(&groups, params.topk_group) || undecided(&choice, experts) && values != Values::Ties {
+            if undecided(&groups, params.topk_group) || undecided(&choice, experts) && values != Values::Ties
+            {
                 continue;
             }
             let row = t * k..(t + 1) * k;

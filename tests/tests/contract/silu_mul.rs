@@ -56,10 +56,9 @@ fn agrees_with_the_oracle() {
 
 #[test]
 fn planted_faults_are_seen() {
-    for (find, replace) in [
-        ("x / (1.0 + exp(-x))", "x / (1.0 + exp(x))"),
-        ("word >= params.words", "word + 1u >= params.words"),
-    ] {
+    for (find, replace) in
+        [("x / (1.0 + exp(-x))", "x / (1.0 + exp(x))"), ("word >= params.words", "word + 1u >= params.words")]
+    {
         contract::catches::<SiluMul>(Edit { shader: "silu_mul", find, replace });
     }
 }

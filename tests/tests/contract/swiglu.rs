@@ -28,7 +28,13 @@ impl Contract for SwiGlu {
 
     fn cases() -> impl Strategy<Value = Case> {
         let packed = select(&[[false, false], [true, true], [true, false]][..]);
-        (select(&[0_usize, 1, 7, 20][..]), select(&[64_usize, 128][..]), select(&[8_usize, 40][..]), packed, any::<u64>())
+        (
+            select(&[0_usize, 1, 7, 20][..]),
+            select(&[64_usize, 128][..]),
+            select(&[8_usize, 40][..]),
+            packed,
+            any::<u64>(),
+        )
             .prop_map(|(tokens, columns, intermediate, packed, seed)| Case {
                 tokens,
                 columns,
@@ -40,10 +46,16 @@ impl Contract for SwiGlu {
 
     fn run<K: Kernels>(kernels: &K, case: &Case) {
         let &Case { tokens, columns, intermediate, packed, seed } = case;
-        let x = contract::numbers(kernels, DType::Act, &[tokens, columns], &Values::Normal.take(seed, tokens * columns));
+        let x = contract::numbers(
+            kernels,
+            DType::Act,
+            &[tokens, columns],
+            &Values::Normal.take(seed, tokens * columns),
+        );
         let projection = |packed: bool, seed: u64| {
             if packed {
-                let format = Format { scales: DType::Bf16, group_size: 32, zero_points: seed.is_multiple_of(2) };
+                let format =
+                    Format { scales: DType::Bf16, group_size: 32, zero_points: seed.is_multiple_of(2) };
                 return HostLinear::Int4(int4(intermediate, columns, format, seed));
             }
             let weights = Values::Normal.take(seed, intermediate * columns);
@@ -75,7 +87,10 @@ impl Contract for SwiGlu {
             let ends = [silus.lo * up.lo, silus.lo * up.hi, silus.hi * up.lo, silus.hi * up.hi];
             let lo = ends.into_iter().fold(f64::INFINITY, f64::min);
             let hi = ends.into_iter().fold(f64::NEG_INFINITY, f64::max);
-            Interval { lo, hi }.widened(F32_UNIT * lo.abs().max(hi.abs()) + 1e-37).round_bf16().farthest(expected[i])
+            Interval { lo, hi }
+                .widened(F32_UNIT * lo.abs().max(hi.abs()) + 1e-37)
+                .round_bf16()
+                .farthest(expected[i])
         });
     }
 }
