@@ -117,7 +117,7 @@ impl Wgpu {
         let limits = &self.context.limits;
         let most = usize::try_from(limits.max_storage_buffer_binding_size).unwrap_or(usize::MAX);
         if rows * row_bytes <= most {
-            return Ok(vec![0..rows]);
+            return Ok(std::iter::once(0..rows).collect());
         }
         let alignment = limits.min_storage_buffer_offset_alignment.max(4) as usize;
         // So many rows are a multiple of the alignment, and an even number, so that no word has outputs of two ranges.

@@ -70,7 +70,7 @@ impl Contract for LayerNormRope {
             select(&[(DType::Bf16, DType::F32), (DType::F32, DType::F16), (DType::F16, DType::Bf16)][..]);
         let layout = select(&[RopeLayout::Interleaved, RopeLayout::Half][..]);
         let values = Values::any_of(&[Values::Normal, Values::Ties, Values::Negative, Values::Outliers]);
-        (batches, select(&[[128_usize, 64], [40, 8], [6, 6]][..]), layout, types, values, any::<u64>())
+        (batches, select(&[[128_usize, 64], [48, 8], [16, 16]][..]), layout, types, values, any::<u64>())
             .prop_map(|(batch, dims, layout, (weight, bias), values, seed)| Case {
                 batch,
                 dims,
