@@ -6,6 +6,7 @@
 )]
 
 mod absorb;
+mod communicator;
 mod embed;
 #[path = "../kernels/int4_weights.rs"]
 mod int4_weights;
