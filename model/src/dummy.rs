@@ -176,7 +176,7 @@ impl WeightSource for DummyWeights {
         if layer >= limit {
             return Err(CheckpointError::OutOfRange { what: "layer", found: layer, limit });
         }
-        let specs = layout::layer(&self.config, layer);
+        let specs = layout::layer(&self.config, layer, shard.world_size);
         Ok(HostLayer {
             input_layernorm: maker.norm(&specs.input_layernorm),
             post_attention_layernorm: maker.norm(&specs.post_attention_layernorm),
@@ -273,7 +273,9 @@ mod tests {
         let (here, there, next) = (layer(1, 1, 0), layer(1, 1, 1), layer(1, 2, 0));
         assert_ne!(here.attention.q_a_proj, next.attention.q_a_proj);
         // Replicated and shared.
-        assert_eq!(here.attention.q_a_proj, there.attention.q_a_proj);
+        assert_eq!(here.attention.indexer, there.attention.indexer);
+        assert_eq!(here.attention.q_a_layernorm, there.attention.q_a_layernorm);
+        assert_ne!(here.attention.q_a_proj, there.attention.q_a_proj);
         assert_ne!(here.attention.q_b_proj, there.attention.q_b_proj);
     }
 

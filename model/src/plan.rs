@@ -128,7 +128,7 @@ impl Plan {
         let mut weights = WeightBytes::default();
         let mut routed = 0_u64;
         let mut total = 0_u64;
-        for spec in layout::all(config) {
+        for spec in layout::all(config, world_size) {
             let (role, elements, bytes) = match spec {
                 Spec::Tensor(spec) => {
                     let elements = product(&spec.shape);
@@ -273,11 +273,18 @@ mod tests {
         assert_eq!(rank.weights.experts * 8, whole.weights.experts);
         assert_eq!(rank.weights.embeddings * 8, whole.weights.embeddings);
         assert_eq!(rank.weights.indexer, whole.weights.indexer);
-        // q_a and kv_a are whole on every rank, q_b, kv_b and o are not.
-        let (replicated, sharded) = ((2048 + 576) * 6144, 16384 * 2048 + 28672 * 512 + 6144 * 16384);
-        assert_eq!(rank.weights.attention, 78 * 2 * (replicated + sharded / 8));
+        assert_eq!(rank.weights.attention * 8, whole.weights.attention);
         assert_eq!(rank.weights.norms, whole.weights.norms);
         assert_eq!(rank.parameters, whole.parameters);
+    }
+
+    /// Of 574 rows of `kv_a_proj_with_mqa` eight ranks cannot have as many each.
+    #[test]
+    fn what_ranks_gather_is_whole_on_each_where_they_do_not_divide_it() {
+        let config = ModelConfig { qk_rope_head_dim: 62, ..glm_5_2("null") };
+        let [one, eight] = [1, 8].map(|ranks| Plan::from_config(&config, ranks).unwrap().weights.attention);
+        let kv_a = 78 * 2 * (512 + 62) * 6144;
+        assert_eq!(8 * (eight - kv_a), one - kv_a);
     }
 
     #[test]

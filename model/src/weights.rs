@@ -21,13 +21,13 @@ pub struct HostLayer {
 /// Multi-head latent attention.
 #[derive(Debug, Clone, PartialEq)]
 pub struct HostAttention {
-    /// `[q_lora_rank, hidden]`.
+    /// `[q_local, hidden]`: this rank's part of `q_lora_rank` rows, or all of them where ranks do not divide them.
     pub q_a_proj: HostLinear,
     /// `[q_lora_rank]`.
     pub q_a_layernorm: HostTensor,
     /// `[H_local * (qk_nope_head_dim + qk_rope_head_dim), q_lora_rank]`: this rank's heads.
     pub q_b_proj: HostLinear,
-    /// `[kv_lora_rank + qk_rope_head_dim, hidden]`.
+    /// `[kv_local, hidden]`: as much of `kv_lora_rank + qk_rope_head_dim` rows.
     pub kv_a_proj_with_mqa: HostLinear,
     /// `[kv_lora_rank]`.
     pub kv_a_layernorm: HostTensor,

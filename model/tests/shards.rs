@@ -19,6 +19,8 @@ use support::{Format, Tiny, Written};
 enum Part {
     Whole,
     Rows,
+    /// Where they divide; else all of them.
+    RowsWhereEven,
     Columns,
 }
 
@@ -39,7 +41,8 @@ impl Judge<'_> {
         };
         let (rows, columns_range) = match part {
             Part::Whole => (0..shape[0], 0..columns),
-            Part::Rows => (range(shape[0]), 0..columns),
+            Part::RowsWhereEven if shape[0] % self.shard.world_size != 0 => (0..shape[0], 0..columns),
+            Part::Rows | Part::RowsWhereEven => (range(shape[0]), 0..columns),
             Part::Columns => (0..shape[0], range(columns)),
         };
         let expected: Vec<f32> = rows
@@ -96,10 +99,11 @@ impl Judge<'_> {
         self.tensor(&name("post_attention_layernorm.weight"), &layer.post_attention_layernorm, Part::Whole);
 
         let attention = &layer.attention;
-        self.linear(&name("self_attn.q_a_proj"), &attention.q_a_proj, Part::Whole);
+        self.linear(&name("self_attn.q_a_proj"), &attention.q_a_proj, Part::RowsWhereEven);
         self.tensor(&name("self_attn.q_a_layernorm.weight"), &attention.q_a_layernorm, Part::Whole);
         self.linear(&name("self_attn.q_b_proj"), &attention.q_b_proj, Part::Rows);
-        self.linear(&name("self_attn.kv_a_proj_with_mqa"), &attention.kv_a_proj_with_mqa, Part::Whole);
+        let kv_a_proj = name("self_attn.kv_a_proj_with_mqa");
+        self.linear(&kv_a_proj, &attention.kv_a_proj_with_mqa, Part::RowsWhereEven);
         self.tensor(&name("self_attn.kv_a_layernorm.weight"), &attention.kv_a_layernorm, Part::Whole);
         self.tensor(&name("self_attn.kv_b_proj.weight"), &attention.kv_b_proj, Part::Rows);
         self.linear(&name("self_attn.o_proj"), &attention.o_proj, Part::Columns);
@@ -228,6 +232,23 @@ fn rows_that_start_inside_a_word_of_zero_points() {
     }
 }
 
+/// Latents of 14 are whole on each of four and eight ranks, and shared by two.
+#[test]
+fn what_ranks_gather_is_shared_where_they_divide_it() {
+    let asymmetric = Format::CompressedTensors { group_size: Some(8), symmetric: false, scale: Dtype::BF16 };
+    for format in [asymmetric, Format::Dense(Dtype::BF16)] {
+        let dir = tempfile::tempdir().unwrap();
+        let written = Tiny { rope: 2, ..Tiny::new(format) }.write();
+        written.save(dir.path());
+        judge(&written, dir.path());
+        for (world_size, rows) in [(1, 14), (2, 7), (4, 14), (8, 14)] {
+            let checkpoint = Checkpoint::open(dir.path()).unwrap();
+            let layer = checkpoint.load_layer(0, Shard { rank: 0, world_size }).unwrap();
+            assert_eq!(layer.attention.kv_a_proj_with_mqa.dims(), (rows, 16), "{world_size} ranks");
+        }
+    }
+}
+
 /// Eight ranks read an eighth of what is sharded each, and no byte of another's part.
 #[test]
 fn a_rank_reads_only_its_shard() {
@@ -238,11 +259,13 @@ fn a_rank_reads_only_its_shard() {
         Format::AutoAwq { group_size: Some(32) },
     ] {
         let dir = tempfile::tempdir().unwrap();
-        // Heads of 16 query rows and 40 of keys and values: every shard falls on whole words.
+        // Heads of 40 query rows and 40 of keys and values, and latents of 64: every shard falls on whole words.
         Tiny {
-            kv_lora: 24,
+            q_lora: 64,
+            kv_lora: 32,
             nope: 8,
-            rope: 8,
+            rope: 32,
+            index_dim: 32,
             v_head: 32,
             intermediate: 256,
             moe_intermediate: 256,

@@ -100,10 +100,10 @@ impl Skeleton {
         self.plain(&norm("input_layernorm"), &[HIDDEN], replicated);
         self.plain(&norm("post_attention_layernorm"), &[HIDDEN], replicated);
         let module = |name: &str| format!("{prefix}.self_attn.{name}");
-        self.linear(&module("q_a_proj"), [2048, HIDDEN], replicated);
+        self.linear(&module("q_a_proj"), [2048, HIDDEN], shared);
         self.plain(&norm("self_attn.q_a_layernorm"), &[2048], replicated);
         self.linear(&module("q_b_proj"), [64 * 256, 2048], shared);
-        self.linear(&module("kv_a_proj_with_mqa"), [512 + 64, HIDDEN], replicated);
+        self.linear(&module("kv_a_proj_with_mqa"), [512 + 64, HIDDEN], shared);
         self.plain(&norm("self_attn.kv_a_layernorm"), &[512], replicated);
         self.linear(&module("kv_b_proj"), [64 * (192 + 256), 512], shared);
         self.linear(&module("o_proj"), [HIDDEN, 64 * 256], shared);

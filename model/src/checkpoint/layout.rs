@@ -3,7 +3,7 @@
 
 use crate::config::{IndexerType, MlpLayerType, ModelConfig};
 
-use super::shard::Split;
+use super::shard::{Shard, Split};
 
 /// What a weight belongs to, for the memory plan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,8 +118,19 @@ fn linear(module: String, [out_features, in_features]: [usize; 2], split: Split,
     LinearSpec { module, out_features, in_features, split, role, dense: false }
 }
 
-/// Layer `layer`.
-pub(crate) fn layer(config: &ModelConfig, layer: usize) -> LayerSpecs {
+/// How `world_size` ranks have the `len` outputs of a projection that each of them needs whole: shared, and gathered after every product,
+/// where they divide.
+pub(crate) fn split_of_gathered(len: usize, world_size: usize) -> Split {
+    if len.is_multiple_of(world_size) { Split::Rows } else { Split::Replicated }
+}
+
+/// How many of them one rank has.
+pub(crate) fn share_of_gathered(len: usize, world_size: usize) -> usize {
+    split_of_gathered(len, world_size).ranges(Shard { rank: 0, world_size }, len, 0).0.len()
+}
+
+/// Layer `layer` of `world_size` ranks.
+pub(crate) fn layer(config: &ModelConfig, layer: usize, world_size: usize) -> LayerSpecs {
     let prefix = format!("model.layers.{layer}");
     let norm = |name: &str| {
         tensor(format!("{prefix}.{name}.weight"), &[config.hidden_size], Split::Replicated, Role::Norms)
@@ -128,7 +139,7 @@ pub(crate) fn layer(config: &ModelConfig, layer: usize) -> LayerSpecs {
     LayerSpecs {
         input_layernorm: norm("input_layernorm"),
         post_attention_layernorm: norm("post_attention_layernorm"),
-        attention: attention(config, &prefix, config.indexer_types[layer]),
+        attention: attention(config, &prefix, config.indexer_types[layer], world_size),
         mlp: match config.mlp_layer_types[layer] {
             MlpLayerType::Dense => {
                 MlpSpecs::Dense(swiglu(&mlp, config.hidden_size, config.intermediate_size, Role::DenseMlp))
@@ -151,7 +162,12 @@ pub(crate) fn ends(config: &ModelConfig) -> EndsSpecs {
     }
 }
 
-fn attention(config: &ModelConfig, layer: &str, indexer: IndexerType) -> AttentionSpecs {
+fn attention(
+    config: &ModelConfig,
+    layer: &str,
+    indexer: IndexerType,
+    world_size: usize,
+) -> AttentionSpecs {
     let heads = config.num_attention_heads;
     let hidden = config.hidden_size;
     let (q_rank, kv_rank) = (config.q_lora_rank, config.kv_lora_rank);
@@ -161,11 +177,12 @@ fn attention(config: &ModelConfig, layer: &str, indexer: IndexerType) -> Attenti
     let norm = |name: &str, size| {
         tensor(format!("{layer}.self_attn.{name}.weight"), &[size], Split::Replicated, Role::Norms)
     };
+    let gathered = |name: &str, out| module(name, [out, hidden], split_of_gathered(out, world_size));
     AttentionSpecs {
-        q_a_proj: module("q_a_proj", [q_rank, hidden], Split::Replicated),
+        q_a_proj: gathered("q_a_proj", q_rank),
         q_a_layernorm: norm("q_a_layernorm", q_rank),
         q_b_proj: module("q_b_proj", [heads * config.qk_head_dim(), q_rank], Split::Rows),
-        kv_a_proj_with_mqa: module("kv_a_proj_with_mqa", [config.latent_dim(), hidden], Split::Replicated),
+        kv_a_proj_with_mqa: gathered("kv_a_proj_with_mqa", config.latent_dim()),
         kv_a_layernorm: norm("kv_a_layernorm", kv_rank),
         kv_b_proj: LinearSpec { dense: true, ..module("kv_b_proj", [heads * kv_head, kv_rank], Split::Rows) },
         o_proj: module("o_proj", [hidden, heads * config.v_head_dim], Split::Columns),
@@ -266,10 +283,12 @@ impl LayerSpecs {
     }
 }
 
-/// Every tensor of the model: what is not in a layer, then the layers in order.
-pub(crate) fn all(config: &ModelConfig) -> impl Iterator<Item = Spec> {
+/// Every tensor of the model as `world_size` ranks have it: what is not in a layer, then the layers in order.
+pub(crate) fn all(config: &ModelConfig, world_size: usize) -> impl Iterator<Item = Spec> {
     let ends = ends(config);
     let outside = [Spec::Tensor(ends.embed_tokens), Spec::Tensor(ends.norm)];
     let outside = outside.into_iter().chain(ends.lm_head.map(Spec::Linear));
-    outside.chain((0..config.num_hidden_layers).flat_map(|index| layer(config, index).into_specs()))
+    outside.chain(
+        (0..config.num_hidden_layers).flat_map(move |index| layer(config, index, world_size).into_specs()),
+    )
 }

@@ -30,7 +30,7 @@ impl<'a> Reader<'a> {
     }
 
     pub(super) fn layer(&self, config: &ModelConfig, index: usize) -> Result<HostLayer, CheckpointError> {
-        let specs = layout::layer(config, index);
+        let specs = layout::layer(config, index, self.shard.world_size);
         Ok(HostLayer {
             input_layernorm: self.tensor(&specs.input_layernorm)?,
             post_attention_layernorm: self.tensor(&specs.post_attention_layernorm)?,

@@ -128,7 +128,7 @@ impl Checkpoint {
 
     fn new_dummy(name: String, files: Files, seed: u32) -> Result<Self, CheckpointError> {
         let config = read_config(&files)?;
-        let linears = layout::all(&config).filter_map(|spec| match spec {
+        let linears = layout::all(&config, 1).filter_map(|spec| match spec {
             Spec::Linear(spec) => Some((format::described(&config, &spec), spec.module)),
             Spec::Tensor(_) => None,
         });
@@ -276,7 +276,7 @@ impl Checkpoint {
         {
             return Reservation::default();
         }
-        let specs = layout::layer(&self.config, layer).into_specs();
+        let specs = layout::layer(&self.config, layer, shard.world_size).into_specs();
         self.budget.reserve(specs.map(|spec| self.spec_bytes(&spec, shard)).sum())
     }
 
@@ -301,7 +301,7 @@ impl Checkpoint {
         if self.dummy.is_some() {
             return Ok(0);
         }
-        Ok(layout::all(&self.config).map(|spec| self.spec_bytes(&spec, shard)).sum())
+        Ok(layout::all(&self.config, shard.world_size).map(|spec| self.spec_bytes(&spec, shard)).sum())
     }
 
     fn spec_bytes(&self, spec: &Spec, shard: Shard) -> u64 {

@@ -16,7 +16,7 @@ pub(super) fn verify(
 ) -> Result<HashMap<String, LinearFormat>, CheckpointError> {
     let mut formats = HashMap::new();
     let mut claimed = HashSet::new();
-    for spec in layout::all(config) {
+    for spec in layout::all(config, 1) {
         match spec {
             Spec::Tensor(spec) => {
                 check_tensor(tensors, &spec)?;

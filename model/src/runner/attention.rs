@@ -3,6 +3,7 @@
 use dsa80_reference::{DeviceTensor, IndexKeys, Kernels, Result, RopeLayout};
 
 use super::forward::Forward;
+use super::gathered::gather;
 use super::probe::Probe;
 use super::weights::Attention;
 use super::workspace::Workspace;
@@ -24,13 +25,17 @@ impl<K: Kernels> Forward<'_, K> {
         // Where every row sees no more than `index_topk` keys all are selected, and nothing needs a score.
         let scores = self.batch.max_context_len > shape.index_topk;
         let Workspace { normed, q_a, kv_a, index_k, index_weights, .. } = ws;
-        let outs = &mut [q_a, kv_a, index_k, index_weights];
+        let outs = &mut [q_a.own(), kv_a.own(), index_k, index_weights];
         let count = match indexer {
             None => 2,
             Some(_) if scores => 4,
             Some(_) => 3,
         };
         weights.a_proj.apply(kernels, normed, &mut outs[..count])?;
+        gather(self.communicator, [&mut ws.q_a, &mut ws.kv_a])?;
+        if let Some(probe) = probe.as_deref_mut().filter(|probe| probe.wants_latents()) {
+            probe.latents(layer, &kernels.read(&ws.q_a.whole)?, &kernels.read(&ws.kv_a.whole)?);
+        }
 
         let keys = indexer.map(|(indexer, cache)| IndexKeys {
             x: &ws.index_k,
@@ -42,10 +47,10 @@ impl<K: Kernels> Forward<'_, K> {
         });
         kernels.qkv_norm_rope(
             self.device_batch,
-            &ws.q_a,
+            &ws.q_a.whole,
             &weights.q_a_layernorm,
             &mut ws.q_latent,
-            &ws.kv_a,
+            &ws.kv_a.whole,
             &weights.kv_a_layernorm,
             &mut self.caches.mla[layer],
             config.latent_norm_eps,

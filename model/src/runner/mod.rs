@@ -3,6 +3,7 @@
 mod attention;
 mod cache;
 mod forward;
+mod gathered;
 mod graphs;
 mod group;
 mod loading;

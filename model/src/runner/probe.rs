@@ -20,6 +20,16 @@ pub trait Probe {
         false
     }
 
+    /// Whether [`latents`](Self::latents) are of interest: the device is read for them.
+    fn wants_latents(&self) -> bool {
+        false
+    }
+
+    /// What `q_a_proj` `[T, q_lora_rank]` and `kv_a_proj_with_mqa` `[T, kv_lora_rank + rope]` give in `layer`, whole on every rank.
+    fn latents(&mut self, layer: usize, q_a: &[f64], kv_a: &[f64]) {
+        let _ = (layer, q_a, kv_a);
+    }
+
     /// Whether [`hidden`](Self::hidden) is of interest: the device is read for it.
     fn wants_hidden(&self) -> bool {
         true

@@ -1,9 +1,10 @@
 //! The dimensions of one rank's share of the model.
 
+use crate::checkpoint::layout::share_of_gathered;
 use crate::config::{MlpLayerType, ModelConfig};
 
 /// What workspace, caches and kernels are sized by. Names are the config's; `heads`, `max_intermediate` and
-/// `vocab_shard` are this rank's share.
+/// what ends in `shard` are this rank's share.
 #[derive(Debug, Clone)]
 pub(crate) struct RankShape {
     pub(crate) hidden_size: usize,
@@ -11,6 +12,8 @@ pub(crate) struct RankShape {
     pub(crate) vocab_shard: usize,
     pub(crate) heads: usize,
     pub(crate) q_lora_rank: usize,
+    pub(crate) q_a_shard: usize,
+    pub(crate) kv_a_shard: usize,
     pub(crate) kv_lora_rank: usize,
     pub(crate) qk_nope_head_dim: usize,
     pub(crate) qk_rope_head_dim: usize,
@@ -35,6 +38,8 @@ impl RankShape {
             vocab_shard: config.vocab_size / world_size,
             heads: config.num_attention_heads / world_size,
             q_lora_rank: config.q_lora_rank,
+            q_a_shard: share_of_gathered(config.q_lora_rank, world_size),
+            kv_a_shard: share_of_gathered(config.latent_dim(), world_size),
             kv_lora_rank: config.kv_lora_rank,
             qk_nope_head_dim: config.qk_nope_head_dim,
             qk_rope_head_dim: config.qk_rope_head_dim,

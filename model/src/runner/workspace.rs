@@ -2,6 +2,7 @@
 
 use dsa80_reference::{DType, DeviceTensor, Kernels, Result, SampleOutput};
 
+use super::gathered::Gathered;
 use super::shape::RankShape;
 
 /// Rows that are projected to logits at once; more are taken in turns. Bounds the logits at 64 rows of the
@@ -19,11 +20,11 @@ pub(crate) struct Workspace<K: Kernels> {
     pub(crate) normed: K::Tensor,         // [T, hidden]
     pub(crate) delta: K::Tensor,          // [T, hidden], what a block adds to the residual stream
     pub(crate) shared: K::Tensor,         // [T, hidden], output of the shared expert
-    pub(crate) q_a: K::Tensor,            // [T, q_lora_rank], before its norm
+    pub(crate) q_a: Gathered<K>,          // [T, q_lora_rank], before its norm
     pub(crate) q_latent: K::Tensor,       // [T, q_lora_rank]
     pub(crate) q: K::Tensor,              // [T, heads, nope + rope]
     pub(crate) q_absorbed: K::Tensor,     // [T, heads, kv_lora_rank + rope]
-    pub(crate) kv_a: K::Tensor,           // [T, kv_lora_rank + rope]
+    pub(crate) kv_a: Gathered<K>,         // [T, kv_lora_rank + rope]
     pub(crate) o_latent: K::Tensor,       // [T, heads, kv_lora_rank]
     pub(crate) o: K::Tensor,              // [T, heads, v]
     pub(crate) index_q: K::Tensor,        // [T, index_heads, index_dim]
@@ -64,11 +65,11 @@ impl<K: Kernels> Workspace<K> {
             normed: act(shape.hidden_size)?,
             delta: act(shape.hidden_size)?,
             shared: act(shape.hidden_size)?,
-            q_a: act(shape.q_lora_rank)?,
+            q_a: Gathered::alloc(act, shape.q_a_shard, shape.q_lora_rank)?,
             q_latent: act(shape.q_lora_rank)?,
             q: act(shape.heads * (shape.qk_nope_head_dim + shape.qk_rope_head_dim))?,
             q_absorbed: act(shape.heads * latent)?,
-            kv_a: act(latent)?,
+            kv_a: Gathered::alloc(act, shape.kv_a_shard, latent)?,
             o_latent: act(shape.heads * shape.kv_lora_rank)?,
             o: act(shape.heads * shape.v_head_dim)?,
             index_q: act(shape.index_n_heads * shape.index_head_dim)?,
@@ -102,9 +103,7 @@ impl<K: Kernels> Workspace<K> {
             &mut self.normed,
             &mut self.delta,
             &mut self.shared,
-            &mut self.q_a,
             &mut self.q_latent,
-            &mut self.kv_a,
             &mut self.index_k,
             &mut self.index_weights,
             &mut self.topk_indices,
@@ -114,7 +113,8 @@ impl<K: Kernels> Workspace<K> {
         ] {
             tensor.set_rows(tokens)?;
         }
-        Ok(())
+        self.q_a.set_rows(tokens)?;
+        self.kv_a.set_rows(tokens)
     }
 
     /// Shapes the tensors whose rows are logits.
