@@ -1,58 +1,86 @@
-// The ranks' shards side by side in every row, or one rank's tensor on all (BROADCAST).
+// The ranks' shards side by side in every row, of one tensor or of two (PAIR), or one rank's tensor on all (BROADCAST).
 //
 // Every rank pushes what it has to the others; see exchange.cuh. Several ranks can be rows of one launch (blockIdx.y), whose blocks must
-// all be resident at once.
+// all be resident at once. Of two tensors the vectors of the second follow those of the first.
 //
-// Constants: those of exchange.cuh; ELEMENT_BYTES, 2 or 4; VECTOR elements of a load, 16 bytes or one; BROADCAST.
+// Constants: those of exchange.cuh; ELEMENT_BYTES, 2 or 4; VECTOR elements of a load, 16 bytes or one; PAIR; BROADCAST.
 #include "exchange.cuh"
+
+static_assert(!(PAIR && BROADCAST), "one tensor is broadcast");
 
 using Elements = Vector<ELEMENT_BYTES, VECTOR>;
 
+// What a rank has, and where what all have goes. Sizes in vectors.
+struct Tensors {
+    const void *shard, *next_shard;
+    void *out, *next_out;
+    int vectors; // of the first shard
+    int columns, next_columns;
+
+    DEVICE bool in_next(int index) const { return PAIR && index >= vectors; }
+
+    DEVICE void load(Elements& x, int index) const {
+        const bool next = in_next(index);
+        x.load(next ? next_shard : shard, next ? index - vectors : index);
+    }
+
+    DEVICE void store(const Elements& x, int index, int source) const {
+        if (BROADCAST) return x.store(out, index);
+        const bool next = in_next(index);
+        const int at = next ? index - vectors : index, width = next ? next_columns : columns;
+        const int row = at / width, column = at - row * width;
+        x.store(next ? next_out : out, (static_cast<int64_t>(row) * RANKS + source) * width + column);
+    }
+};
+
 KERNEL void __launch_bounds__(THREADS, 1)
-all_gather(const void* shard0, const void* shard1, const void* shard2, const void* shard3, const void* shard4, const void* shard5,
-           const void* shard6, const void* shard7, // [rows, columns] each, those of this launch; none where BROADCAST
-           void* out0, void* out1, void* out2, void* out3, void* out4, void* out5, void* out6, void* out7, // [rows, RANKS * columns]
-           uint32_t* workspace0, uint32_t* workspace1, uint32_t* workspace2, uint32_t* workspace3, uint32_t* workspace4,
-           uint32_t* workspace5, uint32_t* workspace6, uint32_t* workspace7,
-           int64_t vectors, // of a shard
+all_gather(BY_RANK(const void*, shard),      // [rows, columns] each, those of this launch; none where BROADCAST
+           BY_RANK(void*, out),              // [rows, RANKS * columns]
+           BY_RANK(const void*, next_shard), // [rows, next_columns], where PAIR
+           BY_RANK(void*, next_out),         // [rows, RANKS * next_columns]
+           BY_RANK(uint32_t*, workspace),
+           int vectors,     // of a shard
+           int all_vectors, // of both
            int segment,     // vectors that a slot receives, at most
            int columns,     // of a shard, in vectors
-           int root,        // where BROADCAST
+           int next_columns,
+           int root, // where BROADCAST
            int first_rank, int64_t patience) {
-    const void* const shards[MAX_RANKS] = {shard0, shard1, shard2, shard3, shard4, shard5, shard6, shard7};
-    void* const outs[MAX_RANKS] = {out0, out1, out2, out3, out4, out5, out6, out7};
-    uint32_t* const workspaces[MAX_RANKS] = {workspace0, workspace1, workspace2, workspace3,
-                                             workspace4, workspace5, workspace6, workspace7};
+    const void* const shards[MAX_RANKS] = OF_RANKS(shard);
+    void* const outs[MAX_RANKS] = OF_RANKS(out);
+    const void* const next_shards[MAX_RANKS] = OF_RANKS(next_shard);
+    void* const next_outs[MAX_RANKS] = OF_RANKS(next_out);
+    uint32_t* const workspaces[MAX_RANKS] = OF_RANKS(workspace);
     const int rank = first_rank + static_cast<int>(blockIdx.y);
     void* out = of_rank(outs, rank);
-    const void* own = BROADCAST ? out : of_rank(shards, rank);
+    const Tensors tensors{BROADCAST ? out : of_rank(shards, rank), PAIR ? of_rank(next_shards, rank) : nullptr,
+                          out, PAIR ? of_rank(next_outs, rank) : nullptr, vectors, columns, next_columns};
     Channel channel;
     if (!channel.open(workspaces, rank, patience)) return;
 
-    for (int64_t start = static_cast<int64_t>(blockIdx.x) * segment; start < vectors; start += static_cast<int64_t>(gridDim.x) * segment) {
+    for (int64_t start = static_cast<int64_t>(blockIdx.x) * segment; start < all_vectors; start += static_cast<int64_t>(gridDim.x) * segment) {
         channel.next();
-        const int64_t left = vectors - start;
-        const int count = left < segment ? static_cast<int>(left) : segment;
+        const int first = static_cast<int>(start), count = at_most(all_vectors - start, segment);
         if (!BROADCAST || rank == root) {
             for (int i = threadIdx.x; i < count; i += THREADS) {
                 Elements x;
-                x.load(own, start + i);
+                tensors.load(x, first + i);
                 x.push_to_others(channel, workspaces, i);
             }
         }
         if (!channel.meet(workspaces)) return;
-        for (int source = 0; source < RANKS; ++source) {
-            if (BROADCAST && (source != root || source == rank)) continue;
-            const uint32_t* slot = channel.slot(channel.own, source);
-            for (int i = threadIdx.x; i < count; i += THREADS) {
-                Elements x;
-                if (source == rank)
-                    x.load(own, start + i);
-                else
-                    x.take(slot, i);
-                const int64_t row = (start + i) / columns, column = (start + i) % columns;
-                x.store(out, BROADCAST ? start + i : (row * RANKS + source) * columns + column);
-            }
+        // All sources at once: of a short segment each thread has a vector of one of them.
+        const int sources = BROADCAST ? 1 : RANKS;
+        for (int item = threadIdx.x; item < sources * count; item += THREADS) {
+            const int source = BROADCAST ? root : item / count, i = BROADCAST ? item : item - source * count;
+            Elements x;
+            if (source != rank)
+                x.take(channel.slot(channel.own, source), i);
+            else if (BROADCAST)
+                continue;
+            else
+                tensors.load(x, first + i);
+            tensors.store(x, first + i, source);
         }
     }
     channel.close();

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use dsa80_reference::{Communicator, DeviceTensor, Error, Rendezvous, Result};
 
-use crate::all_gather::{all_gather, broadcast};
+use crate::all_gather::{Gathered, MOST, all_gather, broadcast};
 use crate::all_reduce::{AllReduceTiles, all_reduce};
 use crate::all_reduce_norm::{AllReduceNormDims, NormParts, all_reduce_norm, fits};
 use crate::device::Device;
@@ -164,7 +164,20 @@ impl<D: Device> Communicator<CudaTensor<D>> for PeerCommunicator<D> {
     }
 
     fn all_gather(&self, shard: &CudaTensor<D>, out: &mut CudaTensor<D>) -> Result<()> {
-        self.collective(&[shard, out], |of| all_gather(&self.device, &self.exchange, &of[0], &of[1]))
+        self.all_gather_each(&[shard], &mut [out])
+    }
+
+    fn all_gather_each(&self, shards: &[&CudaTensor<D>], outs: &mut [&mut CudaTensor<D>]) -> Result<()> {
+        for (shards, outs) in shards.chunks(MOST).zip(outs.chunks(MOST)) {
+            let both = shards.iter().zip(outs);
+            let tensors: Vec<&CudaTensor<D>> = both.flat_map(|(shard, out)| [*shard, &**out]).collect();
+            self.collective(&tensors, |of| {
+                let gathered: Vec<_> =
+                    of.chunks_exact(2).map(|of| Gathered { shards: &of[0], outs: &of[1] }).collect();
+                all_gather(&self.device, &self.exchange, &gathered)
+            })?;
+        }
+        Ok(())
     }
 
     fn broadcast(&self, tensor: &mut CudaTensor<D>, root: usize) -> Result<()> {

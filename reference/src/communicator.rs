@@ -46,7 +46,7 @@ pub trait Communicator<T>: Send {
     /// Concatenates the ranks' `shard`s along the last dimension into `out`, in rank order.
     fn all_gather(&self, shard: &T, out: &mut T) -> Result<()>;
 
-    /// [`all_gather`](Self::all_gather) of several shards of as many rows, each into an `out` of its own: in one launch where there is one.
+    /// [`all_gather`](Self::all_gather) of several shards, each into an `out` of its own: in one launch where there is one.
     fn all_gather_each(&self, shards: &[&T], outs: &mut [&mut T]) -> Result<()> {
         shards.iter().zip(outs).try_for_each(|(shard, out)| self.all_gather(shard, out))
     }

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use dsa80_model::runner::Probe;
+use dsa80_model::runner::{Probe, Rank};
+use dsa80_reference::{Batch, Kernels, Result, SequenceSlice};
 
 /// What a step chose, and the residual stream that entered each layer (the last one: the final norm).
 #[derive(Debug, Clone, Default)]
@@ -60,6 +61,49 @@ impl Probe for Forced<'_> {
 
     fn hidden(&mut self, _layer: usize, hidden: &[f64]) {
         self.hidden.push(hidden.to_vec());
+    }
+}
+
+/// What `q_a_proj` and `kv_a_proj_with_mqa` of the first layer give, whose input no sum over ranks has rounded.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct FirstLatents {
+    /// `[T, q_lora_rank]`.
+    pub q_a: Vec<f64>,
+    /// `[T, kv_lora_rank + rope]`.
+    pub kv_a: Vec<f64>,
+}
+
+impl Probe for FirstLatents {
+    fn wants_hidden(&self) -> bool {
+        false
+    }
+
+    fn wants_latents(&self) -> bool {
+        true
+    }
+
+    fn latents(&mut self, layer: usize, q_a: &[f64], kv_a: &[f64]) {
+        if layer == 0 {
+            *self = Self { q_a: q_a.to_vec(), kv_a: kv_a.to_vec() };
+        }
+    }
+}
+
+impl FirstLatents {
+    /// Those of a prompt's first tokens, in one piece.
+    ///
+    /// # Errors
+    /// Whatever the rank reports.
+    pub fn of<K: Kernels>(
+        rank: &mut Rank<K>,
+        tokens: &[u32],
+        pages: &[u32],
+        page_size: usize,
+    ) -> Result<Self> {
+        let slice = SequenceSlice { token_ids: tokens, computed_len: 0, pages };
+        let mut latents = Self::default();
+        rank.forward(&Batch::new(page_size, &[slice])?, Some(&mut latents))?;
+        Ok(latents)
     }
 }
 

@@ -15,6 +15,7 @@ use dsa80_reference::cpu::{Cpu, Real, ThreadCommunicator};
 use dsa80_tests::distance::{LogprobDelta, argmax, largest, mean, share_within};
 use dsa80_tests::fixture::{self, Fixture};
 use dsa80_tests::judge::{self, BF16_BOUND, limits};
+use dsa80_tests::layers::FirstLatents;
 use dsa80_tests::pool::{PAGE_SIZE, Pool};
 use dsa80_tests::prompt::{self, Run};
 
@@ -230,9 +231,12 @@ fn every_rank_count_that_divides_gives_the_same() {
             for run in &runs[1..] {
                 assert!(run == &runs[0], "{}: TP = {world_size}: ranks differ", fixture.name);
             }
-            judge(&fixture, &format!("TP = {world_size}"), &runs[0]);
-            let alone = alone.get_or_insert_with(|| runs[0].logits.clone());
-            let delta = LogprobDelta::new(&runs[0].logits, alone, &fixture.tokens);
+            let (run, latents) = &runs[0];
+            judge(&fixture, &format!("TP = {world_size}"), run);
+            let (alone, whole) = alone.get_or_insert_with(|| (run.logits.clone(), latents.clone()));
+            // Who multiplies a column makes no difference to it.
+            assert!(latents == whole, "{}: TP = {world_size}: q_a and kv_a differ", fixture.name);
+            let delta = LogprobDelta::new(&run.logits, alone, &fixture.tokens);
             let worst = largest(&delta.worst);
             assert!(worst <= 1e-4, "{}: TP = {world_size} against TP = 1: {worst:e}", fixture.name);
         }
@@ -240,8 +244,8 @@ fn every_rank_count_that_divides_gives_the_same() {
     assert_eq!(degrees.into_iter().collect::<Vec<_>>(), [1, 2, 4, 8], "degrees that some fixture runs at");
 }
 
-/// Runs the fixture's prompt on `world_size` threads.
-fn on_ranks(fixture: &Fixture, checkpoint: &Checkpoint, world_size: usize) -> Vec<Run> {
+/// Runs the fixture's prompt on `world_size` threads, and looks at what they gather in the first layer.
+fn on_ranks(fixture: &Fixture, checkpoint: &Checkpoint, world_size: usize) -> Vec<(Run, FirstLatents)> {
     let limits = limits(fixture, 16);
     let pages = prompt::scattered_pages(&limits, 0);
     let pieces = prompt::pieces(fixture.tokens.len(), 64);
@@ -254,7 +258,9 @@ fn on_ranks(fixture: &Fixture, checkpoint: &Checkpoint, world_size: usize) -> Ve
                     let communicator = Box::new(communicator);
                     let mut rank =
                         Rank::load(Cpu::new(), communicator, checkpoint, &limits, INDEX_LOGITS).unwrap();
-                    prompt::run(&mut rank, &fixture.tokens, pages, 16, pieces).unwrap()
+                    let run = prompt::run(&mut rank, &fixture.tokens, pages, 16, pieces).unwrap();
+                    let few = &fixture.tokens[..pieces[0].end];
+                    (run, FirstLatents::of(&mut rank, few, pages, 16).unwrap())
                 })
             })
             .collect();

@@ -137,6 +137,10 @@ impl Communicator<CpuTensor<f32>> for Sleepy {
         gathered
     }
 
+    fn all_gather_each(&self, shards: &[&CpuTensor<f32>], outs: &mut [&mut CpuTensor<f32>]) -> Result<()> {
+        self.inner.all_gather_each(shards, outs)
+    }
+
     fn broadcast(&self, tensor: &mut CpuTensor<f32>, root: usize) -> Result<()> {
         self.inner.broadcast(tensor, root)
     }

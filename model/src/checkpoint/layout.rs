@@ -162,12 +162,7 @@ pub(crate) fn ends(config: &ModelConfig) -> EndsSpecs {
     }
 }
 
-fn attention(
-    config: &ModelConfig,
-    layer: &str,
-    indexer: IndexerType,
-    world_size: usize,
-) -> AttentionSpecs {
+fn attention(config: &ModelConfig, layer: &str, indexer: IndexerType, world_size: usize) -> AttentionSpecs {
     let heads = config.num_attention_heads;
     let hidden = config.hidden_size;
     let (q_rank, kv_rank) = (config.q_lora_rank, config.kv_lora_rank);

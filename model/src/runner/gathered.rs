@@ -1,6 +1,10 @@
 //! What every rank needs whole, and makes a part of.
 
-use dsa80_reference::{Communicator, DeviceTensor, Kernels, Result};
+use dsa80_reference::{Communicator, DType, DeviceTensor, Kernels, RandomTensor, Result};
+
+/// Of the numbers that stand in for other ranks': a deviation of about 1.
+const SPREAD: f32 = 1.75;
+const SEED: u32 = 1;
 
 /// Outputs of a projection that ranks share.
 pub(crate) struct Gathered<K: Kernels> {
@@ -12,7 +16,11 @@ pub(crate) struct Gathered<K: Kernels> {
 
 impl<K: Kernels> Gathered<K> {
     /// Of so many columns, `shard` of them this rank's; `act` allocates a tensor of so many.
-    pub(crate) fn alloc(act: impl Fn(usize) -> Result<K::Tensor>, shard: usize, columns: usize) -> Result<Self> {
+    pub(crate) fn alloc(
+        act: impl Fn(usize) -> Result<K::Tensor>,
+        shard: usize,
+        columns: usize,
+    ) -> Result<Self> {
         let part = (shard < columns).then(|| act(shard)).transpose()?;
         Ok(Self { shard: part, whole: act(columns)? })
     }
@@ -20,6 +28,17 @@ impl<K: Kernels> Gathered<K> {
     /// What this rank writes.
     pub(crate) fn own(&mut self) -> &mut K::Tensor {
         self.shard.as_mut().unwrap_or(&mut self.whole)
+    }
+
+    /// Fills what others make, where they do, with random numbers.
+    pub(crate) fn fill(&mut self, kernels: &K) -> Result<()> {
+        if self.shard.is_none() {
+            return Ok(());
+        }
+        let most = self.whole.capacity() / self.whole.shape()[1].max(1);
+        self.whole.set_rows(most)?;
+        let numbers = RandomTensor::new(self.whole.shape(), DType::F32, 0.0, SPREAD, SEED).make().to_f32();
+        kernels.write(&numbers.into_iter().map(f64::from).collect::<Vec<_>>(), &mut self.whole)
     }
 
     pub(crate) fn set_rows(&mut self, rows: usize) -> Result<()> {

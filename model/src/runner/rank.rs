@@ -105,6 +105,16 @@ impl<K: Kernels> Rank<K> {
         Ok((rank, limits))
     }
 
+    /// Puts numbers where the columns that other ranks multiply go, which a [lone rank](dsa80_reference::LoneRank) never gathers: as large as
+    /// a trained model's, so that what norms, caches and selections do with them takes as long.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn stand_in_for_others(&mut self) -> Result<()> {
+        let Workspace { q_a, kv_a, .. } = &mut self.workspace;
+        [q_a, kv_a].into_iter().try_for_each(|gathered| gathered.fill(&self.kernels))
+    }
+
     /// Records the decode steps within `limits` as graphs, which [`step`](Self::step) replays from then on, and says how many there are: none
     /// on a backend that has no graphs. All ranks record together, as they step together.
     ///

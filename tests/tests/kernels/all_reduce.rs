@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use dsa80_cuda::all_gather::{all_gather, broadcast};
+use dsa80_cuda::all_gather::{Gathered, all_gather, broadcast};
 use dsa80_cuda::all_reduce::{AllReduceTile, Shots, all_reduce_in};
 use dsa80_cuda::exchange::{self, Exchange, ExchangeDims};
 use dsa80_cuda::{CudaTensor, Device};
@@ -106,6 +106,35 @@ fn assert_well(device: &TestDevice, exchange: &Exchange<Buffer>) {
     }
 }
 
+/// Gathers a tensor, or two in a launch, of so many steps of columns each. Returns rank 0's first.
+fn gather(
+    device: &TestDevice,
+    exchange: &Exchange<Buffer>,
+    Case { variant, values, .. }: &Case,
+    widths: &[usize],
+    seed: u64,
+) -> Vec<u8> {
+    let columns = |width: usize| variant.step * width;
+    let made: Vec<_> = widths
+        .iter()
+        .zip(seed..)
+        .map(|(&width, seed)| {
+            let (shards, parts) = tensors(device, *variant, &[3, columns(width)], values, seed);
+            let shape = [3, columns(width) * variant.ranks];
+            let poisoned = |_| parity::poisoned(device, "out", variant.dtype, &shape);
+            (shards, parts, (0..variant.ranks).map(poisoned).collect::<Vec<_>>())
+        })
+        .collect();
+    let gathered: Vec<_> = made.iter().map(|(shards, _, outs)| Gathered { shards, outs }).collect();
+    all_gather(device, exchange, &gathered).unwrap();
+    for (&width, (_, parts, outs)) in widths.iter().zip(&made) {
+        let columns = columns(width);
+        let row = |row: usize| parts.iter().flat_map(move |part| &part[row * columns..(row + 1) * columns]);
+        assert_all_hold(device, variant.dtype, outs, &(0..3).flat_map(row).copied().collect::<Vec<f64>>());
+    }
+    parity::read_bytes(device, &made[0].2[0])
+}
+
 /// The three collectives in turn on the same workspaces.
 fn run(device: &TestDevice, case: Case) {
     let Case { variant, ref lengths, blocks, ref values, seed } = case;
@@ -123,14 +152,10 @@ fn run(device: &TestDevice, case: Case) {
                 assert_all_hold(device, dtype, &data, &summed(dtype, &parts));
                 bytes.extend(parity::read_bytes(device, &data[0]));
             }
-            let columns = variant.step * (1 + launch);
-            let (shards, parts) = tensors(device, variant, &[3, columns], values, seed);
-            let shape = [3, columns * variant.ranks];
-            let outs: Vec<_> = parts.iter().map(|_| parity::poisoned(device, "out", dtype, &shape)).collect();
-            all_gather(device, &exchange, &shards, &outs).unwrap();
-            let row =
-                |row: usize| parts.iter().flat_map(move |part| &part[row * columns..(row + 1) * columns]);
-            assert_all_hold(device, dtype, &outs, &(0..3).flat_map(row).copied().collect::<Vec<f64>>());
+            let whole = gather(device, &exchange, &case, &[1 + launch], seed);
+            gather(device, &exchange, &case, &[1 + launch, 1 + length % 5], seed);
+            bytes.extend(whole);
+            let (shards, parts) = tensors(device, variant, &[3, variant.step], values, seed);
             let root = launch % variant.ranks;
             broadcast(device, &exchange, &shards, root).unwrap();
             assert_all_hold(device, dtype, &shards, &parts[root]);
@@ -159,6 +184,9 @@ fn planted_faults_are_seen() {
             "sum.add(parts[source], source == 0)",
             "sum.add(parts[(source + rank_of(channel)) % RANKS], source == 0)",
         ),
+        // Everybody's columns where the first rank's belong, and the second tensor's rows as long as the first one's.
+        ("all_gather.cu", "* RANKS + source) * width", "* RANKS + 0) * width"),
+        ("all_gather.cu", "width = next ? next_columns : columns;", "width = columns;"),
         // The last segment runs over.
         (
             "exchange.cuh",
@@ -276,10 +304,21 @@ fn misfits_are_named() {
         let both = |a, b| all_reduce_in(Shots::One, device, &tile, &whole, &[a, b]);
         refused(both(act(&[4]), act(&[2, 2])), &["`data`", "[4], as on the first rank"]);
         refused(both(act(&[4]), tensor(DType::Float, &[4])), &["element type of the first rank"]);
-        let gathered = |out| all_gather(device, &whole, &[act(&[3, 2]), act(&[3, 2])], &[out, act(&[3, 4])]);
-        refused(gathered(act(&[3, 2])), &["all_gather", "[3, 2], as on"]);
         let shards = [act(&[3, 2]), act(&[3, 2])];
-        refused(all_gather(device, &whole, &shards, &[act(&[6, 4]), act(&[6, 4])]), &["`out`", "[3, 4]"]);
+        type Parts<'a> = &'a [CudaTensor<TestDevice>];
+        let of =
+            |shards: Parts<'_>, outs: Parts<'_>| all_gather(device, &whole, &[Gathered { shards, outs }]);
+        refused(of(&shards, &[act(&[3, 2]), act(&[3, 4])]), &["all_gather", "[3, 4], as on"]);
+        refused(of(&shards, &[act(&[6, 4]), act(&[6, 4])]), &["`out`", "[3, 4]"]);
+        let (outs, float) = ([act(&[3, 4]), act(&[3, 4])], |columns| tensor(DType::Float, &[3, columns]));
+        let (floats, wide) = ([float(2), float(2)], [float(4), float(4)]);
+        let next = |others: Parts<'_>, wholes: Parts<'_>| {
+            let first = Gathered { shards: &shards, outs: &outs };
+            all_gather(device, &whole, &[first, Gathered { shards: others, outs: wholes }])
+        };
+        refused(next(&floats, &wide), &["all_gather", "element type of the first tensor"]);
+        refused(next(&shards[..1], &outs[..1]), &["all_gather", "ranks of the second tensor", "2"]);
+        refused(all_gather(device, &whole, &[]), &["all_gather", "1 to 2"]);
         refused(broadcast(device, &whole, &shards, 2), &["broadcast", "a rank below 2"]);
     });
 }

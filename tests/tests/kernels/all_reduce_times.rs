@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use dsa80_cuda::all_gather::all_gather;
+use dsa80_cuda::all_gather::{Gathered, all_gather};
 use dsa80_cuda::all_reduce::{AllReduceTile, AllReduceTiles, Shots, all_reduce_in};
 use dsa80_cuda::all_reduce_norm::{AllReduceNormTile, AllReduceNormTiles};
 use dsa80_cuda::crossover::{self, Summed, WIDTH, microseconds, zeros};
@@ -47,14 +47,14 @@ fn microseconds_between_gpus() {
     }
 }
 
-/// A sum and a norm in a launch of their own, and q_a and kv_a gathered from what their shards would give.
+/// A sum and a norm in a launch of their own; q_a and kv_a gathered.
 #[test]
 fn microseconds_of_what_could_be_instead() {
     for gpus in groups() {
         let ranks = gpus.len();
         let limits = gpus[0].limits().clone();
         let tiles = Tiles::for_gpu(&limits.name, None).unwrap();
-        for rows in [1, 4, 32, 256, 2048] {
+        for rows in [1, 4, 32, 256, 2048, 4096] {
             let class = RmsNormTile::class(rows, &limits);
             let tile: RmsNormTile = tiles.tile(class, RmsNormDims { width: WIDTH }, &limits);
             let pair = |shots| {
@@ -75,13 +75,17 @@ fn microseconds_of_what_could_be_instead() {
             };
             let pair = SHOTS.map(pair);
             let gather = microseconds(&gpus, |gpu, exchange| {
-                let shard = [zeros(gpu, DType::Act, &[rows, 2624 / ranks])?];
-                let out = [zeros(gpu, DType::Act, &[rows, 2624])?];
-                Ok(Box::new(move || all_gather(gpu, &exchange, &shard, &out)))
+                let act = |columns| Ok([zeros(gpu, DType::Act, &[rows, columns])?]);
+                let [q_a, kv_a, whole_q_a, whole_kv_a] = [2048 / ranks, 576 / ranks, 2048, 576].map(act);
+                let (q_a, kv_a, whole_q_a, whole_kv_a) = (q_a?, kv_a?, whole_q_a?, whole_kv_a?);
+                Ok(Box::new(move || {
+                    let q_a = Gathered { shards: &q_a, outs: &whole_q_a };
+                    all_gather(gpu, &exchange, &[q_a, Gathered { shards: &kv_a, outs: &whole_kv_a }])
+                }))
             })
             .unwrap();
             println!(
-                "{ranks} GPUs, {rows} rows: sum then norm {:.1} us in one shot, {:.1} in two; all_gather of 2624 columns {gather:.1} us",
+                "{ranks} GPUs, {rows} rows: sum then norm {:.1} us in one shot, {:.1} in two; all_gather of 2048 and 576 columns {gather:.1} us",
                 pair[0], pair[1]
             );
         }

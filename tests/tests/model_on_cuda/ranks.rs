@@ -10,9 +10,11 @@ use dsa80_cuda::{Cuda, CudaTensor, Device, PeerCommunicator, Placement, Tiles};
 use dsa80_model::checkpoint::Checkpoint;
 use dsa80_model::engine::StepLimits;
 use dsa80_model::runner::{INDEX_LOGITS, Probe, Rank};
+use dsa80_reference::communicator::SingleRank;
 use dsa80_reference::{Batch, Communicator, DType, HostTensor, Kernels, SamplingParams, SequenceSlice};
 use dsa80_tests::fixture::{self, Fixture};
 use dsa80_tests::judge::{self, BF16_BOUND_OF_ONE_PROMPT, Bf16Distance};
+use dsa80_tests::layers::FirstLatents;
 use dsa80_tests::parity::{TestDevice, devices};
 use dsa80_tests::prompt::{self, Run};
 
@@ -111,6 +113,40 @@ fn compare(ways: &[usize], placement: Placement, device: impl Fn(usize) -> Optio
         }
         assert!(logits[0] == logits[1], "{ranks} ranks: one shot and two differ");
     }
+}
+
+/// What ranks gather before its norms is what one rank multiplies, to the bit: of one token, of a few, and of as many as a tile of its own
+/// serves.
+fn compare_latents(ways: &[usize], lengths: &[usize], device: impl Fn(usize) -> Option<TestDevice>) {
+    let fixture = fixture();
+    let checkpoint = Checkpoint::open(&fixture.dir).unwrap();
+    let of = |rank: &mut Rank<OnDevice>, limits: &StepLimits| -> Vec<FirstLatents> {
+        let pages = prompt::scattered_pages(limits, 0);
+        let latents =
+            |&len: &usize| FirstLatents::of(rank, &fixture.tokens[..len], &pages, PAGE_SIZE).unwrap();
+        lengths.iter().map(latents).collect()
+    };
+    let Some(alone) = device(0) else { return };
+    let cuda = Cuda::new(Arc::new(alone), Tiles::default());
+    let limits = judge::limits(&fixture, PAGE_SIZE);
+    let single = Box::new(SingleRank::default());
+    let whole = of(&mut Rank::load(cuda, single, &checkpoint, &limits, INDEX_LOGITS).unwrap(), &limits);
+    for &ranks in ways {
+        let Some(devices) = (0..ranks).map(&device).collect::<Option<Vec<_>>>() else { return };
+        let shared = on_every_rank(&fixture, devices, (Placement::Together, AllReduceTiles::safe()), of);
+        assert!(whole.iter().all(|latents| latents.q_a.iter().chain(&latents.kv_a).all(|x| x.is_finite())));
+        assert!(shared == whole, "{ranks} ranks: q_a and kv_a differ");
+    }
+}
+
+#[test]
+fn what_ranks_gather_in_emulation_is_what_one_multiplies() {
+    compare_latents(&[2, 8], &[1, 5, 40], |_| devices::emulator());
+}
+
+#[test]
+fn what_ranks_that_share_a_gpu_gather_is_what_one_multiplies() {
+    compare_latents(&[2, 4, 8], &[1, 5, 40], |_| devices::gpu());
 }
 
 #[test]
