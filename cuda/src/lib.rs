@@ -65,6 +65,7 @@ pub mod tensor;
 pub mod tile;
 pub mod tiles;
 pub mod top_k;
+pub mod unstack;
 
 pub use batch::CudaBatch;
 pub use communicator::{PeerCommunicator, Placement};

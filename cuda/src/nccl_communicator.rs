@@ -6,12 +6,19 @@ use std::time::{Duration, Instant};
 use dsa80_reference::{Breaker, Communicator, DType, DeviceTensor, Error, Result};
 
 use crate::device::Device;
-use crate::gpu::nccl::{self, Nccl, NcclId, NcclRank, NcclType, Unfinished};
+use crate::gpu::nccl::{self, GatheredRun, Nccl, NcclId, NcclRank, NcclType, Unfinished};
 use crate::gpu::{Gpu, GpuBuffer};
 use crate::tensor::CudaTensor;
+use crate::unstack::{MOST, unstack};
 
 /// How often NCCL is asked for errors that come after a call, while a rank waits for its GPU.
 const WATCH: Duration = Duration::from_millis(100);
+
+/// Bytes that are gathered at a time where rows are put side by side afterwards.
+const STACK_BYTES: usize = 8 << 20;
+
+/// Bytes of a gathered row that is worth a part of a launch by itself, as a row of logits is.
+const LONG_ROW: usize = 64 << 10;
 
 /// One rank of an NCCL group. Its collectives are launches like any other: they do not wait, and can be captured in a graph.
 ///
@@ -22,6 +29,8 @@ pub struct NcclCommunicator {
     shared: Arc<Shared>,
     /// For barriers.
     token: GpuBuffer,
+    /// Where gathered shards lie one below the other.
+    stack: GpuBuffer,
 }
 
 /// The ranks of a group that are in this process. A rank that fails or leaves breaks all of them: NCCL would let the others wait for it.
@@ -114,7 +123,9 @@ impl NcclCommunicator {
             Ok(token)
         });
         let token = token.inspect_err(|error| shared.break_off(&error.to_string()))?;
-        Ok(Self { gpu, shared, token })
+        let stack = gpu.alloc("what NCCL gathers", STACK_BYTES);
+        let stack = stack.inspect_err(|error| shared.break_off(&error.to_string()))?;
+        Ok(Self { gpu, shared, token, stack })
     }
 }
 
@@ -219,6 +230,92 @@ impl Shared {
     }
 }
 
+/// A tensor that is gathered.
+struct Gathered<'a> {
+    shard: &'a CudaTensor<Arc<Gpu>>,
+    out: &'a CudaTensor<Arc<Gpu>>,
+    of: NcclType,
+    rows: usize,
+    /// Of a shard.
+    columns: usize,
+    world_size: usize,
+}
+
+impl<'a> Gathered<'a> {
+    fn new(
+        shard: &'a CudaTensor<Arc<Gpu>>,
+        out: &'a CudaTensor<Arc<Gpu>>,
+        world_size: usize,
+    ) -> Result<Self> {
+        let of = element("all_gather", shard)?;
+        let Some((&columns, leading)) = shard.shape().split_last() else {
+            let (expected, found) = ("at least one dimension".into(), Vec::new());
+            return Err(Error::Shape { kernel: "all_gather", tensor: "shard", expected, found });
+        };
+        let whole = [leading, &[columns * world_size]].concat();
+        out.expect("all_gather", "out", out.shape() == whole, || format!("{whole:?}"))?;
+        if element("all_gather", out)? != of {
+            let (expected, found) = ("the element type of the shards", out.dtype());
+            return Err(Error::DType { kernel: "all_gather", tensor: "out", expected, found });
+        }
+        Ok(Self { shard, out, of, rows: leading.iter().product(), columns, world_size })
+    }
+
+    /// Bytes of a row of the whole.
+    fn row_bytes(&self) -> usize {
+        self.columns * self.world_size * self.of.bytes()
+    }
+
+    /// Whether its rows are gathered one by one to where they belong: a single one, or such as are worth it.
+    fn in_place(&self) -> bool {
+        self.rows <= 1 || self.row_bytes() >= LONG_ROW
+    }
+}
+
+impl NcclCommunicator {
+    fn gather_rows(
+        &self,
+        Gathered { shard, out, of, rows, columns, world_size }: &Gathered<'_>,
+    ) -> Result<()> {
+        if shard.is_empty() {
+            return Ok(());
+        }
+        let run = |row: usize| GatheredRun {
+            shard: shard.buffer(),
+            shard_start: row * columns,
+            out: out.buffer(),
+            out_start: row * columns * world_size,
+            elements: *columns,
+            world_size: *world_size,
+        };
+        let runs: Vec<_> = (0..*rows).map(run).collect();
+        self.shared.collective(|nccl| nccl.all_gather(&self.gpu, &runs, *of))
+    }
+
+    /// Tensors of as many rows and of one type: shards one below the other, which a kernel then puts side by side.
+    fn gather_stacked(&self, all: &[&Gathered<'_>]) -> Result<()> {
+        let Some(&&Gathered { of, rows, world_size, .. }) = all.first() else { return Ok(()) };
+        let row_bytes: usize = all.iter().map(|one| one.row_bytes()).sum();
+        let outs: Vec<_> = all.iter().map(|one| one.out).collect();
+        // A row of each is shorter than the stack.
+        let at_once = (STACK_BYTES / row_bytes.max(1)).max(1);
+        for first in (0..rows).step_by(at_once) {
+            let rows = at_once.min(rows - first);
+            let mut out_start = 0;
+            let mut runs = Vec::with_capacity(all.len());
+            for Gathered { shard, columns, .. } in all {
+                let (shard_start, elements) = (first * columns, rows * columns);
+                let (shard, out) = (shard.buffer(), &self.stack);
+                runs.push(GatheredRun { shard, shard_start, out, out_start, elements, world_size });
+                out_start += elements * world_size;
+            }
+            self.shared.collective(|nccl| nccl.all_gather(&self.gpu, &runs, of))?;
+            unstack(&self.gpu, &self.stack, &outs, world_size, [first, rows])?;
+        }
+        Ok(())
+    }
+}
+
 /// How NCCL calls a tensor's elements.
 fn element<D: Device>(kernel: &'static str, tensor: &CudaTensor<D>) -> Result<NcclType> {
     match tensor.dtype() {
@@ -244,22 +341,23 @@ impl Communicator<CudaTensor<Arc<Gpu>>> for NcclCommunicator {
     }
 
     fn all_gather(&self, shard: &CudaTensor<Arc<Gpu>>, out: &mut CudaTensor<Arc<Gpu>>) -> Result<()> {
-        let (of, world_size) = (element("all_gather", shard)?, self.shared.group.world_size);
-        let Some((&columns, leading)) = shard.shape().split_last() else {
-            let (expected, found) = ("at least one dimension".into(), Vec::new());
-            return Err(Error::Shape { kernel: "all_gather", tensor: "shard", expected, found });
-        };
-        let whole = [leading, &[columns * world_size]].concat();
-        out.expect("all_gather", "out", out.shape() == whole, || format!("{whole:?}"))?;
-        if element("all_gather", out)? != of {
-            let (expected, found) = ("the element type of the shards", out.dtype());
-            return Err(Error::DType { kernel: "all_gather", tensor: "out", expected, found });
-        }
-        if shard.is_empty() {
-            return Ok(());
-        }
-        let dims = [leading.iter().product(), columns, world_size];
-        self.shared.collective(|nccl| nccl.all_gather(&self.gpu, [shard.buffer(), out.buffer()], dims, of))
+        self.all_gather_each(&[shard], &mut [out])
+    }
+
+    fn all_gather_each(
+        &self,
+        shards: &[&CudaTensor<Arc<Gpu>>],
+        outs: &mut [&mut CudaTensor<Arc<Gpu>>],
+    ) -> Result<()> {
+        let world_size = self.world_size();
+        let gathered = shards.iter().zip(outs.iter());
+        let gathered: Vec<_> =
+            gathered.map(|(shard, out)| Gathered::new(shard, out, world_size)).collect::<Result<_>>()?;
+        gathered.iter().filter(|one| one.in_place()).try_for_each(|one| self.gather_rows(one))?;
+        let stacked: Vec<_> = gathered.iter().filter(|one| !one.in_place()).collect();
+        let alike = |a: &&Gathered<'_>, b: &&Gathered<'_>| (a.rows, a.of) == (b.rows, b.of);
+        let alike = stacked.chunk_by(alike).flat_map(|alike| alike.chunks(MOST));
+        alike.into_iter().try_for_each(|alike| self.gather_stacked(alike))
     }
 
     fn broadcast(&self, tensor: &mut CudaTensor<Arc<Gpu>>, root: usize) -> Result<()> {

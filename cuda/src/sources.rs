@@ -69,6 +69,7 @@ const EMBEDDED: &[(&str, &str)] = &[
     ("top_k_filtered.cu", include_str!("../kernels/top_k_filtered.cu")),
     ("top_k_row.cuh", include_str!("../kernels/top_k_row.cuh")),
     ("top_k_select.cuh", include_str!("../kernels/top_k_select.cuh")),
+    ("unstack.cu", include_str!("../kernels/unstack.cu")),
 ];
 
 /// Where kernel sources come from.

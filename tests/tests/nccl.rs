@@ -98,6 +98,30 @@ fn collectives_compute_what_they_should_also_from_a_graph() {
             };
             assert_eq!(read(&gpu, &whole), (0..3).flat_map(row).collect::<Vec<f32>>());
 
+            // Two at once, of more rows than are stacked at a time, and rows that are long enough to be gathered in place.
+            let rows = 5 * (1 << 20) / world_size;
+            let numbers = |columns: usize, rows: usize| -> Vec<f32> {
+                (0..rows * columns).map(|i| (i % 1_000_003) as f32 + 0.25 * r).collect()
+            };
+            let wide = 20_000 / world_size;
+            for (rows, columns, next) in [(rows, 1, 2), (2, 3, wide), (1, 3, 5), (3, wide, 4)] {
+                let shards =
+                    [columns, next].map(|columns| floats(&gpu, &[rows, columns], &numbers(columns, rows)));
+                let mut outs = [columns, next].map(|columns| {
+                    floats(&gpu, &[rows, columns * world_size], &vec![-1.0; rows * columns * world_size])
+                });
+                rank.all_gather_each(&[&shards[0], &shards[1]], &mut outs.each_mut()[..]).unwrap();
+                for (out, columns) in outs.iter().zip([columns, next]) {
+                    let expected = |i: usize| {
+                        let (row, of) = (i / (columns * world_size), i % (columns * world_size));
+                        ((row * columns + of % columns) % 1_000_003) as f32 + 0.25 * (of / columns) as f32
+                    };
+                    let found = read(&gpu, out);
+                    let wrong = found.iter().enumerate().position(|(i, &x)| x != expected(i));
+                    assert_eq!(wrong, None, "{rows} rows of {columns} columns of {world_size} ranks");
+                }
+            }
+
             let mut x = floats(&gpu, &[5], &[r; 5]);
             rank.broadcast(&mut x, world_size - 1).unwrap();
             assert_eq!(read(&gpu, &x), [n - 1.0; 5]);

@@ -236,7 +236,7 @@ impl NcclType {
         if self == Self::Bf16 { BFLOAT16 } else { FLOAT32 }
     }
 
-    fn bytes(self) -> usize {
+    pub(crate) fn bytes(self) -> usize {
         if self == Self::Bf16 { 2 } else { 4 }
     }
 }
@@ -253,6 +253,17 @@ impl From<Error> for Unfinished {
     fn from(error: Error) -> Self {
         Self::Failed(error)
     }
+}
+
+/// What lies together in a shard, and where the ranks' go, one after the other. In elements.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct GatheredRun<'a> {
+    pub(crate) shard: &'a GpuBuffer,
+    pub(crate) shard_start: usize,
+    pub(crate) out: &'a GpuBuffer,
+    pub(crate) out_start: usize,
+    pub(crate) elements: usize,
+    pub(crate) world_size: usize,
 }
 
 impl NcclRank {
@@ -333,27 +344,22 @@ impl NcclRank {
         self.called("ncclAllReduce", status)
     }
 
-    /// Puts the ranks' rows of `columns` one after the other into rows of `out`.
-    pub(crate) fn all_gather(
-        &self,
-        gpu: &Gpu,
-        [shard, out]: [&GpuBuffer; 2],
-        [rows, columns, world_size]: [usize; 3],
-        of: NcclType,
-    ) -> Result<()> {
+    /// Gathers every run over the ranks, all in one launch.
+    pub(crate) fn all_gather(&self, gpu: &Gpu, runs: &[GatheredRun<'_>], of: NcclType) -> Result<()> {
         gpu.bind()?;
-        let (row, out_row) = (columns * of.bytes(), columns * world_size * of.bytes());
         // Together they are one launch. SAFETY: no arguments.
         self.nccl.check("ncclGroupStart", unsafe { (self.nccl.functions.group_start)() })?;
-        let gathered = (0..rows).try_for_each(|index| {
-            let (shard, out) = (shard.range(index * row, row)?, out.range(index * out_row, out_row)?);
+        let gathered = runs.iter().try_for_each(|run| {
+            let bytes = |elements: usize| elements * of.bytes();
+            let shard = run.shard.range(bytes(run.shard_start), bytes(run.elements))?;
+            let out = run.out.range(bytes(run.out_start), bytes(run.elements * run.world_size))?;
             // SAFETY: as for `all_reduce`.
             let status = unsafe {
                 let (number, stream) = (of.number(), gpu.stream.cu_stream().cast());
                 (self.nccl.functions.all_gather)(
                     pointer(shard),
                     pointer(out),
-                    columns,
+                    run.elements,
                     number,
                     *self.handle,
                     stream,

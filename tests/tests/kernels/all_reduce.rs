@@ -308,7 +308,7 @@ fn misfits_are_named() {
         type Parts<'a> = &'a [CudaTensor<TestDevice>];
         let of =
             |shards: Parts<'_>, outs: Parts<'_>| all_gather(device, &whole, &[Gathered { shards, outs }]);
-        refused(of(&shards, &[act(&[3, 2]), act(&[3, 4])]), &["all_gather", "[3, 4], as on"]);
+        refused(of(&shards, &[act(&[3, 2]), act(&[3, 4])]), &["all_gather", "[3, 2], as on"]);
         refused(of(&shards, &[act(&[6, 4]), act(&[6, 4])]), &["`out`", "[3, 4]"]);
         let (outs, float) = ([act(&[3, 4]), act(&[3, 4])], |columns| tensor(DType::Float, &[3, columns]));
         let (floats, wide) = ([float(2), float(2)], [float(4), float(4)]);

@@ -38,3 +38,4 @@ mod sparse_mla_union;
 mod sparse_mla_wide;
 mod swiglu;
 mod top_k;
+mod unstack;
