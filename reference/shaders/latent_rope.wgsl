@@ -1,12 +1,16 @@
 // One workgroup a token: RMSNorm of the latent, RoPE of the key beside it, into the token's slot of the cache.
 
 override WEIGHT: u32 = BF16;
+// Rows go one below the other, not into their slots.
+override STAGED: bool = false;
 
 struct Params {
     tokens: u32,
     // Even, both.
     rank: u32,
     rope: u32,
+    // Of the window of the cache that is bound.
+    first_slot: u32,
     slots: u32,
     eps: f32,
 }
@@ -28,13 +32,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     if t >= params.tokens {
         return;
     }
-    let slot = slot_mapping[t];
-    if slot < 0 || u32(slot) >= params.slots {
+    let mapped = select(slot_mapping[t], i32(t), STAGED);
+    let slot = u32(mapped) - params.first_slot;
+    if mapped < 0 || slot >= params.slots {
         return;
     }
     let words = (params.rank + params.rope) / 2u;
     let start = t * words;
-    let out = u32(slot) * words;
+    let out = slot * words;
     var sum = 0.0;
     for (var word = lane.index; word < params.rank / 2u; word += WORKGROUP) {
         let pair = bf16_pair(x[start + word]);

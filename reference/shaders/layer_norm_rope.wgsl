@@ -6,9 +6,13 @@ override BIAS: u32 = BF16;
 override WIDTH: u32 = 2u;
 override DIM: u32 = 2u;
 override HALF: bool = false;
+// Rows go one below the other, not into their slots.
+override STAGED: bool = false;
 
 struct Params {
     tokens: u32,
+    // Of the window of the cache that is bound.
+    first_slot: u32,
     slots: u32,
     eps: f32,
 }
@@ -43,8 +47,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     if t >= params.tokens {
         return;
     }
-    let slot = slot_mapping[t];
-    if slot < 0 || u32(slot) >= params.slots {
+    let mapped = select(slot_mapping[t], i32(t), STAGED);
+    let slot = u32(mapped) - params.first_slot;
+    if mapped < 0 || slot >= params.slots {
         return;
     }
     let start = t * (WIDTH / 2u);
@@ -67,6 +72,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     }
     workgroupBarrier();
     for (var word = lane.index; word < WIDTH / 2u; word += WORKGROUP) {
-        cache[u32(slot) * (WIDTH / 2u) + word] = pack_bf16(rotated(t, 2u * word), rotated(t, 2u * word + 1u));
+        cache[slot * (WIDTH / 2u) + word] = pack_bf16(rotated(t, 2u * word), rotated(t, 2u * word + 1u));
     }
 }

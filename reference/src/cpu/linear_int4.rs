@@ -67,7 +67,7 @@ impl CpuInt4 {
 }
 
 /// Fails unless the arrays have the lengths that the dimensions ask for.
-fn check(weight: &HostInt4) -> Result<()> {
+pub(crate) fn check(weight: &HostInt4) -> Result<()> {
     let shape = |tensor, expected: &[usize], found: Vec<usize>| {
         if expected == found {
             return Ok(());

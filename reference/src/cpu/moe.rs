@@ -35,51 +35,55 @@ impl CpuExperts {
         upload(experts, "upload_experts")
     }
 
-    /// Refuses what `moe_int4` does not take: a dense projection, or group sizes that differ between experts
-    /// or between gate and up.
+    /// Refuses what [`check_int4`] does.
     pub(super) fn from_host_int4(experts: Vec<HostExpert>) -> Result<Self> {
-        let mut group_sizes = [None; 2];
-        for (e, expert) in experts.iter().enumerate() {
-            for (name, weight) in projections(expert) {
-                let refuse = |expected: String, found: String| Error::Value {
-                    kernel: "upload_experts_int4",
-                    name,
-                    expected,
-                    found: format!("{found} in expert {e}"),
-                };
-                match weight.int4_group_size() {
-                    None => {
-                        return Err(refuse(
-                            "INT4 (use `upload_experts` and `moe`)".into(),
-                            "unquantised".into(),
-                        ));
-                    }
-                    Some(group_size) => {
-                        let of = &mut group_sizes[usize::from(name == "down_proj")];
-                        let first = *of.get_or_insert(group_size);
-                        if group_size != first {
-                            let found = format!("groups of {group_size}");
-                            return Err(refuse(format!("groups of {first} as in expert 0"), found));
-                        }
+        check_int4(&experts)?;
+        upload(experts, "upload_experts_int4")
+    }
+}
+
+/// Refuses what `moe_int4` does not take: a dense projection, or group sizes that differ between experts
+/// or between gate and up.
+pub(crate) fn check_int4(experts: &[HostExpert]) -> Result<()> {
+    let mut group_sizes = [None; 2];
+    for (e, expert) in experts.iter().enumerate() {
+        for (name, weight) in projections(expert) {
+            let refuse = |expected: String, found: String| Error::Value {
+                kernel: "upload_experts_int4",
+                name,
+                expected,
+                found: format!("{found} in expert {e}"),
+            };
+            match weight.int4_group_size() {
+                None => {
+                    return Err(refuse("INT4 (use `upload_experts` and `moe`)".into(), "unquantised".into()));
+                }
+                Some(group_size) => {
+                    let of = &mut group_sizes[usize::from(name == "down_proj")];
+                    let first = *of.get_or_insert(group_size);
+                    if group_size != first {
+                        let found = format!("groups of {group_size}");
+                        return Err(refuse(format!("groups of {first} as in expert 0"), found));
                     }
                 }
             }
         }
-        upload(experts, "upload_experts_int4")
     }
+    Ok(())
 }
 
 fn projections(expert: &HostExpert) -> [(&'static str, &HostLinear); 3] {
     [("gate_proj", &expert.gate_proj), ("up_proj", &expert.up_proj), ("down_proj", &expert.down_proj)]
 }
 
-fn upload(experts: Vec<HostExpert>, kernel: &'static str) -> Result<CpuExperts> {
+/// Fails unless there are experts, all of the same dimensions: `(moe_intermediate, hidden)`.
+pub(crate) fn check_dims(experts: &[HostExpert], kernel: &'static str) -> Result<(usize, usize)> {
     let Some(first) = experts.first() else {
         return Err(Check(kernel).bad_value("experts", "at least one".into(), 0));
     };
     first.gate_proj.check(kernel, "gate_proj")?;
     let (moe_intermediate, hidden) = first.gate_proj.dims();
-    for expert in &experts {
+    for expert in experts {
         for (tensor, weight) in projections(expert) {
             weight.check(kernel, tensor)?;
             let transposed = tensor == "down_proj";
@@ -95,6 +99,11 @@ fn upload(experts: Vec<HostExpert>, kernel: &'static str) -> Result<CpuExperts> 
             }
         }
     }
+    Ok((moe_intermediate, hidden))
+}
+
+fn upload(experts: Vec<HostExpert>, kernel: &'static str) -> Result<CpuExperts> {
+    let (moe_intermediate, hidden) = check_dims(&experts, kernel)?;
     let experts = experts.into_iter().map(|expert| {
         Ok(Expert {
             gate_proj: AnyLinear::from_host(expert.gate_proj)?,

@@ -1,11 +1,12 @@
 //! `latent_rope`.
 
-use super::launch::Launch;
+use super::launch::{Binding, Launch};
+use super::paged::cut;
+use super::quantise_rows::Layout;
 use super::rope::rotary_dim;
 use super::shader::{Shader, shader};
-use super::slots::slots;
 use super::tensor::WgpuTensor;
-use super::{Wgpu, WgpuBatch, no_form};
+use super::{Wgpu, WgpuBatch, quantise_rows};
 use crate::error::Result;
 use crate::fp8::MlaRow;
 use crate::tensor::{DType, DeviceTensor};
@@ -30,25 +31,46 @@ pub(super) fn latent_rope(
     x.expect(KERNEL, "x", x.shape() == [tokens, rank + rope], || format!("[{tokens}, {rank} + {rope}]"))?;
     x.expect_act(KERNEL, "x")?;
     x.expect_even(KERNEL, "x")?;
-    let row_bytes = MlaRow { kv_lora_rank: rank, rope }.row_bytes();
-    let slots = slots(KERNEL, cache, batch.host().page_size, rank + rope, row_bytes)?;
-    if cache.dtype() == DType::Fp8 {
-        return Err(no_form("latent_rope into an 8-bit cache"));
+    let layout = MlaRow { kv_lora_rank: rank, rope };
+    let page_size = batch.host().page_size;
+    let (windows, page) = cut(wgpu, KERNEL, page_size, cache, (rank + rope, layout.row_bytes()))?;
+    let fp8 = cache.dtype() == DType::Fp8;
+    if fp8 {
+        quantise_rows::check(KERNEL, Layout::Mla(layout))?;
     }
-    if tokens == 0 || slots == 0 {
+    if tokens == 0 || cache.len() == 0 {
         return Ok(());
     }
-    wgpu.launch(&Launch {
-        kernel: KERNEL,
-        shader: &SHADER,
-        entry: "main",
-        constants: &[
-            ("WORKGROUP", wgpu.workgroup(((rank + rope) / 2).min(256)).into()),
-            ("WEIGHT", weight.weight_type()),
-        ],
-        bindings: &[batch.slot_mapping.reads(), x.reads(), weight.reads(), cos_sin.reads(), cache.writes()],
-        params: &[tokens as u32, rank as u32, rope as u32, slots as u32, (eps as f32).to_bits()],
-        groups: wgpu.fold(tokens),
-        shape: format!("{tokens} tokens, {rank} + {rope} columns, {slots} slots"),
+    let launch = |first_slot: usize, slots: usize, out: Binding<'_>| {
+        wgpu.launch(&Launch {
+            kernel: KERNEL,
+            shader: &SHADER,
+            entry: "main",
+            constants: &[
+                ("WORKGROUP", wgpu.workgroup(((rank + rope) / 2).min(256)).into()),
+                ("WEIGHT", weight.weight_type()),
+                ("STAGED", fp8.into()),
+            ],
+            bindings: &[batch.slot_mapping.reads(), x.reads(), weight.reads(), cos_sin.reads(), out],
+            params: &[
+                tokens as u32,
+                rank as u32,
+                rope as u32,
+                first_slot as u32,
+                slots as u32,
+                (eps as f32).to_bits(),
+            ],
+            groups: wgpu.fold(tokens),
+            shape: format!("{tokens} tokens, {rank} + {rope} columns, {slots} slots"),
+        })
+    };
+    if fp8 {
+        let mut rows = wgpu.tensor(DType::Act, &[tokens, rank + rope])?;
+        launch(0, tokens, rows.writes())?;
+        return quantise_rows::quantise_rows(wgpu, KERNEL, batch, &rows, Layout::Mla(layout), cache);
+    }
+    windows.into_iter().try_for_each(|pages| {
+        let (first_slot, slots) = (pages.start * page_size, pages.len() * page_size);
+        launch(first_slot, slots, cache.writes_window(pages.start * page..pages.end * page))
     })
 }

@@ -71,6 +71,11 @@ impl WgpuTensor {
         self.window(elements, Access::Read)
     }
 
+    /// [`reads_window`](Self::reads_window), to write.
+    pub(super) fn writes_window(&mut self, elements: std::ops::Range<usize>) -> Binding<'_> {
+        self.window(elements, Access::Write)
+    }
+
     /// In place of a buffer that a variant of a kernel does not touch, where the kernel would write.
     pub(super) fn unused(&self) -> Binding<'_> {
         self.binding(Access::Write)

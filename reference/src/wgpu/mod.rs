@@ -10,14 +10,20 @@ mod block_on;
 mod communicator;
 mod context;
 mod embed;
+mod experts;
+mod indexer_logits;
 mod int4;
 mod latent_rope;
 mod launch;
 mod layer_norm_rope;
+mod limits;
 mod linear;
 mod memory;
+mod moe;
+mod paged;
 mod product;
 mod qkv_norm_rope;
+mod quantise_rows;
 mod recorder;
 mod rms_norm;
 mod rope;
@@ -25,8 +31,9 @@ mod rope_table;
 mod router;
 mod shader;
 mod silu_mul;
-mod slots;
+mod sparse_mla;
 mod tensor;
+mod top_k;
 
 use std::cell::RefCell;
 use std::convert::Infallible;
@@ -36,6 +43,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 pub use batch::WgpuBatch;
 pub use communicator::WgpuCommunicator;
 pub use context::{WgpuContext, WgpuOptions};
+pub use experts::WgpuExperts;
 pub use int4::WgpuInt4;
 pub use linear::WgpuSwiGlu;
 pub use shader::Edit;
@@ -45,7 +53,7 @@ use self::memory::Pool;
 use self::recorder::Recorder;
 use self::rope_table::Turns;
 use crate::batch::Batch;
-use crate::cpu::CpuSamplePlan;
+use crate::cpu::{CpuSamplePlan, check_int4_experts};
 use crate::error::{Error, Result};
 use crate::kernels::{IndexKeys, Kernels, RopeLayout, RouterParams, SampleOutput};
 use crate::sampling::SampleRow;
@@ -101,8 +109,8 @@ impl Kernels for Wgpu {
     type Tensor = WgpuTensor;
     type Int4 = WgpuInt4;
     type SwiGlu = WgpuSwiGlu;
-    type ExpertsInt4 = Infallible;
-    type Experts = Infallible;
+    type ExpertsInt4 = WgpuExperts;
+    type Experts = WgpuExperts;
     type Batch = WgpuBatch;
     type Graph = Infallible;
     type SamplePlan = CpuSamplePlan;
@@ -123,12 +131,13 @@ impl Kernels for Wgpu {
         WgpuSwiGlu::upload(self, gate_proj, up_proj)
     }
 
-    fn upload_experts_int4(&self, _experts: Vec<HostExpert>) -> Result<Infallible> {
-        Err(no_form("moe_int4"))
+    fn upload_experts_int4(&self, experts: Vec<HostExpert>) -> Result<WgpuExperts> {
+        check_int4_experts(&experts)?;
+        WgpuExperts::upload(self, experts, "upload_experts_int4")
     }
 
-    fn upload_experts(&self, _experts: Vec<HostExpert>) -> Result<Infallible> {
-        Err(no_form("moe"))
+    fn upload_experts(&self, experts: Vec<HostExpert>) -> Result<WgpuExperts> {
+        WgpuExperts::upload(self, experts, "upload_experts")
     }
 
     fn alloc_batch(&self, max_tokens: usize, max_seqs: usize, max_blocks: usize) -> Result<WgpuBatch> {
@@ -296,37 +305,37 @@ impl Kernels for Wgpu {
 
     fn indexer_logits(
         &self,
-        _batch: &WgpuBatch,
-        _rows: Range<usize>,
-        _q: &WgpuTensor,
-        _weights: &WgpuTensor,
-        _cache: &WgpuTensor,
-        _scale: f64,
-        _logits: &mut WgpuTensor,
+        batch: &WgpuBatch,
+        rows: Range<usize>,
+        q: &WgpuTensor,
+        weights: &WgpuTensor,
+        cache: &WgpuTensor,
+        scale: f64,
+        logits: &mut WgpuTensor,
     ) -> Result<()> {
-        Err(no_form("indexer_logits"))
+        indexer_logits::indexer_logits(self, batch, rows, q, weights, cache, scale, logits)
     }
 
     fn top_k(
         &self,
-        _batch: &WgpuBatch,
-        _rows: Range<usize>,
-        _logits: &WgpuTensor,
-        _topk_indices: &mut WgpuTensor,
+        batch: &WgpuBatch,
+        rows: Range<usize>,
+        logits: &WgpuTensor,
+        topk_indices: &mut WgpuTensor,
     ) -> Result<()> {
-        Err(no_form("top_k"))
+        top_k::top_k(self, batch, rows, logits, topk_indices)
     }
 
     fn sparse_mla(
         &self,
-        _batch: &WgpuBatch,
-        _q: &WgpuTensor,
-        _cache: &WgpuTensor,
-        _topk_indices: &WgpuTensor,
-        _scale: f64,
-        _out: &mut WgpuTensor,
+        batch: &WgpuBatch,
+        q: &WgpuTensor,
+        cache: &WgpuTensor,
+        topk_indices: &WgpuTensor,
+        scale: f64,
+        out: &mut WgpuTensor,
     ) -> Result<()> {
-        Err(no_form("sparse_mla"))
+        sparse_mla::sparse_mla(self, batch, q, cache, topk_indices, scale, out)
     }
 
     fn router(
@@ -342,26 +351,26 @@ impl Kernels for Wgpu {
 
     fn moe_int4(
         &self,
-        _x: &WgpuTensor,
-        _topk_ids: &WgpuTensor,
-        _topk_weights: &WgpuTensor,
-        experts: &Infallible,
-        _shared: Option<&WgpuTensor>,
-        _out: &mut WgpuTensor,
+        x: &WgpuTensor,
+        topk_ids: &WgpuTensor,
+        topk_weights: &WgpuTensor,
+        experts: &WgpuExperts,
+        shared: Option<&WgpuTensor>,
+        out: &mut WgpuTensor,
     ) -> Result<()> {
-        match *experts {}
+        moe::moe(self, "moe_int4", x, topk_ids, topk_weights, experts, shared, out)
     }
 
     fn moe(
         &self,
-        _x: &WgpuTensor,
-        _topk_ids: &WgpuTensor,
-        _topk_weights: &WgpuTensor,
-        experts: &Infallible,
-        _shared: Option<&WgpuTensor>,
-        _out: &mut WgpuTensor,
+        x: &WgpuTensor,
+        topk_ids: &WgpuTensor,
+        topk_weights: &WgpuTensor,
+        experts: &WgpuExperts,
+        shared: Option<&WgpuTensor>,
+        out: &mut WgpuTensor,
     ) -> Result<()> {
-        match *experts {}
+        moe::moe(self, "moe", x, topk_ids, topk_weights, experts, shared, out)
     }
 
     fn swiglu(&self, x: &WgpuTensor, weights: &WgpuSwiGlu, out: &mut WgpuTensor) -> Result<()> {

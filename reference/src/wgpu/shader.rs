@@ -10,8 +10,8 @@ pub(super) struct Shader {
     /// The file's name.
     pub(super) name: &'static str,
     pub(super) source: &'static str,
-    /// The file that goes before it, and its name.
-    pub(super) after: Option<(&'static str, &'static str)>,
+    /// The files that go before it: names and sources.
+    pub(super) after: &'static [(&'static str, &'static str)],
 }
 
 /// The [`Shader`] of a name.
@@ -20,14 +20,14 @@ macro_rules! shader {
         $crate::wgpu::shader::Shader {
             name: $name,
             source: include_str!(concat!("../../shaders/", $name, ".wgsl")),
-            after: None,
+            after: &[],
         }
     };
-    ($name:literal, after $before:literal) => {
+    ($name:literal, after $($before:literal),+) => {
         $crate::wgpu::shader::Shader {
             name: $name,
             source: include_str!(concat!("../../shaders/", $name, ".wgsl")),
-            after: Some(($before, include_str!(concat!("../../shaders/", $before, ".wgsl")))),
+            after: &[$(($before, include_str!(concat!("../../shaders/", $before, ".wgsl")))),+],
         }
     };
 }
@@ -49,7 +49,7 @@ impl Shader {
     pub(super) fn with_prelude(&self, subgroups: bool, edits: &[Edit]) -> Result<String, String> {
         let reduce = if subgroups { REDUCE_SUBGROUPS } else { REDUCE_PLAIN };
         let mut whole = String::new();
-        let files = [("prelude", PRELUDE), ("reduce", reduce)].into_iter().chain(self.after);
+        let files = [("prelude", PRELUDE), ("reduce", reduce)].into_iter().chain(self.after.iter().copied());
         for (name, source) in files.chain([(self.name, self.source)]) {
             let mut source = source.to_owned();
             for edit in edits.iter().filter(|edit| edit.shader == name) {

@@ -106,7 +106,7 @@ fn planted_faults_are_seen() {
     for (find, replace) in [
         ("word < params.rank / 2u {\n            pair", "word + 1u < params.rank / 2u {\n            pair"),
         ("pair.x * turn.x - pair.y", "pair.x * turn.x + pair.y"),
-        ("u32(slot) * words;", "t * words;"),
+        ("let out = slot * words;", "let out = t * words;"),
         ("f32(params.rank)", "f32(params.rank + params.rope)"),
     ] {
         contract::catches::<LatentRope>(Edit { shader: "latent_rope", find, replace });

@@ -121,7 +121,7 @@ fn planted_faults_are_seen() {
         ("let off = bf16_pair(x[start + word]) - mean;", "let off = bf16_pair(x[start + word]);"),
         ("round_bf16(scaled", "(scaled"),
         ("column % (DIM / 2u), HALF", "column / 2u, HALF"),
-        ("cache[u32(slot) *", "cache[t *"),
+        ("cache[slot *", "cache[t *"),
     ] {
         contract::catches::<LayerNormRope>(Edit { shader: "layer_norm_rope", find, replace });
     }

@@ -8,6 +8,7 @@
 mod absorb;
 mod communicator;
 mod embed;
+mod indexer_logits;
 #[path = "../kernels/int4_weights.rs"]
 mod int4_weights;
 mod latent_rope;
@@ -15,8 +16,10 @@ mod layer_norm_rope;
 mod linear;
 mod linear_int4;
 mod lm_head;
+mod moe;
 mod products;
 mod qkv_norm_rope;
+mod quantise_rows;
 mod refusals;
 mod rms_norm;
 mod rope;
@@ -24,4 +27,6 @@ mod rope_table;
 mod rotary;
 mod router;
 mod silu_mul;
+mod sparse_mla;
 mod swiglu;
+mod top_k;

@@ -1,0 +1,120 @@
+//! `indexer_logits`.
+
+use std::ops::Range;
+
+use super::Wgpu;
+use super::batch::WgpuBatch;
+use super::launch::Launch;
+use super::paged::{PagedCache, expect_rows};
+use super::shader::{Shader, shader};
+use super::tensor::WgpuTensor;
+use crate::error::{Error, Result};
+use crate::fp8::IndexerPage;
+use crate::tensor::{DType, DeviceTensor};
+
+static SHADER: Shader = shader!("indexer_logits", after "fp8", "paged");
+
+/// Of a workgroup: lanes, keys, heads at once, rows where sequences have several.
+const LANES: u32 = 128;
+const KEYS: usize = 64;
+const HEADS: usize = 32;
+const ROWS: usize = 16;
+
+pub(super) fn indexer_logits(
+    wgpu: &Wgpu,
+    batch: &WgpuBatch,
+    rows: Range<usize>,
+    q: &WgpuTensor,
+    weights: &WgpuTensor,
+    cache: &WgpuTensor,
+    scale: f64,
+    logits: &mut WgpuTensor,
+) -> Result<()> {
+    let kernel = "indexer_logits";
+    let host = batch.host();
+    let tokens = host.num_tokens();
+    q.expect_act(kernel, "q")?;
+    let [q_tokens, heads, width] = q.dims(kernel, "q")?;
+    q.expect(kernel, "q", q_tokens == tokens && heads > 0 && width > 0, || format!("[{tokens}, HI, D]"))?;
+    weights.expect_float(kernel, "weights")?;
+    weights.expect_shape(kernel, "weights", &[tokens, heads])?;
+    let fp8 = cache.dtype() == DType::Fp8;
+    let row_bytes = IndexerPage { page_size: host.page_size, width }.row_bytes();
+    let cache = PagedCache::new(wgpu, kernel, batch, cache, (width, row_bytes))?;
+    let multiple = if fp8 { 4 } else { 2 };
+    q.expect(kernel, "q", width.is_multiple_of(multiple), || {
+        format!("rows of a multiple of {multiple} columns, which are whole words")
+    })?;
+    if fp8 && !host.page_size.is_multiple_of(4) {
+        return Err(Error::Value {
+            kernel,
+            name: "page_size",
+            expected: "a multiple of 4 for an 8-bit indexer cache".into(),
+            found: host.page_size.to_string(),
+        });
+    }
+    expect_rows(kernel, &rows, tokens)?;
+    if !(scale.is_finite() && scale > 0.0) {
+        return Err(Error::Value {
+            kernel,
+            name: "scale",
+            expected: "a positive number".into(),
+            found: scale.to_string(),
+        });
+    }
+    let longest = rows.clone().map(|t| host.visible(t)).max().unwrap_or(0);
+    logits.expect_float(kernel, "logits")?;
+    let [logits_rows, columns] = logits.dims(kernel, "logits")?;
+    logits.expect(kernel, "logits", logits_rows == rows.len() && columns >= longest, || {
+        format!("[{}, at least {longest}]", rows.len())
+    })?;
+    let vectors = width.div_ceil(8);
+    let stride = vectors + 1 - vectors % 2;
+    wgpu.expect_lanes(kernel, LANES)?;
+    wgpu.expect_shared(kernel, "q", (KEYS + HEADS) * stride * 16 + 4096 + 8 * KEYS, width)?;
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let group_rows = if tokens > host.num_seqs() { ROWS } else { 1 };
+    let ([a, b, c, d], windows) = cache.reads()?;
+    for window in wgpu.windows(kernel, "logits", rows.len(), columns * 4)? {
+        let (first, count) = (rows.start + window.start, window.len());
+        let longest = (first..first + count).map(|t| host.visible(t)).max().unwrap_or(0);
+        let (groups, blocks) = (count.div_ceil(group_rows), longest.div_ceil(KEYS));
+        wgpu.launch(&Launch {
+            kernel,
+            shader: &SHADER,
+            entry: "main",
+            constants: &[("FP8", f64::from(fp8)), ("ROW_VECTORS", vectors as f64), ("WINDOWS", windows)],
+            bindings: &[
+                batch.positions.reads(),
+                batch.seq_ids.reads(),
+                batch.block_table.reads(),
+                q.reads(),
+                weights.reads(),
+                a,
+                b,
+                c,
+                d,
+                logits.writes_window(window.start * columns..window.end * columns),
+            ],
+            params: &[
+                first as u32,
+                count as u32,
+                columns as u32,
+                heads as u32,
+                (width / 2) as u32,
+                (width / multiple) as u32,
+                (scale as f32).to_bits(),
+                host.page_size as u32,
+                cache.window_pages() as u32,
+                host.max_blocks as u32,
+                group_rows as u32,
+                blocks as u32,
+            ],
+            groups: wgpu.fold(groups * blocks),
+            shape: format!("{count} rows of {heads} x {width}, {longest} keys"),
+        })?;
+    }
+    Ok(())
+}

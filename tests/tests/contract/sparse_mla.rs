@@ -1,0 +1,252 @@
+//! `sparse_mla`.
+
+use dsa80_reference::fp8::{self, MLA_GROUP, MlaRow};
+use dsa80_reference::sampling::uniform;
+use dsa80_reference::wgpu::Edit;
+use dsa80_reference::{DType, Kernels};
+use dsa80_tests::parity::contract::{self, Contract};
+use dsa80_tests::parity::{self, BatchCase, Batches, F32_UNIT, Values, assert_close};
+use half::bf16;
+use proptest::prelude::*;
+use proptest::sample::select;
+
+#[derive(Debug, Clone)]
+struct Case {
+    batch: BatchCase,
+    /// `kv_lora_rank` and rotary columns.
+    dims: (usize, usize),
+    fp8: bool,
+    heads: usize,
+    k: usize,
+    /// Of 8 places, how many are holes.
+    holes: usize,
+    /// Of queries and of cache rows.
+    values: (Values, Values),
+    scale: f64,
+    seed: u64,
+}
+
+/// Products of what is huge with what is not tiny leave the softmax without meaning.
+const VALUES: &[(Values, Values)] = &[
+    (Values::Normal, Values::Normal),
+    (Values::Ties, Values::Ties),
+    (Values::Outliers, Values::Negative),
+    (Values::Normal, Values::Outliers),
+    (Values::Zeros, Values::Normal),
+];
+
+impl Case {
+    fn width(&self) -> usize {
+        self.dims.0 + self.dims.1
+    }
+
+    /// Distinct visible positions in no order, with holes among them.
+    fn places(&self) -> Vec<i32> {
+        let mut all = Vec::new();
+        for t in 0..self.batch.batch.num_tokens() {
+            let seed = self.seed ^ ((t as u64) << 32);
+            let mut positions: Vec<i32> = (0..self.batch.batch.visible(t) as i32).collect();
+            positions.sort_by(|&a, &b| uniform(seed, 1, a as u32).total_cmp(&uniform(seed, 1, b as u32)));
+            let mut positions = positions.into_iter();
+            all.extend((0..self.k).map(|i| {
+                let hole = uniform(seed, 2, i as u32) * 8.0 < self.holes as f32;
+                if hole { -1 } else { positions.next().unwrap_or(-1) }
+            }));
+        }
+        all
+    }
+
+    /// The rows as numbers, of an 8-bit cache those that its bytes stand for, and those bytes; NaN where no sequence has a page.
+    fn cache(&self) -> (Vec<Vec<f64>>, Vec<u8>) {
+        let (slots, width, rank) = (self.batch.slots(), self.width(), self.dims.0);
+        let layout = MlaRow { kv_lora_rank: rank, rope: self.dims.1 };
+        let values = self.values.1.take(self.seed ^ 1, slots * width);
+        let mut rows: Vec<Vec<f64>> = values.chunks(width).map(<[f64]>::to_vec).collect();
+        let mut bytes = Vec::new();
+        for (slot, row) in rows.iter_mut().enumerate() {
+            let mut out = vec![0; layout.row_bytes()];
+            for group in 0..layout.groups() {
+                let columns = group * MLA_GROUP..((group + 1) * MLA_GROUP).min(rank);
+                let values: Vec<f32> = row[columns.clone()].iter().map(|&x| x as f32).collect();
+                let scale = fp8::quantise(&values, &mut out[columns.clone()]);
+                out[layout.scales()][4 * group..][..4].copy_from_slice(&scale.to_le_bytes());
+                for column in columns.filter(|_| self.fp8) {
+                    row[column] = f64::from(fp8::decode(out[column])) * f64::from(scale);
+                }
+            }
+            for (x, bytes) in row[rank..].iter().zip(out[layout.rotary()].chunks_exact_mut(2)) {
+                bytes.copy_from_slice(&bf16::from_f64(*x).to_le_bytes());
+            }
+            if !self.batch.used[slot / self.batch.batch.page_size] {
+                row.fill(f64::NAN);
+                out.fill(0x7f);
+            }
+            bytes.extend(out);
+        }
+        (rows, bytes)
+    }
+
+    /// How far an element may be from the oracle's: a score is off by what f32 sums of `width` products lose, its weight by the exponential
+    /// of that and by its own rounding; some backends round weights to bf16; the result is rounded to bf16.
+    fn bounds(&self, q: &[f64], rows: &[Vec<f64>], places: &[i32], expected: &[f64]) -> Vec<f64> {
+        let ((rank, _), width, batch) = (self.dims, self.width(), &self.batch.batch);
+        let mut bounds = Vec::new();
+        for (i, q) in q.chunks(width).enumerate() {
+            let t = i / self.heads;
+            let selected: Vec<&Vec<f64>> = places[t * self.k..][..self.k]
+                .iter()
+                .filter_map(|&position| Some(&rows[batch.slot(t, usize::try_from(position).ok()?)]))
+                .collect();
+            let score = |row: &&Vec<f64>| {
+                let products = || q.iter().zip(row.iter()).map(|(q, c)| q * c);
+                let (dot, size) = (products().sum::<f64>(), products().map(f64::abs).sum::<f64>());
+                let lost = self.scale * size * (width as f64 + 8.0) * 2.0 * F32_UNIT;
+                (self.scale * dot, lost + (self.scale * dot).abs() * 8.0 * F32_UNIT + 8.0 * F32_UNIT)
+            };
+            let scores: Vec<(f64, f64)> = selected.iter().map(score).collect();
+            let most = scores.iter().fold(f64::NEG_INFINITY, |most, score| most.max(score.0));
+            let lost = scores.iter().fold(0.0_f64, |lost, score| lost.max(score.1));
+            let total: f64 = scores.iter().map(|score| (score.0 - most).exp()).sum();
+            let relative =
+                (2.0 * lost).exp_m1() + 2.0 * F32_UNIT * (self.k as f64 + 64.0) + (-8.0_f64).exp2();
+            for column in 0..rank {
+                let (mut weighted, mut largest) = (0.0, 0.0_f64);
+                for (row, score) in selected.iter().zip(&scores) {
+                    weighted += (score.0 - most).exp() / total * row[column].abs();
+                    largest = largest.max(row[column].abs());
+                }
+                let out = expected[i * rank + column].abs();
+                // However wrong the weights are, the output lies among the values.
+                let error = ((weighted + out) * relative).min(2.02 * largest) + f64::from(f32::MIN_POSITIVE);
+                bounds.push(error + parity::half_ulp_bf16(out + error));
+            }
+        }
+        bounds
+    }
+}
+
+struct SparseMla;
+
+impl Contract for SparseMla {
+    const NAME: &'static str = "contract_sparse_mla";
+    type Case = Case;
+
+    fn cases() -> impl Strategy<Value = Case> {
+        let batches =
+            Batches { page_sizes: &[1, 3, 16, 64], max_seqs: 3, max_computed: 200, max_chunk: 4 }.any();
+        let holes = prop_oneof![2 => Just(0_usize), 2 => 1..8_usize, 1 => Just(8)];
+        let dims = select(&[(64_usize, 16_usize), (48, 16), (144, 16), (512, 64)][..]);
+        let shape = (select(&[8_usize, 16, 24][..]), prop_oneof![0..=60_usize, 60..=260_usize], holes);
+        let scale = select(&[0.1, 1.0][..]);
+        (batches, dims, any::<bool>(), shape, select(VALUES), scale, any::<u64>()).prop_map(
+            |(batch, dims, fp8, (heads, k, holes), values, scale, seed)| Case {
+                batch,
+                dims,
+                fp8,
+                heads,
+                k,
+                holes,
+                values,
+                scale,
+                seed,
+            },
+        )
+    }
+
+    fn run<K: Kernels>(kernels: &K, case: &Case) {
+        let (step, (rank, rope)) = (&case.batch.batch, case.dims);
+        let (tokens, pages) = (step.num_tokens(), case.batch.pages);
+        let (host_batch, batch) = contract::batch(kernels, step);
+        let q_shape = [tokens, case.heads, case.width()];
+        let q_values = case.values.0.take(case.seed, q_shape.iter().product());
+        let q = contract::numbers(kernels, DType::Act, &q_shape, &q_values);
+        let (rows, bytes) = case.cache();
+        let cache = if case.fp8 {
+            let layout = MlaRow { kv_lora_rank: rank, rope };
+            contract::bytes(kernels, &[pages, step.page_size, layout.row_bytes()], &bytes)
+        } else {
+            contract::numbers(kernels, DType::Act, &[pages, step.page_size, rank + rope], &rows.concat())
+        };
+        let places = case.places();
+        let topk_indices = contract::index(kernels, &[tokens, case.k], &places);
+        let mut out = contract::output(kernels, DType::Act, &[tokens, case.heads, rank]);
+        parity::oracle()
+            .sparse_mla(&host_batch, &q.0, &cache.0, &topk_indices.0, case.scale, &mut out.0)
+            .unwrap();
+        kernels.sparse_mla(&batch, &q.1, &cache.1, &topk_indices.1, case.scale, &mut out.1).unwrap();
+        let (found, expected) = (kernels.read(&out.1).unwrap(), parity::oracle().read(&out.0).unwrap());
+        let bounds = case.bounds(&q_values, &rows, &places, &expected);
+        assert_close("out", rank, &found, &expected, f64::INFINITY, |i| bounds[i]);
+    }
+}
+
+#[test]
+fn agrees_with_the_oracle() {
+    contract::check::<SparseMla>();
+}
+
+#[test]
+fn planted_faults_are_seen() {
+    for (find, replace) in [
+        // Holes weigh as much as a row of zeros.
+        ("select(0.0, exp(score - higher), there)", "exp(score - higher)"),
+        // What was added up before the highest score.
+        ("sums[h] *= factors[h];", "sums[h] *= 1.0;"),
+        ("total = total * factor + weight", "total = total + weight"),
+        // The next block's rows for this one; the rows of a page in another order.
+        ("turn ^= KEYS;", "turn ^= 0u;"),
+        ("u32(position) % params.page_size,", "0u,"),
+        // A group's scale for another; rotary columns that begin elsewhere.
+        ("* SCALES + v / GROUP_VECTORS", "* SCALES"),
+        ("* SCALES + word / 4u / GROUP_VECTORS", "* SCALES"),
+        ("2u * LATENT_VECTORS + SCALES + 4u *", "2u * LATENT_VECTORS + 4u *"),
+        // Half of the columns.
+        ("values = vec4(values.xy, pair);", "values = values;"),
+    ] {
+        contract::catches::<SparseMla>(Edit { shader: "sparse_mla", find, replace });
+    }
+    for (find, replace) in [
+        // Splits are added up as if they were relative to the same score; the last is left out.
+        ("exp(parts[at + params.columns] - highest)", "1.0"),
+        ("var split = 0u; split < params.splits", "var split = 1u; split < params.splits"),
+    ] {
+        contract::catches::<SparseMla>(Edit { shader: "sparse_mla_merge", find, replace });
+    }
+}
+
+#[test]
+fn nothing_selected_gives_zeros() {
+    contract::on_wgpu(|kernels| {
+        for (k, holes) in [(60, 8), (200, 8), (0, 0)] {
+            let values = (Values::Normal, Values::Normal);
+            let batch = BatchCase::of(16, &[(70, 2)]);
+            let case =
+                Case { batch, dims: (64, 16), fp8: false, heads: 8, k, holes, values, scale: 0.3, seed: 3 };
+            SparseMla::run(kernels, &case);
+        }
+    });
+}
+
+#[test]
+fn misfits_are_named() {
+    contract::on_wgpu(|kernels| {
+        let (_, batch) = contract::batch(kernels, &BatchCase::of(3, &[(0, 2)]).batch);
+        let tensor = |dtype, shape: &[usize]| kernels.alloc(dtype, shape).unwrap();
+        let refused =
+            |q: &[usize], cache: (DType, &[usize]), topk: &[usize], out: &[usize], words: [&str; 2]| {
+                let (q, cache) = (tensor(DType::Act, q), tensor(cache.0, cache.1));
+                let (topk, mut out) = (tensor(DType::Index, topk), tensor(DType::Act, out));
+                let error =
+                    kernels.sparse_mla(&batch, &q, &cache, &topk, 1.0, &mut out).unwrap_err().to_string();
+                assert!(words.iter().all(|word| error.contains(word)), "{error}");
+            };
+        let (q, cache, topk, out) =
+            (&[2, 8, 80][..], (DType::Act, &[4, 3, 80][..]), &[2, 5][..], &[2, 8, 64][..]);
+        refused(&[3, 8, 80], cache, topk, out, ["`q`", "[2, H"]);
+        refused(q, (DType::Act, &[4, 3, 72]), topk, out, ["`cache`", "[pages, 3, 80]"]);
+        refused(q, (DType::Fp8, &[4, 3, 80]), topk, out, ["`cache`", "[pages, 3, 112]"]);
+        refused(q, cache, &[1, 5], out, ["`topk_indices`", "[2, k]"]);
+        refused(q, cache, topk, &[2, 8, 66], ["`out`", "multiple of 8"]);
+        refused(q, cache, topk, &[2, 8, 96], ["`out`", "at most 80"]);
+    });
+}
