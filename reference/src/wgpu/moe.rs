@@ -6,7 +6,7 @@ use super::launch::{Binding, Launch};
 use super::shader::{Shader, shader};
 use super::tensor::WgpuTensor;
 use crate::error::Result;
-use crate::tensor::{DType, DeviceTensor};
+use crate::tensor::DType;
 
 static SORT: Shader = shader!("moe_sort");
 static EXPERTS: Shader = shader!("moe");

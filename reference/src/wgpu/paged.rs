@@ -12,8 +12,8 @@ use crate::tensor::{DType, DeviceTensor};
 /// Windows of a cache that `paged.wgsl` tells apart.
 const WINDOWS: usize = 4;
 
-/// Slots of a window that it numbers.
-const WINDOW_SLOTS: usize = 1 << 30;
+/// Slots of a window that it numbers: one less than 30 bits have, for the last number of the last window is a hole.
+const WINDOW_SLOTS: usize = (1 << 30) - 1;
 
 /// A cache `[pages, page_size, row]`, cut into windows of whole pages that bindings take.
 pub(super) struct PagedCache<'a> {

@@ -40,7 +40,7 @@ pub(super) fn top_k(
         return Ok(());
     }
     let windows = match read {
-        0 => vec![0..rows.len()],
+        0 => std::iter::once(0..rows.len()).collect(),
         _ => wgpu.windows(kernel, "logits", rows.len(), columns * 4)?,
     };
     for window in windows {

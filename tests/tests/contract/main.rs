@@ -30,3 +30,4 @@ mod silu_mul;
 mod sparse_mla;
 mod swiglu;
 mod top_k;
+mod windows;
