@@ -338,7 +338,7 @@ fn experts_that_do_not_exist_are_skipped() {
         for (i, id) in [(0, -1), (4, 4), (7, i32::MAX), (12, i32::MIN), (13, 100), (14, -7)] {
             (wild[i], tame[i], weights[i]) = (id, 0, 0.0);
         }
-        assert_eq!(run(&wild, &vec![1.0; 15]), run(&tame, &weights));
+        assert_eq!(run(&wild, &[1.0; 15]), run(&tame, &weights));
     });
 }
 

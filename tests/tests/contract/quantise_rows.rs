@@ -234,7 +234,7 @@ fn a_cache_of_several_bindings_is_written_like_one_of_one() {
         for (cache, row) in whole.iter().zip([128, 96, 96, 52]) {
             // Four of 55 tokens have no slot.
             let rows = cache.chunks(row).filter(|row| row.iter().any(|&byte| byte != 0xff)).count();
-            assert!(rows >= 51 && rows <= 51 + 16, "{rows} rows");
+            assert!((51..=51 + 16).contains(&rows), "{rows} rows");
         }
         contract::with_small_bindings(8192, |small| {
             if small.context().has_subgroups() == kernels.context().has_subgroups() {
