@@ -68,6 +68,9 @@ fn fail(
     checkpoints: [Arc<Checkpoint>; 2],
     start_timeout: Duration,
 ) -> (String, Receiver<String>, Receiver<String>) {
+    // One at a time: a port that is free now can be taken by another test before rank 0 listens.
+    static PORT: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let _port = PORT.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let place = move |rank| Place { rank, world_size: 2, local_rank: 0, master: "127.0.0.1".into(), port };
     let [first, second] = checkpoints;
