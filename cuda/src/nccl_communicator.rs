@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use dsa80_reference::{Breaker, Communicator, DType, DeviceTensor, Error, Result};
 
 use crate::device::Device;
-use crate::gpu::nccl::{self, GatheredRun, Nccl, NcclId, NcclRank, NcclType, Unfinished};
+use crate::gpu::nccl::{self, GatheredRun, Nccl, NcclId, NcclRank, NcclType, Unfinished, leaving};
 use crate::gpu::{Gpu, GpuBuffer};
 use crate::tensor::CudaTensor;
 use crate::unstack::{MOST, unstack};
@@ -38,19 +38,21 @@ pub struct NcclCommunicator {
 struct Group {
     world_size: usize,
     broken: OnceLock<String>,
-    watched: Mutex<()>,
+    /// How many threads watch its ranks.
+    watched: Mutex<usize>,
     told: Condvar,
 }
 
 impl Group {
     fn new(world_size: usize) -> Arc<Self> {
-        Arc::new(Self { world_size, broken: OnceLock::new(), watched: Mutex::new(()), told: Condvar::new() })
+        Arc::new(Self { world_size, broken: OnceLock::new(), watched: Mutex::new(0), told: Condvar::new() })
     }
 
     /// Gives up: the kernels that wait for other ranks end. The first reason is the cause. Does not wait.
     fn break_off(&self, reason: &str) {
+        let watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
         if self.broken.set(reason.to_owned()).is_ok() {
-            let _watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
+            leaving::expect(*watched);
             self.told.notify_all();
         }
     }
@@ -62,8 +64,33 @@ impl Group {
     /// Whether it breaks within `time`.
     fn breaks_within(&self, time: Duration) -> bool {
         let watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
-        drop(self.told.wait_timeout_while(watched, time, |()| !self.is_broken()));
+        drop(self.told.wait_timeout_while(watched, time, |_| !self.is_broken()));
         self.is_broken()
+    }
+}
+
+/// One that watches a rank of the group: once the group is broken, the end of the process waits for it.
+struct Watching(Arc<Group>);
+
+impl Watching {
+    fn of(group: &Arc<Group>) -> Self {
+        let mut watched = group.watched.lock().unwrap_or_else(PoisonError::into_inner);
+        *watched += 1;
+        if group.is_broken() {
+            leaving::expect(1);
+        }
+        drop(watched);
+        Self(Arc::clone(group))
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        let mut watched = self.0.watched.lock().unwrap_or_else(PoisonError::into_inner);
+        *watched -= 1;
+        if self.0.is_broken() {
+            leaving::left();
+        }
     }
 }
 
@@ -140,13 +167,14 @@ impl Shared {
     ) -> Result<Arc<Self>> {
         let shared = Arc::new(Self { rank, group, nccl: Mutex::new(Some(nccl)) });
         let watched = Arc::clone(&shared);
+        let watching = Watching::of(&shared.group);
         let watch = move || {
             while !watched.group.breaks_within(WATCH) {
                 // What it finds breaks the group.
                 let _ = watched.check();
             }
             let aborted = watched.lock().take();
-            drop((aborted, kept));
+            drop((aborted, kept, watching));
         };
         let started = std::thread::Builder::new().name(format!("dsa80-nccl-{rank}")).spawn(watch);
         started.map_err(|error| shared.error(format!("NCCL cannot be watched: {error}")))?;
@@ -410,7 +438,7 @@ mod tests {
 
     fn ranks(mock: &Mock, world_size: usize) -> Vec<Arc<Shared>> {
         let group = Group::new(world_size);
-        let begun = nccl::begin_together(&mock.library(), mock.id(), world_size, |_| Ok(())).unwrap();
+        let begun = nccl::begin_together(&mock.nccl(), mock.id(), world_size, |_| Ok(())).unwrap();
         let ranks = begun.into_iter().enumerate();
         ranks.map(|(rank, nccl)| Shared::watched(rank, Arc::clone(&group), nccl, ()).unwrap()).collect()
     }
@@ -442,6 +470,7 @@ mod tests {
         assert!(started.elapsed() < SOON, "{:?}", started.elapsed());
         // Each on its own thread, and once.
         mock.wait_for_aborts(2);
+        assert!(leaving::all_within(SOON));
         for rank in &ranks {
             let later = [rank.check(), rank.collective(|_| panic!("nothing is called once it is broken"))];
             assert!(later.into_iter().all(|later| later.is_err()));
@@ -467,13 +496,13 @@ mod tests {
     #[test]
     fn a_rank_that_still_joins_is_aborted_before_it_is_freed() {
         let mock = Mock::default();
-        drop(NcclRank::begin(mock.library(), mock.id(), [0, 2]).unwrap());
+        drop(NcclRank::begin(mock.nccl(), mock.id(), [0, 2]).unwrap());
         assert_eq!(mock.aborts(), 1);
         // Also where another one could not begin, but not before the group's calls have ended.
         let mock = Mock::default();
         let missing = || Err(Error::Backend { backend: "cuda", message: "no context".into() });
         let bind = |rank| if rank == 1 { missing() } else { Ok(()) };
-        let error = nccl::begin_together(&mock.library(), mock.id(), 2, bind).unwrap_err();
+        let error = nccl::begin_together(&mock.nccl(), mock.id(), 2, bind).unwrap_err();
         assert!(error.to_string().contains("no context"), "{error}");
         assert_eq!(mock.aborts(), 1);
     }

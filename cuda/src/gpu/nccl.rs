@@ -14,6 +14,7 @@ use libloading::Library;
 
 use super::{Gpu, GpuBuffer, refuse};
 
+pub(crate) mod leaving;
 #[cfg(test)]
 pub(crate) mod mock;
 

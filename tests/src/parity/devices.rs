@@ -1,7 +1,7 @@
 //! The devices that a parity test runs on.
 
 use std::io::Write;
-use std::sync::Once;
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 use dsa80_cuda::{Arg, Device, Gemm, Gpu, Launch, Limits, Sources};
 use dsa80_reference::{RecordedKernel, Result};
@@ -255,6 +255,12 @@ pub fn gpus() -> Vec<Gpu> {
             Vec::new()
         }
     }
+}
+
+/// Held while launches on several GPUs wait for each other: of two such groups at once, each can keep the other's GPU from what it waits for.
+pub fn one_group_at_a_time() -> MutexGuard<'static, ()> {
+    static GROUP: Mutex<()> = Mutex::new(());
+    GROUP.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The embedded kernels, or those of the folder `DSA80_KERNELS`: an edit then needs no rebuild.

@@ -258,6 +258,7 @@ fn launches_of_several_ranks_meet() {
 
 #[test]
 fn launches_of_several_gpus_meet() {
+    let _alone = devices::one_group_at_a_time();
     let gpus: Vec<TestDevice> =
         devices::gpus().into_iter().map(|gpu| TestDevice::Gpu(Box::new(gpu))).collect();
     for ranks in [2, 4, 8].into_iter().filter(|&ranks| ranks <= gpus.len()) {

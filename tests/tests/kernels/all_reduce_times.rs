@@ -21,6 +21,7 @@ const SHOTS: [Shots; 2] = [Shots::One, Shots::Two];
 
 #[test]
 fn microseconds_between_gpus() {
+    let _alone = devices::one_group_at_a_time();
     for gpus in groups() {
         let ranks = gpus.len();
         for rows in [1, 32, 256, 2048] {
@@ -50,6 +51,7 @@ fn microseconds_between_gpus() {
 /// A sum and a norm in a launch of their own; q_a and kv_a gathered.
 #[test]
 fn microseconds_of_what_could_be_instead() {
+    let _alone = devices::one_group_at_a_time();
     for gpus in groups() {
         let ranks = gpus.len();
         let limits = gpus[0].limits().clone();
@@ -95,6 +97,7 @@ fn microseconds_of_what_could_be_instead() {
 /// What ranks measure when they start, where nothing is pinned: says it, and that it is no size where the other way is quicker by far.
 #[test]
 fn the_measured_crossover_is_the_quicker_way() {
+    let _alone = devices::one_group_at_a_time();
     for gpus in groups() {
         let tiles = Tiles::for_gpu(&gpus[0].limits().name, None).unwrap().all_reduce(gpus[0].limits());
         let started = std::time::Instant::now();

@@ -183,6 +183,7 @@ fn groups_of_gpus() -> impl Iterator<Item = (usize, impl Fn(usize) -> Option<Tes
 
 #[test]
 fn ranks_on_a_gpu_each_are_as_far_from_hf_as_hf_in_bf16() {
+    let _alone = devices::one_group_at_a_time();
     for (ranks, next) in groups_of_gpus() {
         compare(&[ranks], Placement::Apart, next);
     }
@@ -207,6 +208,7 @@ fn compare_graphs(ranks: usize, len: usize, device: impl Fn(usize) -> Option<Tes
 
 #[test]
 fn steps_of_several_ranks_from_graphs_are_the_launched_ones_bit_for_bit() {
+    let _alone = devices::one_group_at_a_time();
     compare_graphs(2, 6, |_| devices::emulator());
     for (ranks, next) in groups_of_gpus() {
         let fixture = fixture();

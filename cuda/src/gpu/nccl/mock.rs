@@ -44,7 +44,7 @@ impl Default for Mock {
 }
 
 impl Mock {
-    pub(crate) fn library(&self) -> Arc<Nccl> {
+    pub(crate) fn nccl(&self) -> Arc<Nccl> {
         let functions = Functions {
             version,
             unique_id,
@@ -70,7 +70,7 @@ impl Mock {
 
     /// Rank 0 of two.
     pub(crate) fn begin(&self) -> NcclRank {
-        NcclRank::begin(self.library(), self.id(), [0, 2]).unwrap()
+        NcclRank::begin(self.nccl(), self.id(), [0, 2]).unwrap()
     }
 
     pub(crate) fn join_at_once(&self) {
