@@ -53,11 +53,12 @@ pub use sample_plan::CpuSamplePlan;
 pub use swiglu::CpuSwiGlu;
 pub use tensor::CpuTensor;
 
-/// What an upload of weights refuses, whatever the backend.
+/// What is refused whatever the backend.
 #[cfg(feature = "wgpu")]
 pub(crate) use {
     linear_int4::check as check_int4_weight,
     moe::{check_dims as check_expert_dims, check_int4 as check_int4_experts},
+    sample::check_row as check_sample_row,
 };
 
 use crate::batch::Batch;

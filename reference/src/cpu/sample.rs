@@ -70,7 +70,7 @@ struct Choice {
     top: Vec<(u32, f64)>,
 }
 
-pub(super) fn check_row(row: &SampleRow<'_>, vocab: usize) -> Result<()> {
+pub(crate) fn check_row(row: &SampleRow<'_>, vocab: usize) -> Result<()> {
     check_params(CHECK, row.params)?;
     let Some(token) = row.forced else { return Ok(()) };
     CHECK.value("forced", (token as usize) < vocab, || format!("a token below {vocab}"), token)

@@ -29,6 +29,7 @@ mod rms_norm;
 mod rope;
 mod rope_table;
 mod router;
+mod sample;
 mod shader;
 mod silu_mul;
 mod sparse_mla;
@@ -54,7 +55,7 @@ use self::recorder::Recorder;
 use self::rope_table::Turns;
 use crate::batch::Batch;
 use crate::cpu::{CpuSamplePlan, check_int4_experts};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels::{IndexKeys, Kernels, RopeLayout, RouterParams, SampleOutput};
 use crate::sampling::SampleRow;
 use crate::tensor::{DType, HostExpert, HostInt4, HostLinear, HostTensor};
@@ -93,15 +94,6 @@ impl Wgpu {
     /// A buffer for a binding that a variant of a kernel does not touch.
     fn nothing(&self) -> Result<WgpuTensor> {
         self.tensor(DType::Index, &[1])
-    }
-}
-
-/// What a kernel says that is not here.
-fn no_form(kernel: &'static str) -> Error {
-    Error::Launch {
-        kernel,
-        shape: "any".into(),
-        message: format!("kernel {kernel} has no WGSL form yet; use cuda or cpu"),
     }
 }
 
@@ -393,11 +385,11 @@ impl Kernels for Wgpu {
 
     fn sample(
         &self,
-        _logits: &WgpuTensor,
-        _rows: &[SampleRow<'_>],
-        _out: &mut SampleOutput<WgpuTensor>,
+        logits: &WgpuTensor,
+        rows: &[SampleRow<'_>],
+        out: &mut SampleOutput<WgpuTensor>,
     ) -> Result<()> {
-        Err(no_form("sample"))
+        sample::sample(self, logits, rows, out)
     }
 
     fn sample_plan(

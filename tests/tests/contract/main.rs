@@ -26,6 +26,9 @@ mod rope;
 mod rope_table;
 mod rotary;
 mod router;
+mod sample;
+#[path = "../kernels/sample_rows.rs"]
+mod sample_rows;
 mod silu_mul;
 mod sparse_mla;
 mod swiglu;

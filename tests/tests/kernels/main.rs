@@ -32,6 +32,7 @@ mod rope;
 mod rope_table;
 mod router;
 mod sample;
+mod sample_rows;
 mod silu_mul;
 mod sparse_mla;
 mod sparse_mla_union;
