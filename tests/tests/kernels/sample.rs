@@ -10,7 +10,7 @@ use dsa80_tests::parity::{self, F32_UNIT, Pair, TestDevice, Values};
 use proptest::prelude::*;
 use proptest::sample::select;
 
-use crate::sample_rows::{Logits, Row, TIED, Tied, plain_row};
+use crate::sample_rows::{Logits, Row, TIED, plain_row};
 
 /// Tiles so small that rows of some hundred logits reach every path: several parts and one, lists that are long enough and too short.
 const TILES: &[SampleTile] = &[
