@@ -62,13 +62,13 @@ struct Loaded {
             const uint32_t words[4] = {four[j].x, four[j].y, four[j].z, four[j].w};
 #pragma unroll
             for (int unit = 0; unit < UNITS; ++unit) {
-                const uint32_t low = ZEROS ? int4_offset(zero[j][unit]) : INT4_OFFSET_SYMMETRIC;
-                const uint32_t high = ZEROS ? int4_offset(zero[j][unit] >> 4) : INT4_OFFSET_SYMMETRIC;
+                uint32_t low = INT4_64TH_SYMMETRIC, high = INT4_64TH_SYMMETRIC;
+                if (ZEROS) int4_offsets_64th(zero[j][unit], low, high);
                 float part[4] = {};
 #pragma unroll
                 for (int i = 0; i < WORDS; ++i) {
                     uint32_t a[4];
-                    int4_fragment(words[unit * WORDS + i], low, high, a);
+                    int4_fragment_64th(words[unit * WORDS + i], low, high, a);
                     const uint4 x16 = x[j][(unit * WORDS + i) / 2];
                     const uint32_t pair[2] = {i % 2 == 0 ? x16.x : x16.z, i % 2 == 0 ? x16.y : x16.w};
                     mma_bf16(part, a, pair);
@@ -129,8 +129,8 @@ moe_int4_down(const uint16_t* x, const uint4* weight, const void* scales, const 
             if (job >= top_k * ROW_TILES) break;
             float(&part)[16] = shared.parts[job / ROW_TILES][job % ROW_TILES];
             if (t == 0) {
-                part[g] = exists[i] ? topk_weight[i] * acc[i][0] : 0.0f;
-                part[g + 8] = exists[i] ? topk_weight[i] * acc[i][1] : 0.0f;
+                part[g] = exists[i] ? topk_weight[i] * (64.0f * acc[i][0]) : 0.0f;
+                part[g + 8] = exists[i] ? topk_weight[i] * (64.0f * acc[i][1]) : 0.0f;
             }
         }
     }

@@ -126,7 +126,7 @@ impl Tile for MoeInt4Tile {
     fn safe(dims: Self::Dims) -> Self {
         match dims.load {
             MoeLoad::Few => Self::of(8, [1, 4, 4, 1, 4, 1, 2], [8, 1, 1, 4, 3, 4, 2]),
-            MoeLoad::Some => Self::of(16, [2, 4, 2, 1, 3, 1, 2], [8, 1, 1, 2, 4, 4, 2]),
+            MoeLoad::Some => Self::of(16, [2, 4, 2, 1, 3, 1, 1], [8, 1, 1, 2, 4, 4, 2]),
             MoeLoad::Many => Self::of(64, [4, 1, 2, 1, 4, 1, 2], [4, 1, 2, 1, 4, 4, 2]),
         }
     }
@@ -349,16 +349,6 @@ pub fn moe_int4<D: Device>(
         .try_for_each(|first| step.sorted(device, tiles.of(load), first, (tokens - first).min(CHUNK)))
 }
 
-/// Items that have blocks of their own: as many as are used where every expert is as likely, so that few find nothing to do.
-fn grid_items(pairs: usize, experts: usize, item_count: usize, item_tokens: usize) -> usize {
-    // Kernels for more tokens take one item a block.
-    if item_tokens > 32 {
-        return item_count;
-    }
-    let idle = (1.0 - 1.0 / experts as f64).powi(pairs as i32);
-    ((experts as f64 * (1.0 - idle)).ceil() as usize).clamp(1, item_count.max(1))
-}
-
 struct Step<'a, D: Device> {
     workspace: &'a MoeInt4Workspace<D>,
     x: &'a CudaTensor<D>,
@@ -394,7 +384,6 @@ impl<D: Device> Step<'_, D> {
             out_columns: self.columns(),
             top_k,
             first_token: 0,
-            grid_items: tokens * top_k,
             next: Some(Next { weight: &experts.down, late_items: 1, share }),
         }
         .launch(device)?;
@@ -432,7 +421,6 @@ impl<D: Device> Step<'_, D> {
             out_columns: self.columns(),
             top_k,
             first_token,
-            grid_items: grid_items(tokens * top_k, experts.count(), item_count, tile.tokens),
             next: Some(Next { weight: &experts.down, late_items, share: 256 }),
         };
         product.launch(device)?;

@@ -40,6 +40,13 @@ pub(crate) struct Variant {
     pub(crate) sorted: bool,
 }
 
+impl Variant {
+    /// Whether blocks take one share of work after the other; kernels for more tokens take one.
+    fn streams(&self) -> bool {
+        self.sorted && self.tokens <= 32
+    }
+}
+
 /// Inputs that surely share a scale.
 pub(crate) fn unit(shape: &Int4Shape) -> usize {
     if shape.kernel_group_size().is_multiple_of(TILE_INPUTS) { TILE_INPUTS } else { TILE_INPUTS / 2 }
@@ -74,8 +81,7 @@ impl ProductTile {
         let zeros = if shape.zero_points { pieces * units * 8 } else { 0 };
         let stage = (weight + x + scales + zeros).next_multiple_of(16);
         let sums = if self.warps_k > 1 { self.warps_k * self.group_tiles() * tokens / 8 * 512 } else { 0 };
-        let places = 2 * tokens * size_of::<i32>();
-        (self.warps_k * self.stages * stage + sums + places).next_multiple_of(16)
+        self.warps_k * self.stages * stage + sums
     }
 
     pub(crate) fn entry(&self, variant: Variant) -> ProgramEntry {
@@ -90,6 +96,9 @@ impl ProductTile {
             ("UNIT", unit(&shape)),
             ("ZEROS", usize::from(shape.zero_points)),
             ("WHOLE", usize::from(self.whole(&shape))),
+            ("ALL_ROW_TILES", shape.row_tiles()),
+            ("ALL_K_TILES", shape.k_tiles()),
+            ("GROUPS", shape.groups()),
             ("PACKED", usize::from(!gate_up && self.packs())),
             ("TILE_WARPS_M", self.warps_m),
             ("TILE_WARPS_K", self.warps_k),
@@ -181,8 +190,6 @@ pub(crate) struct Product<'a, D: Device> {
     pub(crate) out_columns: usize,
     pub(crate) top_k: usize,
     pub(crate) first_token: usize,
-    /// Items of the grid: the others are taken by the same blocks.
-    pub(crate) grid_items: usize,
     /// What the next launch reads of the same experts.
     pub(crate) next: Option<Next<'a, D>>,
 }
@@ -192,20 +199,24 @@ impl<D: Device> Product<'_, D> {
         let shape = &self.variant.shape;
         let entry = self.tile.entry(self.variant);
         let ranges = shape.row_tiles().div_ceil(self.tile.group_tiles()).div_ceil(self.tile.row_groups);
-        let (ranges, items) = (ranges as u32, self.grid_items as u32);
-        let ranges_first = self.variant.sorted && shape.rows == Int4Rows::GateUp;
+        let (ranges, items) = (ranges as u32, self.item_count as u32);
+        let grid = if self.variant.streams() {
+            [(self.tile.blocks as u32 * device.limits().multiprocessors).min(ranges * items), 1, 1]
+        } else if self.variant.sorted && shape.rows == Int4Rows::GateUp {
+            [ranges, items, 1]
+        } else {
+            [items, ranges, 1]
+        };
         let numbers = [
             self.weight.count(),
             self.columns,
-            shape.k_tiles(),
-            shape.row_tiles(),
-            shape.groups(),
             self.out_columns,
             self.top_k,
             self.first_token,
             self.tile.row_groups,
+            ranges as usize,
             self.item_count,
-            self.next.as_ref().map_or(0, |next| next.late_items),
+            self.next.as_ref().map_or(0, |next| next.late_items.min(self.item_count)),
         ];
         let mut args = vec![
             Arg::Buffer(self.x),
@@ -222,7 +233,7 @@ impl<D: Device> Product<'_, D> {
         device.launch(&Launch {
             program: &entry.program,
             entry: entry.entry,
-            grid: if ranges_first { [ranges, items, 1] } else { [items, ranges, 1] },
+            grid,
             threads: entry.threads,
             shared_bytes: entry.shared_bytes,
             shape: format!("{items} items of {} experts, {shape:?}", self.weight.count()),

@@ -233,24 +233,25 @@ fn planted_faults_are_seen() {
         parity::catches(fault, cases(Just(VARIANTS[variant]), 40, &[Values::Normal]), run);
     };
     // Two nibbles are swapped.
-    catches(2, "int4.cuh", "word >> (4 * p)", "word >> (4 * (p ^ 2))");
+    catches(2, "int4.cuh", "a[2] = fma_bf16x2(word >> 8 &", "a[2] = fma_bf16x2(word >> 12 &");
     // A group begins one unit early.
     catches(2, "moe_int4.cu", "(input / GROUP_SIZE)", "((input + 32) / GROUP_SIZE)");
     catches(2, "moe_int4_down.cu", "(input / GROUP_SIZE)", "((input + 32) / GROUP_SIZE)");
     // The zero point is ignored.
-    catches(2, "moe_int4.cu", "low = int4_offset(zero), high", "high");
-    catches(2, "moe_int4_down.cu", "int4_offset(zero[j][unit] >> 4)", "int4_offset(8)");
+    catches(2, "moe_int4.cu", "int4_offsets_64th(zero,", "int4_offsets_64th(0,");
+    catches(2, "moe_int4_down.cu", "int4_offsets_64th(zero[j][unit],", "int4_offsets_64th(0,");
     // The last token of an expert is dropped, or that of a full item.
     let count = "min(count - i * item_tokens, item_tokens)";
     catches(2, "moe_sort.cu", count, "min(count - i * item_tokens - 1, item_tokens)");
-    catches(0, "moe_int4.cu", "token >= count", "token >= min(count, TOKENS - 1)");
+    catches(0, "moe_int4.cu", "token >= share.count", "token >= min(share.count, TOKENS - 1)");
     // A column's warps do not wait for each other, nor the columns.
-    catches(0, "moe_int4.cu", "        sync_column(column);\n", "");
-    catches(0, "moe_int4.cu", "        if (i >= steps) __syncthreads();\n", "");
+    catches(0, "moe_int4.cu", "                sync_column(column);\n", "");
+    catches(0, "moe_int4.cu", "    if (!first) __syncthreads();\n", "");
     // What fills up a tile of tokens is missing.
-    catches(2, "moe_int4.cu", "i < STAGES * K_TILES * rows * 8;", "i < 0;");
-    // A block goes on to its next item while others are at the last.
-    catches(0, "moe_int4.cu", "        if (at >= item_step) __syncthreads();\n", "");
+    catches(2, "moe_int4.cu", "copy * ROWS >= filled", "copy * ROWS >= rows");
+    // A block leaves out items, or its next share has the tokens of the share before.
+    catches(0, "moe_int4.cu", "item += items_a_step", "item += items_a_step + 1");
+    catches(0, "moe_int4.cu", "next = after;\n            find_pairs(args);", "next = after;");
     // What a warp counted is not yet there.
     catches(2, "moe_sort.cu", "    __syncthreads();\n\n    int2 before", "    int2 before");
     // The sums of a row group go on in the next one.
