@@ -420,15 +420,29 @@ DEVICE void multiply(float (&acc)[ROW_TILES][TOKEN_TILES][4], const Stage& stage
 // From row to row of `out`, in what is written at once.
 DEVICE int out_pitch(const Arguments& args) { return PACKED ? (ALL_ROW_TILES + 1) / 2 * 8 : args.out_features; }
 
+// Where the rows of tokens 2t and 2t + 1 of a lone tile of tokens begin in `out`: asked for when a share begins, not when it ends.
+struct Rows {
+    int at[2];
+
+    DEVICE void find(const Arguments& args, const Share& share, int lane) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int token = lane % 4 * 2 + i;
+            at[i] = TOKEN_TILES == 1 && token < share.count ? share.pair(args, token) * out_pitch(args) : 0;
+        }
+    }
+};
+
 // Writes the results of a bundle of row tiles and a tile of tokens: c[0], c[1] are row g of tokens 2t, 2t + 1, c[2], c[3] row g + 8.
-DEVICE void store(const Arguments& args, const Share& share, int row_tile, int token_tile, int lane, const float (&c)[BUNDLE][4]) {
+DEVICE void store(const Arguments& args, const Share& share, const Rows& rows, int row_tile, int token_tile, int lane,
+                  const float (&c)[BUNDLE][4]) {
     if (row_tile >= ALL_ROW_TILES) return;
     const int g = lane / 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int token = token_tile * 8 + lane % 4 * 2 + i;
         if (token >= share.count) continue;
-        const int row = share.pair(args, token) * out_pitch(args);
+        const int row = TOKEN_TILES == 1 ? rows.at[i] : share.pair(args, token) * out_pitch(args);
 #if GATE_UP
         static_cast<uint16_t*>(args.out)[row + row_tile * 8 + g] = float_to_bf16(swiglu(c[0][i], c[0][i + 2]));
 #elif PACKED
@@ -445,8 +459,8 @@ DEVICE void store(const Arguments& args, const Share& share, int row_tile, int t
 }
 
 // Writes the sums of a row group and clears them.
-DEVICE void finish(Shared& shared, const Arguments& args, const Share& share, float (&acc)[ROW_TILES][TOKEN_TILES][4], int row_tile,
-                   bool first) {
+DEVICE void finish(Shared& shared, const Arguments& args, const Share& share, const Rows& rows, float (&acc)[ROW_TILES][TOKEN_TILES][4],
+                   int row_tile, bool first) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_m = warp % WARPS_M;
 #if TILE_WARPS_K > 1
     const int column = warp / WARPS_M;
@@ -472,7 +486,7 @@ DEVICE void finish(Shared& shared, const Arguments& args, const Share& share, fl
         for (int b = 0; b < BUNDLE; ++b)
 #pragma unroll
             for (int i = 0; i < 4; ++i) c[b][i] *= 64.0f;
-        store(args, share, row_tile + row, n, lane, c);
+        store(args, share, rows, row_tile + row, n, lane, c);
     }
 #else
 #pragma unroll
@@ -485,7 +499,7 @@ DEVICE void finish(Shared& shared, const Arguments& args, const Share& share, fl
             for (int b = 0; b < BUNDLE; ++b)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) c[b][i] = 64.0f * acc[r + b][n][i];
-            store(args, share, row_tile + warp_m * ROW_TILES + r, n, lane, c);
+            store(args, share, rows, row_tile + warp_m * ROW_TILES + r, n, lane, c);
         }
 #endif
 #pragma unroll
@@ -524,8 +538,8 @@ DEVICE void multiply_shares(Shared& shared, const Arguments& args, const Share& 
     source.find_pairs(args);
     // The first weights are under way before it is known whose rows they meet.
     source.begin(args);
-    Source rows = source;
-    rows.begin_x(args);
+    Source source_x = source;
+    source_x.begin_x(args);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {
         if (!source.live()) break;
@@ -534,13 +548,13 @@ DEVICE void multiply_shares(Shared& shared, const Arguments& args, const Share& 
     }
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {
-        if (rows.live()) {
-            rows.copy_x(args);
-            rows.advance(args);
+        if (source_x.live()) {
+            source_x.copy_x(args);
+            source_x.advance(args);
         }
         cp_async_commit();
     }
-    source = rows;
+    source = source_x;
 
     float acc[ROW_TILES][TOKEN_TILES][4] = {};
     int slot = 0;
@@ -549,6 +563,8 @@ DEVICE void multiply_shares(Shared& shared, const Arguments& args, const Share& 
     while (share.count > 0) {
         Share next = {};
         if constexpr (STREAM) next = computed.take(args);
+        Rows rows;
+        rows.find(args, share, lane);
         const int row_groups = share.row_groups(args);
         for (int group = 0; group < row_groups; ++group) {
             for (int step = 0; step < STEPS; ++step) {
@@ -564,7 +580,7 @@ DEVICE void multiply_shares(Shared& shared, const Arguments& args, const Share& 
                 slot = slot + 1 == STAGES ? 0 : slot + 1;
             }
             if (GATE_UP && group + 1 == row_groups && next.count == 0) late.prefetch(args);
-            finish(shared, args, share, acc, share.row_tile(args) + group * GROUP_TILES, is_first);
+            finish(shared, args, share, rows, acc, share.row_tile(args) + group * GROUP_TILES, is_first);
             is_first = false;
         }
         share = next;

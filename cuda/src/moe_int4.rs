@@ -228,7 +228,8 @@ pub fn programs(tile: &MoeInt4Tile, dims: MoeInt4Dims) -> Vec<ProgramEntry> {
     let mut entries: Vec<_> = variants(dims)
         .into_iter()
         .flat_map(|dims| {
-            [tile.gate_up.entry(tile.variant(dims.gate_up)), tile.down.entry(tile.variant(dims.down))]
+            let entry = |product: &ProductTile, shape| product.entry(tile.variant(shape), &Limits::a100());
+            [entry(&tile.gate_up, dims.gate_up), entry(&tile.down, dims.down)]
         })
         .collect();
     entries.extend(moe_sort::programs(256));

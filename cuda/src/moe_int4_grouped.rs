@@ -84,7 +84,24 @@ impl ProductTile {
         self.warps_k * self.stages * stage + sums
     }
 
-    pub(crate) fn entry(&self, variant: Variant) -> ProgramEntry {
+    /// Sums, a tile's fragments, and what addresses and copies take.
+    fn registers(&self, variant: Variant) -> usize {
+        self.row_tiles * (variant.tokens / 2 + 16 + 4) + 48
+    }
+
+    /// Blocks of a multiprocessor: where they stream, up to twice as many as it must hold, if it holds them.
+    fn resident(&self, variant: Variant, limits: &Limits) -> usize {
+        if !variant.streams() {
+            return self.blocks;
+        }
+        // So many more are taken by the shares that come next.
+        const KEPT: usize = 24;
+        let registers = (self.registers(variant) + KEPT) as u32;
+        let resident = limits.resident_blocks(self.threads(), registers, self.shared_bytes(variant));
+        (resident as usize).clamp(self.blocks, 2 * self.blocks)
+    }
+
+    pub(crate) fn entry(&self, variant: Variant, limits: &Limits) -> ProgramEntry {
         let Variant { shape, tokens, sorted } = variant;
         let gate_up = shape.rows == Int4Rows::GateUp;
         let shared_bytes = self.shared_bytes(variant);
@@ -106,7 +123,7 @@ impl ProductTile {
             ("TILE_TOKENS", tokens),
             ("TILE_K_TILES", self.k_tiles),
             ("TILE_STAGES", self.stages),
-            ("TILE_BLOCKS", self.blocks),
+            ("TILE_BLOCKS", self.resident(variant, limits)),
             ("TILE_SHARED_BYTES", shared_bytes),
         ];
         let product = if gate_up { "gate-up" } else { "down" };
@@ -132,8 +149,7 @@ impl ProductTile {
             format!("{} tiles of inputs are no power of 2 up to 4 a warp", self.k_tiles)
         })?;
         require(tile, (2..=16).contains(&self.stages), || "there are 2 to 16 stages".into())?;
-        // Sums, a tile's fragments, and what addresses and copies take.
-        let registers = self.row_tiles * (variant.tokens / 2 + 16 + 4) + 48;
+        let registers = self.registers(variant);
         require(tile, registers <= 255, || {
             format!(
                 "{} tiles of rows x {} tokens are more than registers hold",
@@ -197,11 +213,12 @@ pub(crate) struct Product<'a, D: Device> {
 impl<D: Device> Product<'_, D> {
     pub(crate) fn launch(&self, device: &D) -> Result<()> {
         let shape = &self.variant.shape;
-        let entry = self.tile.entry(self.variant);
+        let entry = self.tile.entry(self.variant, device.limits());
         let ranges = shape.row_tiles().div_ceil(self.tile.group_tiles()).div_ceil(self.tile.row_groups);
         let (ranges, items) = (ranges as u32, self.item_count as u32);
         let grid = if self.variant.streams() {
-            [(self.tile.blocks as u32 * device.limits().multiprocessors).min(ranges * items), 1, 1]
+            let resident = self.tile.resident(self.variant, device.limits()) as u32;
+            [(resident * device.limits().multiprocessors).min(ranges * items), 1, 1]
         } else if self.variant.sorted && shape.rows == Int4Rows::GateUp {
             [ranges, items, 1]
         } else {

@@ -138,7 +138,7 @@ pub fn programs(tile: &MoeInt4PairsTile, dims: MoeInt4Dims) -> Vec<ProgramEntry>
         .into_iter()
         .flat_map(|dims| {
             let down = |tokens| tile.down.entry(&dims.down, tokens, 8);
-            [tile.gate_up.entry(pairs_variant(dims.gate_up)), down(1), down(2)]
+            [tile.gate_up.entry(pairs_variant(dims.gate_up), &Limits::a100()), down(1), down(2)]
         })
         .collect()
 }
