@@ -7,9 +7,14 @@
 // allows, with no barrier of the block. The warps of a block share its columns in turns, blocks share them in one stretch each
 // (gridDim.y); parts are added in their order.
 //
-// Constants: those of linear.cuh; TOKEN_GROUPS of 8 tokens.
+// The last blocks may take a second weight, of as many columns. The first may have nothing to do with the product, and choose experts.
+//
+// Constants: those of linear.cuh; TOKEN_GROUPS of 8 tokens; ROUTES (the first blocks choose experts), and then those of router.cuh.
 // Tile: TILE_WARPS, TILE_ROW_TILES of 16 features, TILE_COLUMNS of a step, TILE_STAGES steps of the ring, TILE_BLOCKS.
 #include "linear.cuh"
+#if ROUTES
+#include "router.cuh"
+#endif
 
 constexpr int FEATURES = 16 * TILE_ROW_TILES, TOKENS = 8 * TOKEN_GROUPS, THREADS = 32 * TILE_WARPS;
 // Vectors of 16 bytes of a step: of a row of each, and of all of them; and the rows that a warp copies at a time.
@@ -28,7 +33,13 @@ struct Shared {
     };
     uint32_t adds;
 };
-static_assert(sizeof(Shared) == TILE_SHARED_BYTES, "the launcher's sum");
+#if ROUTES
+constexpr int ROUTER_BYTES = sizeof(routing::Shared);
+#else
+constexpr int ROUTER_BYTES = 0;
+#endif
+constexpr int PRODUCT_BYTES = sizeof(Shared);
+static_assert((PRODUCT_BYTES > ROUTER_BYTES ? PRODUCT_BYTES : ROUTER_BYTES) == TILE_SHARED_BYTES, "the launcher's sum");
 
 // Where a vector of a row lies. Eight lanes read at a time, the same four vectors of two neighbouring rows: of 4 bytes an element every
 // other one.
@@ -175,6 +186,7 @@ KERNEL void __launch_bounds__(THREADS, TILE_BLOCKS)
 linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
            const int32_t* __restrict__ gathered, // [tokens] rows of x, or null: one after the other
            const uint8_t* __restrict__ weight,   // [features, columns]
+           const uint8_t* __restrict__ beside,   // [second_end - first_end, columns], whose output is the second; or null
            uint8_t* first,                        // [tokens, first_end] bf16, or floats, as the others
            uint8_t* second,                       // [tokens, second_end - first_end], or null
            uint8_t* third,                        // [tokens, third_end - second_end], or null
@@ -182,15 +194,39 @@ linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
            float* __restrict__ parts,            // [row blocks, splits, TOKENS, FEATURES], all ones
            uint32_t* __restrict__ arrivals,      // [row blocks], zero
            int x_rows, int tokens, int columns, int features, int first_end, int second_end, int third_end,
-           int floats) {
+           int floats
+#if ROUTES
+           , const float* __restrict__ logits, const void* __restrict__ bias, int32_t* __restrict__ topk_ids,
+           float* __restrict__ topk_weights, int routed, int k, int topk_group, int normalise, float scaling
+#endif
+) {
+    int block = blockIdx.x;
+#if ROUTES
+    // They have less to do, but each step of it waits for the one before.
+    const int routing_blocks = (routed + TILE_WARPS - 1) / TILE_WARPS;
+    if (block < routing_blocks) {
+        if (blockIdx.y == 0) routing::route(block, logits, bias, topk_ids, topk_weights, routed, k, topk_group, normalise, scaling);
+        return;
+    }
+    block -= routing_blocks;
+#endif
     Shared& shared = shared_memory<Shared>();
-    const Outputs outputs = {first, second, third, fourth, first_end, second_end, third_end, features, floats};
+    Outputs outputs = {first, second, third, fourth, first_end, second_end, third_end, features, floats};
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int splits = gridDim.y, first_feature = blockIdx.x * FEATURES;
+    const int splits = gridDim.y;
+    // The block's rows of its weight, and where the outputs of such rows begin.
+    int first_feature = block * FEATURES, first_output = 0;
+    bool activates = SWIGLU != 0;
+    const int own_blocks = (features + FEATURES - 1) / FEATURES;
+    if (beside != nullptr && block >= own_blocks) {
+        weight = beside, first_feature = (block - own_blocks) * FEATURES;
+        first_output = first_end, features = second_end - first_end, outputs.features = second_end;
+        activates = false;
+    }
 
     // The last to come adds the parts up: the others are under way, and wait for nothing.
     uint32_t before = 0;
-    if (splits > 1 && threadIdx.x == 0) before = atomicAdd(arrivals + blockIdx.x, 1u);
+    if (splits > 1 && threadIdx.x == 0) before = atomicAdd(arrivals + block, 1u);
 
     Source source = {weight, {}, reinterpret_cast<const uint8_t*>(x), {}, x_rows > 0 ? tokens - lane / X_VECTORS : 0, columns};
 #pragma unroll
@@ -241,8 +277,8 @@ linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
     __syncthreads();
 
     const bool adds = splits > 1 && shared.adds != 0;
-    if (adds && threadIdx.x == 0) arrivals[blockIdx.x] = 0;
-    float4* all = reinterpret_cast<float4*>(parts) + static_cast<int64_t>(blockIdx.x) * splits * (TOKENS * FEATURES / 4);
+    if (adds && threadIdx.x == 0) arrivals[block] = 0;
+    float4* all = reinterpret_cast<float4*>(parts) + static_cast<int64_t>(block) * splits * (TOKENS * FEATURES / 4);
     float4* own = all + blockIdx.y * (TOKENS * FEATURES / 4);
     const auto sum_of_warps = [&](float(&sums)[4], int i) {
         const int token = i / (FEATURES / 4), feature = i % (FEATURES / 4) * 4;
@@ -271,16 +307,15 @@ linear_few(const uint16_t* __restrict__ x,       // [x_rows, columns] bf16
     for (int i = threadIdx.x; i < tokens * (FEATURES / 4); i += THREADS) {
         const int token = i / (FEATURES / 4), feature = i % (FEATURES / 4) * 4;
         float sums[4];
-        if constexpr (SWIGLU) {
-            // The four of a gate with those of its up projection, which are two further.
-            if (feature % 16 >= 8) continue;
+        // The four of a gate with those of its up projection, which are two further.
+        if (activates && feature % 16 >= 8) continue;
+        sum_of(sums, i);
+        if (activates) {
             float ups[4];
-            sum_of(sums, i);
             sum_of(ups, i + 2);
             outputs.store_swiglu(token, first_feature / 2 + feature / 16 * 8 + feature % 8, sums, ups);
         } else {
-            sum_of(sums, i);
-            outputs.store(token, first_feature + feature, sums);
+            outputs.store(token, first_output + first_feature + feature, sums);
         }
     }
 }

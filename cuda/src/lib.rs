@@ -26,6 +26,7 @@ pub mod int4;
 pub mod latent_rope;
 pub mod layer_norm_rope;
 pub mod linear;
+pub mod linear_and_router;
 pub mod linear_few;
 pub mod linear_int4;
 pub mod linear_int4_wide;

@@ -5,6 +5,7 @@ use dsa80_reference::{DType, DeviceTensor, Result};
 use crate::device::{Arg, Device, Gemm, Launch};
 use crate::linear_few::{self, LinearFewSize, LinearFewTile, LinearWidth};
 use crate::linear_many::{self, LinearTile};
+use crate::router::Choice;
 use crate::rows::WEIGHTS;
 use crate::tensor::CudaTensor;
 use crate::tile::{Cost, Tile, refuse};
@@ -81,6 +82,11 @@ impl LinearTiles {
     pub fn few(&mut self, tokens: LinearTokens, features: usize) -> &mut LinearFewTile {
         let tiles = if tokens == LinearTokens::UpTo8 { &mut self.up_to_8 } else { &mut self.up_to_32 };
         &mut tiles[LinearWidth::of(features) as usize]
+    }
+
+    fn of_few(&self, size: LinearFewSize) -> &LinearFewTile {
+        let tiles = if size.tokens == LinearTokens::UpTo8 { &self.up_to_8 } else { &self.up_to_32 };
+        &tiles[size.width as usize]
     }
 
     /// The tiles that fit any device.
@@ -162,6 +168,9 @@ impl Need {
     }
 }
 
+/// The place of the weight among the parameters of either kernel.
+const WEIGHT: usize = 2;
+
 /// Outputs of a launch at most.
 pub(crate) const OUTS: usize = 4;
 
@@ -172,6 +181,8 @@ pub(crate) struct Product<'a, D: Device> {
     /// Rows of `x`, unless they are taken one after the other.
     pub(crate) rows: Option<&'a CudaTensor<D>>,
     pub(crate) weight: &'a CudaTensor<D>,
+    /// A weight of as many columns, whose features are the second output: of few tokens.
+    pub(crate) beside: Option<&'a CudaTensor<D>>,
     /// The columns of each are features, which lie one after the other.
     pub(crate) outs: [Option<&'a CudaTensor<D>>; OUTS],
     /// Whether the features are those of a gate and its up projection in turns, and the first output gets their SwiGLU.
@@ -220,7 +231,8 @@ impl<'a, D: Device> Product<'a, D> {
             }
         };
         let outs = [Some(out), None, None, None];
-        Ok(Self { kernel, x, rows, weight, outs, swiglu: false, tokens, features, columns })
+        let (beside, swiglu) = (None, false);
+        Ok(Self { kernel, x, rows, weight, beside, outs, swiglu, tokens, features, columns })
     }
 
     pub(crate) fn launch(
@@ -236,18 +248,23 @@ impl<'a, D: Device> Product<'a, D> {
             return Ok(());
         }
         match LinearTokens::of(self.tokens) {
-            tokens @ LinearTokens::UpTo8 => self.launch_few(device, tokens, &tiles.up_to_8, workspace),
-            tokens @ LinearTokens::UpTo32 => self.launch_few(device, tokens, &tiles.up_to_32, workspace),
+            LinearTokens::UpTo8 | LinearTokens::UpTo32 => self.launch_few(device, tiles, workspace, None),
             LinearTokens::Middle => self.launch_many(device, &tiles.middle, workspace),
             LinearTokens::Many => self.launch_many(device, &tiles.many, workspace),
         }
     }
 
+    /// Whether it is a product of few tokens, which other work can go beside.
+    pub(crate) fn is_few(&self) -> bool {
+        matches!(LinearTokens::of(self.tokens), LinearTokens::UpTo8 | LinearTokens::UpTo32)
+            && self.tokens > 0
+            && self.features > 0
+    }
+
     /// Launches by the device's own library; false where that has nothing for it, and what it launched then counts for nothing.
     fn launch_library(&self, device: &D) -> Result<bool> {
-        let few = matches!(LinearTokens::of(self.tokens), LinearTokens::UpTo8 | LinearTokens::UpTo32);
         let plain = self.rows.is_none() && !self.swiglu && self.weight.dtype() == DType::Bf16;
-        if few || !plain {
+        if self.is_few() || !plain {
             return Ok(false);
         }
         let mut first_row = 0;
@@ -279,7 +296,8 @@ impl<'a, D: Device> Product<'a, D> {
 
     fn shape(&self) -> String {
         let Self { kernel, tokens, columns, features, .. } = self;
-        format!("{kernel}: {tokens} x {columns} -> {features}, {}", self.weight.dtype())
+        let beside = self.beside.map_or(String::new(), |beside| format!(" and {}", beside.shape()[0]));
+        format!("{kernel}: {tokens} x {columns} -> {features}{beside}, {}", self.weight.dtype())
     }
 
     /// The parameters of either kernel.
@@ -320,34 +338,46 @@ impl<'a, D: Device> Product<'a, D> {
         ]
     }
 
-    fn launch_few(
+    /// A product of few tokens; `choice` is made beside it.
+    pub(crate) fn launch_few(
         &self,
         device: &D,
-        tokens: LinearTokens,
-        tiles: &[LinearFewTile; 4],
+        tiles: &LinearTiles,
         workspace: &LinearWorkspace<D>,
+        choice: Option<&Choice<'_, D>>,
     ) -> Result<()> {
         let (limits, weight) = (device.limits(), self.weight.dtype());
-        let size = LinearFewSize { tokens, width: LinearWidth::of(self.features) };
-        let tile = &tiles[size.width as usize];
+        let beside = self.beside.map_or(0, |beside| beside.shape()[0]);
+        let size = LinearFewSize {
+            tokens: LinearTokens::of(self.tokens),
+            width: LinearWidth::of(self.features + beside),
+        };
+        let tile = tiles.of_few(size);
         tile.validate(size, limits)?;
         let variant = linear_few::Variant {
             weight,
             vectors: self.vectors(),
             groups: linear_few::groups(self.tokens),
             swiglu: self.swiglu,
+            routes: choice.map(Choice::variant),
         };
-        let grid = tile.grid([self.tokens, self.columns, self.features], limits);
+        // No block has rows of both weights.
+        let features = if beside > 0 { self.features.next_multiple_of(tile.features()) } else { self.features };
+        let grid = tile.grid([self.tokens, self.columns, features + beside], limits);
         let (blocks, splits) = (grid.blocks, grid.splits);
         let need = if splits > 1 { tile.need(blocks * splits, variant.groups) } else { Need::default() };
-        let args = self.args(workspace.few.arguments(tile, need)?);
+        let mut args = Vec::from(self.args(workspace.few.arguments(tile, need)?));
+        args.insert(WEIGHT + 1, self.beside.map_or(Arg::Null, |beside| Arg::Buffer(beside.buffer())));
+        args.extend(choice.into_iter().flat_map(Choice::args));
+        let routing = choice.map_or(0, |choice| choice.tokens.div_ceil(tile.warps));
         device.launch(&Launch {
             program: &tile.program(variant),
             entry: linear_few::ENTRY,
-            grid: [blocks as u32, splits as u32, 1],
+            grid: [(routing + blocks) as u32, splits as u32, 1],
             threads: tile.threads(),
             shared_bytes: tile.shared_bytes(variant),
-            shape: self.shape(),
+            shape: choice
+                .map_or_else(|| self.shape(), |choice| format!("{}; {}", self.shape(), choice.shape())),
             args: &args,
         })
     }

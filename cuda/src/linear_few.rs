@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::{BLOCK_RESERVED_SHARED, Limits, Program, ProgramEntry};
 use crate::linear::{LinearTokens, Need};
+use crate::router::{self, RouterDims};
 use crate::rows::{WEIGHTS, weight_type};
 use crate::tile::{Tile, require, require_shared};
 
@@ -106,6 +107,8 @@ pub(crate) struct Variant {
     pub(crate) groups: usize,
     /// Gate and up projection in turns.
     pub(crate) swiglu: bool,
+    /// The first blocks choose experts.
+    pub(crate) routes: Option<router::Variant>,
 }
 
 /// How a launch is cut.
@@ -180,7 +183,7 @@ impl Tile for LinearFewTile {
             format!("a lane needs about {registers} registers, {most} are there")
         })?;
         WEIGHTS.into_iter().try_for_each(|weight| {
-            let variant = Variant { weight, vectors: true, groups, swiglu: false };
+            let variant = Variant { weight, vectors: true, groups, swiglu: false, routes: None };
             require_shared(self, self.shared_bytes(variant), limits)
         })
     }
@@ -196,7 +199,7 @@ impl LinearFewTile {
     }
 
     /// Features of a block at most.
-    fn features(&self) -> usize {
+    pub(crate) fn features(&self) -> usize {
         16 * self.row_tiles
     }
 
@@ -209,24 +212,25 @@ impl LinearFewTile {
         if weight == DType::F32 { (self.stages / 2).max(2) } else { self.stages }
     }
 
-    pub(crate) fn shared_bytes(&self, Variant { weight, groups, .. }: Variant) -> usize {
+    pub(crate) fn shared_bytes(&self, Variant { weight, groups, routes, .. }: Variant) -> usize {
         let weight_bytes = if weight == DType::F32 { 4 } else { 2 };
         let step = self.columns * (self.features() * weight_bytes + 8 * groups * 2);
         let ring = self.warps * self.stages(weight) * step;
         let parts = self.warps * 8 * groups * (self.features() + 4) * 4;
         let flag = 16;
-        ring.max(parts) + flag
+        (ring.max(parts) + flag).max(routes.map_or(0, |routes| routes.shared_bytes(self.warps)))
     }
 
     pub(crate) fn program(&self, variant: Variant) -> Program {
-        let Variant { weight, vectors, groups, swiglu } = variant;
-        Program {
+        let Variant { weight, vectors, groups, swiglu, routes } = variant;
+        let mut program = Program {
             source: "linear_few.cu",
             defines: vec![
                 ("WEIGHT_TYPE", weight_type(weight)),
                 ("VECTORS", u8::from(vectors).to_string()),
                 ("TOKEN_GROUPS", groups.to_string()),
                 ("SWIGLU", u8::from(swiglu).to_string()),
+                ("ROUTES", u8::from(routes.is_some()).to_string()),
                 ("TILE_WARPS", self.warps.to_string()),
                 ("TILE_ROW_TILES", self.row_tiles.to_string()),
                 ("TILE_COLUMNS", self.columns.to_string()),
@@ -235,12 +239,14 @@ impl LinearFewTile {
                 ("TILE_BLOCKS", if weight == DType::Bf16 && vectors { self.blocks } else { 1 }.to_string()),
                 ("TILE_SHARED_BYTES", self.shared_bytes(variant).to_string()),
             ],
-        }
+        };
+        program.defines.extend(routes.iter().flat_map(router::Variant::defines));
+        program
     }
 
     /// Blocks that are resident at a time.
     fn slots(&self, groups: usize, limits: &Limits) -> usize {
-        let variant = Variant { weight: DType::Bf16, vectors: true, groups, swiglu: false };
+        let variant = Variant { weight: DType::Bf16, vectors: true, groups, swiglu: false, routes: None };
         let bytes = self.shared_bytes(variant) + BLOCK_RESERVED_SHARED;
         let most = (limits.shared_per_multiprocessor / bytes).max(1);
         self.blocks.min(most) * limits.multiprocessors as usize
@@ -286,19 +292,26 @@ pub fn programs(tile: &LinearFewTile, size: LinearFewSize) -> Vec<ProgramEntry> 
     for weight in WEIGHTS {
         for vectors in [true, false] {
             for &groups in groups {
-                let variants = [false, true].map(|swiglu| Variant { weight, vectors, groups, swiglu });
-                // Of a SwiGLU the common one: it differs from the others only in how sums are stored.
-                let swiglus = usize::from(weight == DType::Bf16 && vectors);
-                entries.extend(variants[..=swiglus].iter().map(|&variant| ProgramEntry {
+                let plain = Variant { weight, vectors, groups, swiglu: false, routes: None };
+                let mut variants = vec![plain];
+                // Of a SwiGLU, and of a choice of experts, the common one: both add little to any.
+                if weight == DType::Bf16 && vectors {
+                    let dims = RouterDims { experts: 256, groups: 1 };
+                    let routes = router::Variant { dims, bias: DType::F32, grouped: false };
+                    variants.push(Variant { swiglu: true, ..plain });
+                    variants.push(Variant { routes: Some(routes), ..plain });
+                }
+                entries.extend(variants.into_iter().map(|variant| ProgramEntry {
                     program: tile.program(variant),
                     entry: ENTRY,
                     threads: tile.threads(),
                     shared_bytes: tile.shared_bytes(variant),
                     variant: format!(
-                        "{weight}, {} tokens, {}{}",
+                        "{weight}, {} tokens, {}{}{}",
                         8 * groups,
                         if vectors { "vectors" } else { "elements" },
-                        if variant.swiglu { ", swiglu" } else { "" }
+                        if variant.swiglu { ", swiglu" } else { "" },
+                        if variant.routes.is_some() { ", router" } else { "" }
                     ),
                 }));
             }

@@ -52,6 +52,7 @@ const EMBEDDED: &[(&str, &str)] = &[
     ("rope.cu", include_str!("../kernels/rope.cu")),
     ("rope_table.cu", include_str!("../kernels/rope_table.cu")),
     ("router.cu", include_str!("../kernels/router.cu")),
+    ("router.cuh", include_str!("../kernels/router.cuh")),
     ("rows.cuh", include_str!("../kernels/rows.cuh")),
     ("silu.cuh", include_str!("../kernels/silu.cuh")),
     ("sample.cu", include_str!("../kernels/sample.cu")),

@@ -164,11 +164,49 @@ pub fn swiglu<D: Device>(
     SwiGluDense { weight, intermediate }: &SwiGluDense<D>,
     out: &mut CudaTensor<D>,
 ) -> Result<()> {
-    let product = Product::unchecked(KERNEL, x, None, weight, out)?;
-    let expected = [product.tokens, *intermediate];
-    out.expect(KERNEL, "out", out.shape() == expected, || format!("{expected:?}"))?;
-    out.expect_dtype(KERNEL, "out", &[DType::Act], "activations")?;
-    Product { swiglu: true, ..product }.launch(device, tiles, workspace)
+    product(KERNEL, x, weight, *intermediate, out)?.launch(device, tiles, workspace)
+}
+
+/// The product of a SwiGLU, its arguments checked.
+fn product<'a, D: Device>(
+    kernel: &'static str,
+    x: &'a CudaTensor<D>,
+    weight: &'a CudaTensor<D>,
+    intermediate: usize,
+    out: &'a CudaTensor<D>,
+) -> Result<Product<'a, D>> {
+    let product = Product::unchecked(kernel, x, None, weight, out)?;
+    let expected = [product.tokens, intermediate];
+    out.expect(kernel, "out", out.shape() == expected, || format!("{expected:?}"))?;
+    out.expect_dtype(kernel, "out", &[DType::Act], "activations")?;
+    Ok(Product { swiglu: true, ..product })
+}
+
+/// The contract's [`swiglu_and_linear`](dsa80_reference::Kernels::swiglu_and_linear) with dense weights: one launch for few tokens and
+/// weights of one type.
+///
+/// # Errors
+/// A shape, element type or tile that does not fit; the device.
+pub fn swiglu_and_linear<D: Device>(
+    device: &D,
+    tiles: &LinearTiles,
+    workspace: &LinearWorkspace<D>,
+    x: &CudaTensor<D>,
+    weights: &SwiGluDense<D>,
+    out: &mut CudaTensor<D>,
+    weight: &CudaTensor<D>,
+    weight_out: &mut CudaTensor<D>,
+) -> Result<()> {
+    const KERNEL: &str = "swiglu_and_linear";
+    let first = product(KERNEL, x, &weights.weight, weights.intermediate, out)?;
+    let second = Product::new(KERNEL, x, None, weight, "weight_out", weight_out)?;
+    weight_out.expect_dtype(KERNEL, "weight_out", &[DType::Act, DType::Float], "activations or floats")?;
+    if first.is_few() && second.is_few() && weight.dtype() == weights.weight.dtype() {
+        let outs = [Some(&*out), Some(&*weight_out), None, None];
+        return Product { beside: Some(weight), outs, ..first }.launch(device, tiles, workspace);
+    }
+    first.launch(device, tiles, workspace)?;
+    second.launch(device, tiles, workspace)
 }
 
 #[cfg(test)]

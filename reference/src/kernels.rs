@@ -619,6 +619,43 @@ pub trait Kernels: Send + Sized {
     /// rounded, as in [`moe_int4`](Self::moe_int4) (HF rounds them).
     fn swiglu(&self, x: &Self::Tensor, weights: &Self::SwiGlu, out: &mut Self::Tensor) -> Result<()>;
 
+    /// [`swiglu`](Self::swiglu) into `out` and [`linear`](Self::linear) of the same `x` into `weight_out`, each with that method's roundings:
+    /// what a sparse layer's shared expert and its router begin with.
+    ///
+    /// # Errors
+    /// Those of the two.
+    fn swiglu_and_linear(
+        &self,
+        x: &Self::Tensor,
+        weights: &Self::SwiGlu,
+        out: &mut Self::Tensor,
+        weight: &Self::Tensor,
+        weight_out: &mut Self::Tensor,
+    ) -> Result<()> {
+        self.swiglu(x, weights, out)?;
+        self.linear(x, weight, weight_out)
+    }
+
+    /// [`linear`](Self::linear) of `x` into `out` and [`router`](Self::router) of `logits`, which know nothing of each other: what a sparse
+    /// layer's shared expert ends with, and the choice of the others.
+    ///
+    /// # Errors
+    /// Those of the two.
+    fn linear_and_router(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Tensor,
+        out: &mut Self::Tensor,
+        logits: &Self::Tensor,
+        bias: &Self::Tensor,
+        params: RouterParams,
+        topk_ids: &mut Self::Tensor,
+        topk_weights: &mut Self::Tensor,
+    ) -> Result<()> {
+        self.linear(x, weight, out)?;
+        self.router(logits, bias, params, topk_ids, topk_weights)
+    }
+
     /// SwiGLU: `out = silu(gate) * up`, `silu(x) = x / (1 + exp(-x))`. All `[T, I]` `Act`; rounds to `Act`
     /// once.
     fn silu_mul(&self, gate: &Self::Tensor, up: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;

@@ -32,6 +32,7 @@ use crate::int4::PackedInt4;
 use crate::latent_rope::{LatentRopeDims, latent_rope};
 use crate::layer_norm_rope::layer_norm_rope;
 use crate::linear::{LinearTiles, LinearWorkspace, linear};
+use crate::linear_and_router::linear_and_router;
 use crate::linear_int4::{LinearInt4Tiles, LinearInt4Workspace, linear_int4, swiglu_int4};
 use crate::linear_split::linear_split;
 use crate::lm_head::lm_head;
@@ -50,7 +51,7 @@ use crate::sample_plan::SamplePlan;
 use crate::silu_mul::silu_mul;
 use crate::sources::Sources;
 use crate::sparse_mla::{SparseMlaDims, SparseMlaTiles, SparseMlaWorkspace, sparse_mla, sparse_mla_output};
-use crate::swiglu::{SwiGlu, swiglu};
+use crate::swiglu::{SwiGlu, swiglu, swiglu_and_linear};
 use crate::tensor::CudaTensor;
 use crate::tiles::Tiles;
 use crate::top_k::{TopKWorkspace, top_k};
@@ -618,6 +619,55 @@ impl<D: Device> Kernels for Cuda<D> {
                 self.with_linear(|tiles, workspace| swiglu(&self.device, tiles, workspace, x, weight, out))
             }
         }
+    }
+
+    fn swiglu_and_linear(
+        &self,
+        x: &CudaTensor<D>,
+        weights: &SwiGlu<D>,
+        out: &mut CudaTensor<D>,
+        weight: &CudaTensor<D>,
+        weight_out: &mut CudaTensor<D>,
+    ) -> Result<()> {
+        match weights {
+            SwiGlu::Int4(_) => {
+                self.swiglu(x, weights, out)?;
+                self.linear(x, weight, weight_out)
+            }
+            SwiGlu::Dense(weights) => self.with_linear(|tiles, workspace| {
+                swiglu_and_linear(&self.device, tiles, workspace, x, weights, out, weight, weight_out)
+            }),
+        }
+    }
+
+    fn linear_and_router(
+        &self,
+        x: &CudaTensor<D>,
+        weight: &CudaTensor<D>,
+        out: &mut CudaTensor<D>,
+        logits: &CudaTensor<D>,
+        bias: &CudaTensor<D>,
+        params: RouterParams,
+        topk_ids: &mut CudaTensor<D>,
+        topk_weights: &mut CudaTensor<D>,
+    ) -> Result<()> {
+        let tile = self.chosen.router(dim(logits, 1), params.n_group);
+        self.with_linear(|tiles, workspace| {
+            let linear = (tiles, workspace);
+            linear_and_router(
+                &self.device,
+                linear,
+                &tile,
+                x,
+                weight,
+                out,
+                logits,
+                bias,
+                params,
+                topk_ids,
+                topk_weights,
+            )
+        })
     }
 
     fn silu_mul(&self, gate: &CudaTensor<D>, up: &CudaTensor<D>, out: &mut CudaTensor<D>) -> Result<()> {

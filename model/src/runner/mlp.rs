@@ -4,7 +4,8 @@ use dsa80_reference::{DeviceTensor, Kernels, Result, RouterParams};
 
 use super::forward::Forward;
 use super::probe::Probe;
-use super::weights::{Experts, Mlp, Moe, SwiGlu};
+use super::weights::{Experts, Linear, Mlp, Moe, SwiGlu};
+use super::workspace::Workspace;
 
 /// Which workspace tensor a SwiGLU writes.
 enum Target {
@@ -39,25 +40,41 @@ impl<K: Kernels> Forward<'_, K> {
     }
 
     fn moe(&mut self, layer: usize, moe: &Moe<K>, probe: &mut Option<&mut dyn Probe>) -> Result<()> {
-        if let Some(shared_experts) = &moe.shared_experts {
-            self.swiglu(shared_experts, Target::Shared)?;
-        }
-        let (kernels, config) = (self.kernels, self.config);
-        let ws = &mut *self.workspace;
-        moe.gate.apply(kernels, &ws.normed, &mut ws.router_logits)?;
+        let (kernels, config, tokens) = (self.kernels, self.config, self.tokens);
         let params = RouterParams {
             n_group: config.n_group,
             topk_group: config.topk_group,
             norm_topk_prob: config.norm_topk_prob,
             routed_scaling_factor: config.routed_scaling_factor,
         };
-        kernels.router(
-            &ws.router_logits,
-            &moe.e_score_correction_bias,
-            params,
-            &mut ws.expert_ids,
-            &mut ws.expert_weights,
-        )?;
+        let Workspace { normed, activated, shared, router_logits, expert_ids, expert_weights, .. } =
+            &mut *self.workspace;
+        let bias = &moe.e_score_correction_bias;
+        // The shared expert and the router each have two steps, which go well together.
+        if let Some(mlp) = &moe.shared_experts
+            && let (Linear::Dense(gate), Linear::Dense(down)) = (&moe.gate, &mlp.down_proj)
+        {
+            activated.set_shape(&[tokens, mlp.intermediate])?;
+            kernels.swiglu_and_linear(normed, &mlp.gate_up_proj, activated, gate, router_logits)?;
+            kernels.linear_and_router(
+                activated,
+                down,
+                shared,
+                router_logits,
+                bias,
+                params,
+                expert_ids,
+                expert_weights,
+            )?;
+        } else {
+            if let Some(mlp) = &moe.shared_experts {
+                self.swiglu(mlp, Target::Shared)?;
+            }
+            let ws = &mut *self.workspace;
+            moe.gate.apply(kernels, &ws.normed, &mut ws.router_logits)?;
+            kernels.router(&ws.router_logits, bias, params, &mut ws.expert_ids, &mut ws.expert_weights)?;
+        }
+        let ws = &mut *self.workspace;
         if let Some(probe) = probe {
             let mut ids = kernels.read_index(&ws.expert_ids)?;
             let mut weights = kernels.read(&ws.expert_weights)?;

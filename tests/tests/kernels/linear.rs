@@ -356,7 +356,7 @@ fn planted_faults_are_seen() {
         (SHARED, "linear_few.cu", "words[k] != NOT_THERE", "true"),
         (SHARED, "linear_few.cu", "if (first + j == self) {", "if (false) {"),
         (SHARED, "linear_few.cu", "make_float4(none, none, none, none)", "batch[j]"),
-        (SHARED, "linear_few.cu", "if (adds && threadIdx.x == 0) arrivals[blockIdx.x] = 0;", ""),
+        (SHARED, "linear_few.cu", "if (adds && threadIdx.x == 0) arrivals[block] = 0;", ""),
         (LONG, "linear.cuh", "1u) + 1 == blocks", "1u) == blocks"),
         (LONG, "linear.cuh", "if (flag) *arrivals = 0;", ""),
         (TILES, "linear_tiles.cuh", "if (last_part && last_pair) {", "if (false) {"),

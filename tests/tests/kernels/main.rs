@@ -19,6 +19,7 @@ mod int4_weights;
 mod latent_rope;
 mod layer_norm_rope;
 mod linear;
+mod linear_and_router;
 mod linear_int4;
 mod linear_split;
 mod lm_head;

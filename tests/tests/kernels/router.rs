@@ -230,7 +230,7 @@ fn planted_faults_are_seen() {
         // The last token of a block is left out.
         ("if (token >= tokens) return;", "if (token >= tokens - 1) return;"),
     ] {
-        let fault = Fault { file: "router.cu", find, replace };
+        let fault = Fault { file: "router.cuh", find, replace };
         parity::catches(fault, cases(select(VARIANTS), 9), run);
     }
 }
@@ -286,7 +286,7 @@ fn ties_and_what_is_no_number() {
             "keys[i] < keys[i + 1] || (keys[i] == keys[i + 1] && experts[i] < experts[i + 1]);",
         ),
     ] {
-        let fault = Fault { file: "router.cu", find, replace };
+        let fault = Fault { file: "router.cuh", find, replace };
         parity::catches(fault, Just(()), |device, ()| ties(device));
     }
 }
