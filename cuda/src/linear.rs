@@ -362,7 +362,8 @@ impl<'a, D: Device> Product<'a, D> {
             routes: choice.map(Choice::variant),
         };
         // No block has rows of both weights.
-        let features = if beside > 0 { self.features.next_multiple_of(tile.features()) } else { self.features };
+        let features =
+            if beside > 0 { self.features.next_multiple_of(tile.features()) } else { self.features };
         let grid = tile.grid([self.tokens, self.columns, features + beside], limits);
         let (blocks, splits) = (grid.blocks, grid.splits);
         let need = if splits > 1 { tile.need(blocks * splits, variant.groups) } else { Need::default() };

@@ -47,8 +47,11 @@ fn cases() -> impl Strategy<Value = Case> {
 
 fn beside(features: impl Strategy<Value = usize>) -> impl Strategy<Value = Beside> {
     let weight = select(vec![DType::Bf16, DType::Bf16, DType::Bf16, DType::F32]);
-    (features, weight, any::<bool>())
-        .prop_map(|(features, weight, floats)| Beside { features, weight, floats })
+    (features, weight, any::<bool>()).prop_map(|(features, weight, floats)| Beside {
+        features,
+        weight,
+        floats,
+    })
 }
 
 fn projection(case: &Case, dtype: DType, seed: u64) -> HostTensor {
@@ -143,7 +146,14 @@ fn check_beside(Beside { features, weight, floats }: Beside, x: &Pair, other: &P
         if floats { error } else { error + 2.0 * half_ulp_bf16(expected[i].abs() + error) }
     };
     let relative_l2 = outputs_l2(dtype, columns, &magnitudes, &expected);
-    parity::assert_close("weight_out", features, &parity::numbers(dtype, found), &expected, relative_l2, bound);
+    parity::assert_close(
+        "weight_out",
+        features,
+        &parity::numbers(dtype, found),
+        &expected,
+        relative_l2,
+        bound,
+    );
 }
 
 #[test]
