@@ -94,9 +94,8 @@ impl ProductTile {
         if !variant.streams() {
             return self.blocks;
         }
-        // So many more are taken by the shares that come next.
-        const KEPT: usize = 24;
-        let registers = (self.registers(variant) + KEPT) as u32;
+        // The shares that come next are kept, and where their tokens' rows are.
+        let registers = (self.registers(variant) + 16 + variant.tokens) as u32;
         let resident = limits.resident_blocks(self.threads(), registers, self.shared_bytes(variant));
         (resident as usize).clamp(self.blocks, 2 * self.blocks)
     }
