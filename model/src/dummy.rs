@@ -9,13 +9,15 @@ use dsa80_reference::{
 
 use crate::checkpoint::format::described;
 use crate::checkpoint::layout::{
-    self, AttentionSpecs, IndexerSpecs, LinearSpec, MlpSpecs, MoeSpecs, SwiGluSpecs, TensorSpec,
+    self, AttentionSpecs, DraftSpecs, IndexerSpecs, LinearSpec, MlpSpecs, MoeSpecs, SwiGluSpecs, TensorSpec,
 };
 use crate::checkpoint::shard::Split;
 use crate::checkpoint::{Checkpoint, CheckpointError, LinearFormat, Shard};
 use crate::config::ModelConfig;
 use crate::runner::WeightSource;
-use crate::weights::{HostAttention, HostEnds, HostIndexer, HostLayer, HostMlp, HostMoe, HostSwiGlu};
+use crate::weights::{
+    HostAttention, HostDraft, HostEnds, HostIndexer, HostLayer, HostMlp, HostMoe, HostSwiGlu,
+};
 
 /// `config.json` of GLM-5.2 as cyankiwi/GLM-5.2-AWQ-INT4 has it: experts in INT4, asymmetric, in groups of 32; all else in bf16.
 pub const GLM_5_2: &str = include_str!("glm_5_2.json");
@@ -132,6 +134,11 @@ impl Maker<'_> {
         }
     }
 
+    fn draft(&self, specs: &DraftSpecs) -> HostDraft {
+        let eh_proj = self.linear(&specs.eh_proj, 1.0).dense();
+        HostDraft::new(self.norm(&specs.enorm), self.norm(&specs.hnorm), &eh_proj, self.norm(&specs.norm))
+    }
+
     fn indexer(&self, specs: &IndexerSpecs) -> HostIndexer {
         HostIndexer {
             wq_b: self.linear(&specs.wq_b, 1.0),
@@ -185,6 +192,7 @@ impl WeightSource for DummyWeights {
                 MlpSpecs::Dense(swiglu) => HostMlp::Dense(maker.swiglu(swiglu)),
                 MlpSpecs::Sparse(moe) => HostMlp::Sparse(maker.moe(moe)),
             },
+            draft: specs.draft.as_ref().map(|draft| maker.draft(draft)),
         })
     }
 

@@ -3,7 +3,10 @@
 //! Dimensions are those of the *shard*: `H_local` is `num_attention_heads / world_size`, and so on. What is
 //! not said to be sharded is whole on every rank.
 
-use dsa80_reference::{HostExpert, HostLinear, HostTensor};
+use std::ops::Range;
+
+use bytemuck::Pod;
+use dsa80_reference::{HostArray, HostData, HostExpert, HostLinear, HostTensor};
 
 /// The weights of one decoder layer.
 #[derive(Debug, Clone, PartialEq)]
@@ -16,6 +19,50 @@ pub struct HostLayer {
     pub attention: HostAttention,
     /// The feed-forward part.
     pub mlp: HostMlp,
+    /// Present on an MTP layer.
+    pub draft: Option<HostDraft>,
+}
+
+/// What an MTP layer has beside a decoder layer's weights. Its input is `embedding_proj enorm(e) + hidden_proj hnorm(h)`: of the embedding
+/// of the next token, and of what the final norm gives for this one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostDraft {
+    /// `[hidden]`.
+    pub enorm: HostTensor,
+    /// `[hidden]`.
+    pub hnorm: HostTensor,
+    /// `[hidden, hidden]`: the first columns of `eh_proj`.
+    pub embedding_proj: HostTensor,
+    /// `[hidden, hidden]`: the other columns.
+    pub hidden_proj: HostTensor,
+    /// `[hidden]`: `shared_head.norm`, before `lm_head`.
+    pub norm: HostTensor,
+}
+
+impl HostDraft {
+    /// From whole tensors.
+    pub fn new(enorm: HostTensor, hnorm: HostTensor, eh_proj: &HostTensor, norm: HostTensor) -> Self {
+        let [embedding_proj, hidden_proj] = halves(eh_proj);
+        Self { enorm, hnorm, embedding_proj, hidden_proj, norm }
+    }
+}
+
+/// The left and the right half of a matrix.
+fn halves(matrix: &HostTensor) -> [HostTensor; 2] {
+    let [rows, columns] = [matrix.shape[0], matrix.shape[1..].iter().product()];
+    let width = columns / 2;
+    [0, width].map(|start| {
+        let data = match &matrix.data {
+            HostData::Bf16(data) => HostData::Bf16(columns_of(data, columns, start..start + width)),
+            HostData::F16(data) => HostData::F16(columns_of(data, columns, start..start + width)),
+            HostData::F32(data) => HostData::F32(columns_of(data, columns, start..start + width)),
+        };
+        HostTensor { shape: vec![rows, width], data }
+    })
+}
+
+fn columns_of<T: Pod>(data: &[T], columns: usize, wanted: Range<usize>) -> HostArray<T> {
+    data.chunks_exact(columns).flat_map(|row| row[wanted.clone()].iter().copied()).collect()
 }
 
 /// Multi-head latent attention.

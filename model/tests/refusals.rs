@@ -101,7 +101,7 @@ fn unexpected_tensors() {
     });
 }
 
-/// The layer behind the last one is the MTP layer; it is not loaded yet, and may be absent.
+/// The layer behind the last one is the MTP layer; it is loaded only where it is asked for, and may be absent.
 #[test]
 fn tensors_that_may_be_there() {
     accepted(DENSE, |w| {
@@ -118,6 +118,16 @@ fn tensors_that_may_be_there() {
     });
     let ends = tied.load_ends(Shard { rank: 1, world_size: 2 }).unwrap();
     assert_eq!(ends.lm_head, ends.embed_tokens);
+}
+
+#[test]
+fn a_draft_layer_that_is_not_whole() {
+    let half = accepted(DENSE, |w| {
+        w.config["num_nextn_predict_layers"] = 1.into();
+        w.plain("model.layers.2.enorm.weight", &[16], Dtype::BF16);
+    });
+    let message = half.with_draft_layer().err().expect("a refusal").to_string();
+    assert!(message.contains("model.layers.2.input_layernorm.weight"), "{message}");
 }
 
 #[test]

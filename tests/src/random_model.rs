@@ -190,6 +190,7 @@ impl RandomModel {
             post_attention_layernorm: w.norm(hidden),
             attention,
             mlp,
+            draft: None,
         }
     }
 

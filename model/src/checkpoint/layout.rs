@@ -61,6 +61,15 @@ pub(crate) struct LayerSpecs {
     pub(crate) post_attention_layernorm: TensorSpec,
     pub(crate) attention: AttentionSpecs,
     pub(crate) mlp: MlpSpecs,
+    /// What an MTP layer has more.
+    pub(crate) draft: Option<DraftSpecs>,
+}
+
+pub(crate) struct DraftSpecs {
+    pub(crate) enorm: TensorSpec,
+    pub(crate) hnorm: TensorSpec,
+    pub(crate) eh_proj: LinearSpec,
+    pub(crate) norm: TensorSpec,
 }
 
 pub(crate) struct AttentionSpecs {
@@ -136,6 +145,7 @@ pub(crate) fn layer(config: &ModelConfig, layer: usize, world_size: usize) -> La
         tensor(format!("{prefix}.{name}.weight"), &[config.hidden_size], Split::Replicated, Role::Norms)
     };
     let mlp = format!("{prefix}.mlp");
+    let hidden = config.hidden_size;
     LayerSpecs {
         input_layernorm: norm("input_layernorm"),
         post_attention_layernorm: norm("post_attention_layernorm"),
@@ -146,6 +156,15 @@ pub(crate) fn layer(config: &ModelConfig, layer: usize, world_size: usize) -> La
             }
             MlpLayerType::Sparse => MlpSpecs::Sparse(moe(config, mlp)),
         },
+        draft: (config.index_of_draft_layer() == Some(layer)).then(|| DraftSpecs {
+            enorm: norm("enorm"),
+            hnorm: norm("hnorm"),
+            eh_proj: LinearSpec {
+                dense: true,
+                ..linear(format!("{prefix}.eh_proj"), [hidden, 2 * hidden], Split::Replicated, Role::DenseMlp)
+            },
+            norm: norm("shared_head.norm"),
+        }),
     }
 }
 
@@ -260,6 +279,10 @@ impl LayerSpecs {
                 Spec::Tensor(indexer.k_norm_bias),
                 Spec::Linear(indexer.weights_proj),
             ]);
+        }
+        if let Some(DraftSpecs { enorm, hnorm, eh_proj, norm }) = self.draft {
+            specs.extend([enorm, hnorm, norm].map(Spec::Tensor));
+            specs.push(Spec::Linear(eh_proj));
         }
         let mut routed = None;
         match self.mlp {

@@ -7,14 +7,16 @@ use dsa80_reference::{DType, HostArray, HostData, HostExpert, HostInt4, HostLine
 
 use super::format::{Int4Format, LinearFormat};
 use super::layout::{
-    self, AttentionSpecs, IndexerSpecs, LinearSpec, MlpSpecs, MoeSpecs, SwiGluSpecs, TensorSpec,
+    self, AttentionSpecs, DraftSpecs, IndexerSpecs, LinearSpec, MlpSpecs, MoeSpecs, SwiGluSpecs, TensorSpec,
 };
 use super::shard::{Shard, Split};
 use super::slices::{self, Slice};
 use super::tensors::TensorView;
 use super::{Checkpoint, CheckpointError, int4, parallel};
 use crate::config::{ModelConfig, QuantizationMethod};
-use crate::weights::{HostAttention, HostEnds, HostIndexer, HostLayer, HostMlp, HostMoe, HostSwiGlu};
+use crate::weights::{
+    HostAttention, HostDraft, HostEnds, HostIndexer, HostLayer, HostMlp, HostMoe, HostSwiGlu,
+};
 
 /// Reads for one rank. The checkpoint has been verified and the degree checked, so what can fail here is only
 /// a lookup.
@@ -39,6 +41,7 @@ impl<'a> Reader<'a> {
                 MlpSpecs::Dense(swiglu) => HostMlp::Dense(self.swiglu(swiglu)?),
                 MlpSpecs::Sparse(moe) => HostMlp::Sparse(self.moe(moe)?),
             },
+            draft: specs.draft.as_ref().map(|draft| self.draft(draft)).transpose()?,
         })
     }
 
@@ -74,6 +77,11 @@ impl<'a> Reader<'a> {
             o_proj: self.linear(&specs.o_proj)?,
             indexer: specs.indexer.as_ref().map(|indexer| self.indexer(indexer)).transpose()?,
         })
+    }
+
+    fn draft(&self, specs: &DraftSpecs) -> Result<HostDraft, CheckpointError> {
+        let (enorm, hnorm) = (self.tensor(&specs.enorm)?, self.tensor(&specs.hnorm)?);
+        Ok(HostDraft::new(enorm, hnorm, &self.dense(&specs.eh_proj)?, self.tensor(&specs.norm)?))
     }
 
     fn indexer(&self, specs: &IndexerSpecs) -> Result<HostIndexer, CheckpointError> {

@@ -168,6 +168,22 @@ impl Checkpoint {
         }
     }
 
+    /// With its first MTP layer as one layer more, which drafts the token after next wherever a prompt is scored: see
+    /// [`TokenLogprobs::draft`](crate::engine::TokenLogprobs::draft). The same again where it has none, or where weights are random numbers.
+    ///
+    /// # Errors
+    /// Tensors of that layer are missing, or not as the config says.
+    pub fn with_draft_layer(self) -> Result<Self, CheckpointError> {
+        let config = self.config.with_draft_layer();
+        let prefix = format!("model.layers.{}.", self.config.num_hidden_layers);
+        let has_any = self.tensors.iter().any(|tensor| tensor.name.starts_with(&prefix));
+        if self.dummy.is_some() || !config.draft_layer || !has_any {
+            return Ok(self);
+        }
+        let formats = verify::verify(&self.tensors, &config)?;
+        Ok(Self { config, formats, valid_tp: OnceLock::new(), ..self })
+    }
+
     /// Reports what is read from now on to `progress`.
     #[must_use]
     pub fn with_progress(self, progress: Arc<dyn Progress>) -> Self {

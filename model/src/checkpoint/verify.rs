@@ -79,7 +79,8 @@ fn is_mtp(name: &str, config: &ModelConfig) -> bool {
     let Some((layer, rest)) = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) else {
         return false;
     };
-    let first = config.num_hidden_layers;
+    // What of one that drafts is the model's again (its embedding, its `lm_head`) stays unused.
+    let first = config.index_of_draft_layer().unwrap_or(config.num_hidden_layers);
     let layers = first..first + config.num_nextn_predict_layers.max(1);
     layer.parse().is_ok_and(|layer: usize| layers.contains(&layer))
         && PARTS.iter().any(|part| rest.starts_with(part))

@@ -40,7 +40,7 @@ pub enum MlpLayerType {
 pub struct ModelConfig {
     /// Width of the residual stream.
     pub hidden_size: usize,
-    /// Decoder layers, without the MTP ones; at most 4096.
+    /// Decoder layers, at most 4096: without the MTP ones, but for one [that drafts](Self::draft_layer).
     pub num_hidden_layers: usize,
     /// Tokens in the embedding.
     pub vocab_size: usize,
@@ -103,6 +103,9 @@ pub struct ModelConfig {
     pub eos_token_ids: Vec<u32>,
     /// MTP layers behind the last decoder layer; may be 0.
     pub num_nextn_predict_layers: usize,
+    /// The last of the layers is the first MTP layer: it drafts tokens, and the layers before it are the model without it. Never so in a
+    /// config as it is read.
+    pub draft_layer: bool,
     /// `lm_head` is `embed_tokens`.
     pub tie_word_embeddings: bool,
     /// How linear layers are packed; `None` for an unquantised checkpoint.
@@ -136,6 +139,24 @@ impl ModelConfig {
     /// Number of layers with routed experts.
     pub fn num_sparse_layers(&self) -> usize {
         self.mlp_layer_types.iter().filter(|t| **t == MlpLayerType::Sparse).count()
+    }
+
+    /// With the first MTP layer as one layer more: a full layer with routed experts, as it is published. The same again where there is none.
+    #[must_use]
+    pub fn with_draft_layer(&self) -> Self {
+        let mut config = self.clone();
+        if !self.draft_layer && self.num_nextn_predict_layers > 0 {
+            config.draft_layer = true;
+            config.num_hidden_layers += 1;
+            config.indexer_types.push(IndexerType::Full);
+            config.mlp_layer_types.push(MlpLayerType::Sparse);
+        }
+        config
+    }
+
+    /// The layer that drafts.
+    pub fn index_of_draft_layer(&self) -> Option<usize> {
+        self.draft_layer.then(|| self.num_hidden_layers - 1)
     }
 
     /// Inner width of the shared experts taken together; 0 when there are none.

@@ -63,6 +63,7 @@ pub(super) fn model_config(text: &str) -> Result<ModelConfig, ConfigError> {
         max_position_embeddings: fields.required_size("max_position_embeddings")?,
         eos_token_ids: eos_token_ids(fields, vocab_size)?,
         num_nextn_predict_layers: fields.integer("num_nextn_predict_layers", 0, MAX_LAYERS)?.unwrap_or(0),
+        draft_layer: false,
         tie_word_embeddings: fields.boolean("tie_word_embeddings", false)?,
         quantization: fields.object("quantization_config")?.map(QuantizationConfig::parse).transpose()?,
     };

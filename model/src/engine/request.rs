@@ -31,6 +31,8 @@ pub struct TokenLogprobs {
     pub logprob: f32,
     /// The best tokens with theirs, best first, ties to the lower id.
     pub top: Vec<(u32, f32)>,
+    /// The MTP layer's guess at the token after this one, where this one was scored by a model that was loaded with that layer.
+    pub draft: Option<u32>,
 }
 
 /// Why a generation ended.

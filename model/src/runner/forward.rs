@@ -64,7 +64,7 @@ impl<K: Kernels> Forward<'_, K> {
 
     /// What the ranks' parts of a block add to the residual stream, and its norm. A probe sees the whole stream, of which a rank would
     /// otherwise have the rows that it keeps.
-    fn sum_and_norm(&mut self, weight: &K::Tensor, probed: bool) -> Result<()> {
+    pub(super) fn sum_and_norm(&mut self, weight: &K::Tensor, probed: bool) -> Result<()> {
         let eps = self.config.rms_norm_eps;
         let Workspace { delta, residual, normed, .. } = &mut *self.workspace;
         let several = self.communicator.world_size() > 1;

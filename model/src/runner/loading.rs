@@ -4,6 +4,7 @@ use std::sync::mpsc::sync_channel;
 
 use dsa80_reference::{Kernels, buffers};
 
+use super::draft::Drafter;
 use super::source::WeightSource;
 use super::weights::{Ends, Layer};
 use crate::checkpoint::{CheckpointError, Reservation, Shard};
@@ -17,12 +18,20 @@ enum Part {
     Layer(Result<HostLayer, CheckpointError>, Reservation),
 }
 
-/// What is not in a layer, and every layer in order.
+/// A rank's weights on its device.
+pub(super) struct Loaded<K: Kernels> {
+    pub(super) ends: Ends<K>,
+    /// In order.
+    pub(super) layers: Vec<Layer<K>>,
+    pub(super) drafter: Option<Drafter<K>>,
+}
+
+/// All of them.
 pub(super) fn load<K: Kernels>(
     kernels: &K,
     weights: &dyn WeightSource,
     shard: Shard,
-) -> Result<(Ends<K>, Vec<Layer<K>>), LaunchError> {
+) -> Result<Loaded<K>, LaunchError> {
     let count = weights.config().num_hidden_layers;
     // Files are read into what the device copies from.
     let _lending = kernels.host_memory().map(buffers::lend_from);
@@ -42,18 +51,25 @@ pub(super) fn load<K: Kernels>(
                 listening = sender.send(Part::Layer(layer, reserved)).is_ok() && !failed;
             }
         });
-        let (mut ends, mut layers) = (None, Vec::with_capacity(count));
+        let (mut ends, mut layers, mut drafter) = (None, Vec::with_capacity(count), None);
         for part in receiver {
             match part {
                 Part::Ends(host) => ends = Some(Ends::upload(kernels, host?)?),
                 Part::Layer(host, reserved) => {
-                    layers.push(Layer::upload(kernels, host?)?);
+                    let mut host = host?;
+                    match host.draft.take() {
+                        Some(draft) => {
+                            let layer = Layer::upload(kernels, host)?;
+                            drafter = Some(Drafter::upload(kernels, layer, draft)?);
+                        }
+                        None => layers.push(Layer::upload(kernels, host)?),
+                    }
                     drop(reserved);
                 }
             }
         }
         // Only a panic of the reader leaves something out, and the scope passes it on.
-        Ok(ends.map(|ends| (ends, layers)))
+        Ok(ends.map(|ends| Loaded { ends, layers, drafter }))
     });
     loaded?.ok_or_else(|| LaunchError::Options("the weights have no embedding".into()))
 }

@@ -2,6 +2,7 @@
 
 mod attention;
 mod cache;
+mod draft;
 mod forward;
 mod gathered;
 mod graphs;

@@ -7,9 +7,10 @@ use dsa80_reference::{
 };
 
 use super::cache::Caches;
+use super::draft::{Drafter, following};
 use super::forward::{Forward, LogitRows, lm_head};
 use super::graphs::{Bucket, DecodeGraphs, cannot_record};
-use super::loading::load;
+use super::loading::{Loaded, load};
 use super::probe::Probe;
 use super::shape::RankShape;
 use super::source::WeightSource;
@@ -31,6 +32,7 @@ pub struct Rank<K: Kernels> {
     shape: RankShape,
     ends: Ends<K>,
     layers: Vec<Layer<K>>,
+    drafter: Option<Drafter<K>>,
     caches: Caches<K>,
     workspace: Workspace<K>,
     device_batch: K::Batch,
@@ -80,7 +82,7 @@ impl<K: Kernels> Rank<K> {
         let config = Arc::new(weights.config().clone());
         let shard = Shard { rank: communicator.rank(), world_size: communicator.world_size() };
         let shape = RankShape::new(&config, shard.world_size);
-        let (ends, layers) = load(&kernels, weights, shard)?;
+        let Loaded { ends, layers, drafter } = load(&kernels, weights, shard)?;
         let max_blocks = widest.max_model_len.div_ceil(widest.page_size);
         let index_logits = index_logits
             .clamp(widest.max_model_len, widest.max_model_len.saturating_mul(widest.max_batch_tokens));
@@ -96,6 +98,7 @@ impl<K: Kernels> Rank<K> {
             shape,
             ends,
             layers,
+            drafter,
             caches,
             workspace,
             device_batch,
@@ -116,12 +119,15 @@ impl<K: Kernels> Rank<K> {
     }
 
     /// Records the decode steps within `limits` as graphs, which [`step`](Self::step) replays from then on, and says how many there are: none
-    /// on a backend that has no graphs. All ranks record together, as they step together.
+    /// on a backend that has no graphs, or where a step also drafts. All ranks record together, as they step together.
     ///
     /// # Errors
     /// A step that cannot be recorded, with what to do about it.
     pub fn record_graphs(&mut self, limits: &StepLimits) -> Result<usize, LaunchError> {
         self.graphs = DecodeGraphs::default();
+        if self.drafter.is_some() {
+            return Ok(0);
+        }
         for bucket in Bucket::all(limits, self.shape.index_topk) {
             match self.record(bucket, limits).map_err(|error| cannot_record(bucket, &error))? {
                 Some(graph) => self.graphs.push(bucket, graph),
@@ -292,7 +298,44 @@ impl<K: Kernels> Rank<K> {
                 self.read_sampled(targets, top, |index| index, &mut sampled)?;
             }
         }
+        self.draft(step, &mut sampled)?;
         Ok(sampled)
+    }
+
+    /// Lets the MTP layer, where there is one, guess behind every token that [`forward`](Self::forward) ran last and `step` says.
+    fn draft(&mut self, step: &Step, sampled: &mut [Sampled]) -> Result<()> {
+        let Some(drafter) = &self.drafter else { return Ok(()) };
+        let batch = following(step);
+        self.kernels.upload_batch(&batch, &mut self.device_batch)?;
+        Forward {
+            kernels: &self.kernels,
+            communicator: &*self.communicator,
+            config: &self.config,
+            shape: &self.shape,
+            caches: &mut self.caches,
+            workspace: &mut self.workspace,
+            batch: &batch,
+            device_batch: &self.device_batch,
+            tokens: batch.num_tokens(),
+        }
+        .draft(&self.ends, drafter, self.layers.len())?;
+        for (chunk, targets) in step.targets.chunks(LOGIT_ROWS).enumerate() {
+            let rows: Vec<usize> = targets.iter().map(|target| target.row).collect();
+            self.project(&rows, 0)?;
+            if self.communicator.rank() != 0 {
+                continue;
+            }
+            let ws = &mut self.workspace;
+            self.kernels.sample(&ws.logits, &vec![UNASKED; rows.len()], &mut ws.sampled)?;
+            let drafts = self.kernels.read_index(&ws.sampled.token_ids)?;
+            let scored = sampled[chunk * LOGIT_ROWS..].iter_mut().map(|sampled| &mut sampled.logprobs);
+            for (scored, draft) in scored.zip(drafts) {
+                if let Some(scored) = scored {
+                    scored.draft = Some(draft as u32);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Starts a step that was recorded; whether it was.
@@ -370,9 +413,11 @@ impl<K: Kernels> Rank<K> {
             };
             sampled.push(Sampled {
                 token: tokens[i] as u32,
-                logprobs: target
-                    .logprobs
-                    .map(|wanted| TokenLogprobs { logprob: logprobs[i] as f32, top: alternatives(wanted) }),
+                logprobs: target.logprobs.map(|wanted| TokenLogprobs {
+                    logprob: logprobs[i] as f32,
+                    top: alternatives(wanted),
+                    draft: None,
+                }),
             });
         }
         Ok(())

@@ -167,7 +167,7 @@ pub fn logprob_of(token: u32) -> f32 {
 fn logprobs(token: u32, top: usize) -> TokenLogprobs {
     let logprob = logprob_of(token);
     let top = (0..top as u32).map(|i| ((token + i) % EOS, logprob - i as f32)).collect();
-    TokenLogprobs { logprob, top }
+    TokenLogprobs { logprob, top, draft: None }
 }
 
 fn recite(

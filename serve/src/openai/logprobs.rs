@@ -176,7 +176,8 @@ mod tests {
         let tokenizer = mock::tokenizer();
         let names = TokenNames { tokenizer: &tokenizer, as_ids: false };
         let mut lists = CompletionLogprobs::default();
-        let logprobs = TokenLogprobs { logprob: -3.1, top: vec![(65, -0.1), (66, f32::NEG_INFINITY)] };
+        let logprobs =
+            TokenLogprobs { logprob: -3.1, top: vec![(65, -0.1), (66, f32::NEG_INFINITY)], draft: None };
         names.push(&mut lists, 67, 5, Some(&logprobs));
         names.push(&mut lists, 68, 6, None);
         assert_eq!(

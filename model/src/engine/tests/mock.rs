@@ -227,7 +227,11 @@ fn choose(context: u64, params: &SamplingParams, banned: &[u32], vocab_size: usi
 
 fn logprobs(context: u64, token: u32, top: usize) -> TokenLogprobs {
     let of = |token: u32| -((mix(context, !u64::from(token)) % 1000) as f32) / 64.0;
-    TokenLogprobs { logprob: of(token), top: (0..top as u32).map(|token| (token, of(token))).collect() }
+    TokenLogprobs {
+        logprob: of(token),
+        top: (0..top as u32).map(|token| (token, of(token))).collect(),
+        draft: None,
+    }
 }
 
 fn penalised(params: &SamplingParams) -> bool {
