@@ -2,6 +2,7 @@
 
 pub mod cli;
 mod embedded;
+pub mod eval;
 pub mod generation;
 pub mod http;
 pub mod metrics;

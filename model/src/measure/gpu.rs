@@ -27,6 +27,16 @@ pub struct GpuFacts {
     pub mma_tflop_s: Option<f64>,
 }
 
+impl GpuFacts {
+    /// The facts of the GPU that a model is launched on where nothing else is said; `None` where there is none.
+    pub fn found() -> Option<Self> {
+        #[cfg(feature = "cuda")]
+        return dsa80_cuda::Cuda::open().and_then(|cuda| Self::of(cuda.device(), false)).ok();
+        #[cfg(not(feature = "cuda"))]
+        None
+    }
+}
+
 #[cfg(feature = "cuda")]
 impl GpuFacts {
     /// The facts of a GPU, and its ceilings where they are asked for and 2 GiB of it are free.

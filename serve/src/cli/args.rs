@@ -1,4 +1,4 @@
-//! Options that `serve` and `generate` share.
+//! Options that `serve`, `generate` and `eval` share.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -19,7 +19,7 @@ pub(super) struct ModelArgs {
 
     /// Where to run it: auto (a GPU that the kernels run on, else the CPU, and says why), cpu, wgpu or cuda.
     #[arg(long, default_value = "auto")]
-    device: Device,
+    pub(super) device: Device,
 
     /// Tensor-parallel ranks; by default 1, or as many as a launcher has started (WORLD_SIZE).
     #[arg(long, value_name = "N", visible_alias = "tensor-parallel-size")]
@@ -53,7 +53,7 @@ pub(super) struct ModelArgs {
 
     /// What the caches are stored in: auto (bf16 on a GPU, f32 on the CPU), bf16 or fp8.
     #[arg(long, default_value = "auto")]
-    kv_cache_dtype: KvCacheDtype,
+    pub(super) kv_cache_dtype: KvCacheDtype,
 
     /// The share of a GPU's memory to use, for weights, workspace and caches together.
     #[arg(long, value_name = "SHARE", default_value_t = 0.9)]

@@ -34,9 +34,17 @@ fn open_dummy(dir: Option<&Path>) -> anyhow::Result<Checkpoint> {
 
 /// Loads the model and starts its engine. It takes as long as reading the weights takes. Rank 0 of several processes waits for the others.
 pub(super) fn load(args: &ModelArgs, place: Option<&Place>) -> anyhow::Result<ServedModel> {
+    load_checkpoint(args, open_for(args)?, place)
+}
+
+/// [`load`] of a checkpoint that is open.
+pub(super) fn load_checkpoint(
+    args: &ModelArgs,
+    checkpoint: Checkpoint,
+    place: Option<&Place>,
+) -> anyhow::Result<ServedModel> {
     let started = Instant::now();
     let options = args.launch_options_at(place)?;
-    let checkpoint = open_for(args)?;
     let name = checkpoint.name().to_owned();
     let files = TextFiles::from_checkpoint(&checkpoint)?;
     let text = TextModel::load(&files).with_context(|| format!("in {name}"))?;
@@ -61,7 +69,8 @@ pub(super) fn follow(args: &ModelArgs, place: &Place, lost: Breaker) -> anyhow::
     Ok(launch::follow(&checkpoint, &options, place, lost)?)
 }
 
-fn open_for(args: &ModelArgs) -> anyhow::Result<Checkpoint> {
+/// Opens the checkpoint that is named, or the one in the binary, for what is to be read of it.
+pub(super) fn open_for(args: &ModelArgs) -> anyhow::Result<Checkpoint> {
     let checkpoint = match args.load_format {
         LoadFormat::Auto | LoadFormat::Safetensors => open(args.model.as_deref())?,
         LoadFormat::Dummy => open_dummy(args.model.as_deref())?,

@@ -1,7 +1,8 @@
-//! The command line: `dsa80 serve`, `dsa80 generate`, `dsa80 inspect`, `dsa80 bench`.
+//! The command line: `dsa80 serve`, `dsa80 generate`, `dsa80 inspect`, `dsa80 bench`, `dsa80 eval`.
 
 mod args;
 mod bench;
+mod eval;
 mod generate;
 mod inspect;
 mod load;
@@ -38,6 +39,8 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Measure steps, collectives, loading and a server, and project them to other GPUs.
     Bench(bench::BenchArgs),
+    /// Judge a model by its answers to prompts in its folder, beside those of Hugging Face transformers.
+    Eval(Box<eval::EvalArgs>),
 }
 
 /// Runs what the command line asks for.
@@ -58,5 +61,6 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Generate(args) => generate::run(*args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Bench(args) => bench::run(args),
+        Command::Eval(args) => eval::run(&args),
     }
 }

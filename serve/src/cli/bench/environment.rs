@@ -5,24 +5,24 @@ use serde::{Deserialize, Serialize};
 
 /// What a result needs beside it to be compared with another.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(super) struct Environment {
+pub(in crate::cli) struct Environment {
     /// This program's version.
-    pub(super) dsa80: String,
+    pub(in crate::cli) dsa80: String,
     /// The commit, where it was given.
-    pub(super) git: Option<String>,
-    pub(super) date: String,
+    pub(in crate::cli) git: Option<String>,
+    pub(in crate::cli) date: String,
     /// The command line, without the secrets in it.
-    pub(super) command: String,
-    pub(super) cpu: String,
+    pub(in crate::cli) command: String,
+    pub(in crate::cli) cpu: String,
     /// Threads that the CPU runs at once for this process.
-    pub(super) cpu_threads: usize,
-    pub(super) host_memory_bytes: Option<u64>,
+    pub(in crate::cli) cpu_threads: usize,
+    pub(in crate::cli) host_memory_bytes: Option<u64>,
     /// Nothing where no GPU took part.
-    pub(super) gpu: Option<GpuFacts>,
+    pub(in crate::cli) gpu: Option<GpuFacts>,
 }
 
 impl Environment {
-    pub(super) fn of(gpu: Option<GpuFacts>, git: Option<&str>) -> Self {
+    pub(in crate::cli) fn of(gpu: Option<GpuFacts>, git: Option<&str>) -> Self {
         let arguments: Vec<String> = std::env::args().skip(1).collect();
         Self {
             dsa80: env!("CARGO_PKG_VERSION").to_owned(),
@@ -37,7 +37,7 @@ impl Environment {
     }
 
     /// In one line.
-    pub(super) fn words(&self) -> String {
+    pub(in crate::cli) fn words(&self) -> String {
         let Self { dsa80, date, cpu, cpu_threads, gpu, .. } = self;
         let on = match gpu {
             Some(GpuFacts { name, cuda, nvrtc, read_gb_s, mma_tflop_s, .. }) => {

@@ -1,13 +1,13 @@
 //! `dsa80 bench`: what steps, collectives, loading and a server take, and what that comes to on eight GPUs.
 
 mod collectives;
-mod environment;
+pub(super) mod environment;
 mod load;
 mod project;
 mod serve;
 mod spread;
 mod step;
-mod table;
+pub(super) mod table;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -48,7 +48,7 @@ pub(super) struct ReportArgs {
 
     /// The commit that is measured, for the results.
     #[arg(long, value_name = "COMMIT")]
-    git: Option<String>,
+    pub(super) git: Option<String>,
 }
 
 pub(super) fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
@@ -64,7 +64,7 @@ pub(super) fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
 
 impl ReportArgs {
     /// Writes the results where they are wanted.
-    fn write(&self, report: &impl Serialize) -> anyhow::Result<()> {
+    pub(super) fn write(&self, report: &impl Serialize) -> anyhow::Result<()> {
         let Some(path) = &self.json else { return Ok(()) };
         let text = serde_json::to_string_pretty(report)? + "\n";
         std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
@@ -80,7 +80,7 @@ fn read_report<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
 }
 
 /// Prints at once, so that results are seen while others are measured. A reader that has gone away is no error.
-fn print(text: &str) -> anyhow::Result<()> {
+pub(super) fn print(text: &str) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),

@@ -1,23 +1,23 @@
 //! Tables for the terminal.
 
 /// Rows of words: the first columns are text, the others numbers.
-pub(super) struct Table {
+pub(in crate::cli) struct Table {
     texts: usize,
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
     /// A table whose first `texts` columns are text.
-    pub(super) fn new<const N: usize>(texts: usize, head: [&str; N]) -> Self {
+    pub(in crate::cli) fn new<const N: usize>(texts: usize, head: [&str; N]) -> Self {
         Self { texts, rows: vec![head.map(str::to_owned).to_vec()] }
     }
 
-    pub(super) fn row<const N: usize>(&mut self, cells: [String; N]) {
+    pub(in crate::cli) fn row<const N: usize>(&mut self, cells: [String; N]) {
         self.rows.push(cells.to_vec());
     }
 
     /// Its lines, each after `indent`.
-    pub(super) fn text(&self, indent: &str) -> String {
+    pub(in crate::cli) fn text(&self, indent: &str) -> String {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
         let width = |column: usize| {
             self.rows
