@@ -58,17 +58,21 @@ fn choose(mut time: impl FnMut(Summed, Shots, usize) -> Result<f64>) -> Result<C
             .iter()
             .map(|&rows| Ok(time(summed, Shots::One, rows)? / time(summed, Shots::Two, rows)?))
             .collect::<Result<Vec<f64>>>()?;
-        let ones = last_of_one_shot(&ratios);
-        // Between the last size of the one and the first of the other; none at all is less than a row.
-        let rows = |index: usize| sizes.get(index).copied();
-        let bytes = WIDTH * size_of::<u16>();
-        Ok(match (ones.checked_sub(1).and_then(rows), rows(ones)) {
-            (Some(last), Some(first)) => bytes * (last + first) / 2,
-            (None, _) => bytes / 2,
-            (Some(_), None) => usize::MAX >> 1,
-        })
+        Ok(up_to_bytes(&sizes, WIDTH * size_of::<u16>(), &ratios))
     };
     Ok(Crossover { all_reduce_bytes: up_to(Summed::Alone)?, all_reduce_norm_bytes: up_to(Summed::WithNorm)? })
+}
+
+/// Bytes up to which one way serves, by the ratios of its times to another's for these numbers of rows of `row_bytes`, in ascending order.
+pub fn up_to_bytes(rows: &[usize], row_bytes: usize, ratios: &[f64]) -> usize {
+    let ones = last_of_one_shot(ratios);
+    // Between the last size of the one and the first of the other; none at all is less than a row.
+    let rows = |index: usize| rows.get(index).copied();
+    match (ones.checked_sub(1).and_then(rows), rows(ones)) {
+        (Some(last), Some(first)) => row_bytes * (last + first) / 2,
+        (None, _) => row_bytes / 2,
+        (Some(_), None) => usize::MAX >> 1,
+    }
 }
 
 /// How many of the sizes one shot serves, by the ratios of its times to those of two: so that the product of all times is the least. A

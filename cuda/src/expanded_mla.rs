@@ -146,9 +146,9 @@ pub struct Expansion {
 }
 
 impl Default for Expansion {
-    /// From what 512 and 2048 tokens of a context of 8192 take with 8 heads, which is the same; the limits themselves were not swept.
+    /// From steps of 512 to 2048 tokens of contexts of 4096 and 8192 with 8 heads (`LEVERS.md`): those that are expanded here were quicker so.
     fn default() -> Self {
-        Self { tokens: 1536, context_of_token: 16, visible_of_selected: 4 }
+        Self { tokens: 1280, context_of_token: 4, visible_of_selected: 4 }
     }
 }
 
@@ -162,8 +162,14 @@ impl Expansion {
             && context <= self.longest(tokens, k)
     }
 
+    /// Token rows of the largest step that is expanded where they select up to `k` positions: a chunk that has nothing before it.
+    pub fn most_tokens(&self, k: usize) -> usize {
+        // What `longest` allows no more tokens than: T <= visible_of_selected k + T / 2.
+        self.visible_of_selected.saturating_mul(k).saturating_mul(2).min(MAX_CONTEXT)
+    }
+
     /// The longest context that is expanded for `tokens` token rows.
-    fn longest(&self, tokens: usize, k: usize) -> usize {
+    pub fn longest(&self, tokens: usize, k: usize) -> usize {
         self.visible_of_selected.saturating_mul(k).saturating_add(tokens / 2).min(MAX_CONTEXT)
     }
 }
@@ -172,7 +178,7 @@ impl Expansion {
 #[derive(Debug)]
 pub struct ExpandedMlaWorkspace<D: Device> {
     latent: CudaTensor<D>,
-    rotary: D::Buffer,
+    rotary: CudaTensor<D>,
     expanded: CudaTensor<D>,
     bits: D::Buffer,
     tokens: usize,
@@ -196,7 +202,7 @@ impl<D: Device> ExpandedMlaWorkspace<D> {
         let act = |name, shape: &[usize]| CudaTensor::alloc(device, name, DType::Act, shape);
         Ok(Self {
             latent: act("expanded_mla latent", &[context, dims.kv_lora_rank])?,
-            rotary: device.alloc("expanded_mla rotary", 2 * context * dims.rope)?,
+            rotary: act("expanded_mla rotary", &[context, dims.rope])?,
             expanded: act("expanded_mla keys and values", &[context, heads * dims.expanded()])?,
             bits: device.alloc("expanded_mla bits", tokens * context / 8)?,
             tokens,
@@ -299,17 +305,18 @@ pub fn expanded_mla<D: Device>(
     }
     let k = selected(KERNEL, step.topk_indices, tokens)?;
     let words = context.next_multiple_of(MOST_KEYS) / WORD;
-    let ExpandedMlaWorkspace { rotary, bits, .. } = workspace;
+    let bits = &workspace.bits;
     let shaped = |tensor: &CudaTensor<D>, shape: [usize; 2]| {
         let mut tensor = tensor.alias();
         tensor.set_shape(&shape).map(|()| tensor)
     };
     let columns = heads * dims.expanded();
     let latent = shaped(&workspace.latent, [context, dims.kv_lora_rank])?;
+    let rotary = shaped(&workspace.rotary, [context, dims.rope])?;
     let mut expanded = shaped(&workspace.expanded, [context, columns])?;
     let weight = shaped(step.kv_b, [columns, dims.kv_lora_rank])?;
 
-    rows(dims).gather(device, step.batch, step.cache, &latent, rotary)?;
+    rows(dims).gather(device, step.batch, step.cache, &latent, rotary.buffer())?;
     rows(dims).bits(device, step.topk_indices, [tokens, k, words], bits)?;
     linear(device, tiles, linear_workspace, &latent, &weight, &mut expanded)?;
     let entry = tile.entry(dims);
@@ -323,7 +330,7 @@ pub fn expanded_mla<D: Device>(
         args: &[
             Arg::Buffer(step.q.buffer()),
             Arg::Buffer(expanded.buffer()),
-            Arg::Buffer(rotary),
+            Arg::Buffer(rotary.buffer()),
             Arg::Buffer(bits),
             Arg::Buffer(out.buffer()),
             Arg::I32(tokens as i32),

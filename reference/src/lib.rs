@@ -15,6 +15,8 @@ mod lone_rank;
 pub mod random;
 mod rendezvous;
 pub mod sampling;
+pub mod slabs;
+mod some_ranks;
 pub mod tensor;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
@@ -28,4 +30,5 @@ pub use lone_rank::LoneRank;
 pub use random::{RandomFormat, RandomLinear, RandomTensor};
 pub use rendezvous::{Rendezvous, ranks_have};
 pub use sampling::{SampleRow, SamplingParams};
+pub use some_ranks::SomeRanks;
 pub use tensor::{DType, DeviceTensor, HostData, HostExpert, HostInt4, HostLinear, HostTensor};

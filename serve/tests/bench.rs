@@ -85,7 +85,19 @@ fn steps_and_collectives_become_a_projection() {
     assert!(text.contains("no link is measured"), "{text}");
     let group = &json["groups"][0];
     assert_eq!((&group["name"], &group["measures_a_link"]), (&"threads".into(), &false.into()));
-    assert_eq!(group["all_reduce"].as_array().unwrap().len(), 2);
+    for (kind, fused) in [("all_reduce", false), ("all_reduce_norm", false), ("all_gather", false)] {
+        let sizes = group[kind].as_array().unwrap();
+        assert_eq!(sizes.len(), 2);
+        for size in sizes {
+            let check = &size["check"];
+            assert!(
+                check["holds"] == true && check["identical"] == true && check["repeats"] == true,
+                "{size}"
+            );
+            assert!(check["worst"].as_f64() < Some(0.01) && size["fused"] == fused, "{size}");
+        }
+    }
+    assert!(text.contains("then residual add and norm") && json["crossover"].is_null(), "{text}");
 
     let project = ["project", "--step", steps.path(), "--collectives", sums.path(), "--gpu", "same"];
     let (text, json) = projection.of(&project);
@@ -104,6 +116,54 @@ fn steps_and_collectives_become_a_projection() {
     assert!(without.contains("only --gpu same can be projected"), "{without}");
     let swapped = refused(&["project", "--step", sums.path(), "--collectives", sums.path()]);
     assert!(swapped.contains("is not what is expected here"), "{swapped}");
+}
+
+/// Two ranks of four that step together, and what their collectives add.
+#[test]
+fn live_ranks_have_their_collectives_in_their_steps() {
+    let (steps, sums, projection) = (Results::new("live"), Results::new("sums4"), Results::new("projected"));
+    let model = model();
+    let measure = ["step", "--model", &model, "--device", "cpu", "--tp", "4", "--rank", "1", "--live", "2"];
+    let sizes = ["--runs", "3", "--batch", "2", "--context", "64", "--chunk", "16"];
+    let (text, json) = steps.of(&[&measure[..], &sizes].concat());
+    assert_eq!(json["settings"]["gathered"].as_array().unwrap().len(), 2);
+    for words in ["ranks 1 to 2 of 4", "together (threads)", "collectives add", "% of the step"] {
+        assert!(text.contains(words), "{text}");
+    }
+    let settings = &json["settings"];
+    assert_eq!((&settings["live"], &settings["between"]), (&2.into(), &"threads".into()));
+    let cases = json["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 2);
+    for case in cases {
+        let (step, of) = (case["step_ms"]["median"].as_f64().unwrap(), &case["collectives"]);
+        let number = |name: &str| of[name].as_f64().unwrap();
+        let alone = of["alone_ms"]["median"].as_f64().unwrap();
+        assert!(alone > 0.0 && (number("added_ms") - (step - alone)).abs() < 1e-9, "{case}");
+        assert!((number("share") - number("added_ms") / step).abs() < 1e-9, "{case}");
+    }
+    // What was measured with its collectives needs no file of theirs, and another file says more.
+    let project = ["project", "--step", steps.path(), "--gpu", "same"];
+    let (text, json) = projection.of(&project);
+    assert!(text.contains("what they added between 2 ranks"), "{text}");
+    let projected = |json: &Json, case: usize, part: &str| json["cases"][case][part].as_f64().unwrap();
+    for (index, case) in cases.iter().enumerate() {
+        let of = &case["collectives"];
+        assert_eq!(Some(projected(&json, index, "rank_ms")), of["alone_ms"]["median"].as_f64());
+        let added = of["added_ms"].as_f64().unwrap().max(0.0);
+        assert_eq!(projected(&json, index, "collectives_ms"), added);
+    }
+    let hidden = settings["hidden_size"].to_string();
+    let sizes = ["--rows", "1,32", "--hidden", &hidden, "--runs", "3"];
+    sums.of(&[&["collectives", "--device", "cpu", "--tp", "4"][..], &sizes].concat());
+    let (text, _) = projection.of(&[&project[..], &["--collectives", sums.path()]].concat());
+    assert!(text.contains("by threads between 4 ranks"), "{text}");
+
+    let alone = ["step", "--model", &model, "--device", "cpu", "--tp", "2", "--runs", "1", "--context", "64"];
+    steps.of(&[&alone[..], &["--batch", "1", "--chunk", "0"]].concat());
+    let without = refused(&["project", "--step", steps.path(), "--gpu", "same"]);
+    assert!(without.contains("--collectives"), "{without}");
+    let five = refused(&[&measure[..7], &["--live", "5", "--context", "64", "--chunk", "16"]].concat());
+    assert!(five.contains("--live 5: expected 1 to 4 ranks"), "{five}");
 }
 
 #[test]

@@ -1,59 +1,62 @@
 //! Pinned host memory that files are read into: the device copies from it without the processor's help.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use cudarc::driver::sys::{CUmemorytype, CUpointer_attribute, cuPointerGetAttribute};
 use cudarc::driver::{CudaContext, result, sys};
 use dsa80_reference::buffers::{HostBlock, HostMemory};
+use dsa80_reference::slabs::{Place, Slabs};
 
 /// What the driver is asked for at a time: pinning costs as much for a page as for many.
 const SLAB: usize = 128 << 20;
-/// Where blocks begin: what a disk reads to, and no two blocks share.
-const ALIGNMENT: usize = 4096;
 
-/// Pinned memory for copies to any GPU of the process.
+/// Of a process at most, as it lies in slabs, holes included: somewhat more than the layers under way may take.
+const MOST: usize = 13 << 29;
+
+/// Pinned memory for copies to any GPU of the process. Parts that come back are given out again, and a slab goes back to the driver with the
+/// last of its parts.
 #[derive(Debug)]
 pub(super) struct Pinned {
     context: Arc<CudaContext>,
-    slabs: Mutex<Slabs>,
+    cut: Arc<Mutex<Cut>>,
 }
 
-#[derive(Debug, Default)]
-struct Slabs {
-    /// The slab that blocks are cut from, and how much of it is given out.
-    current: Option<(Arc<Slab>, usize)>,
-    /// The one after it, on its way: whoever reads a file does not wait for pages to be pinned.
-    next: Option<JoinHandle<Option<Arc<Slab>>>>,
+/// The slabs and what is cut from them.
+#[derive(Debug)]
+struct Cut {
+    slabs: Slabs,
+    memory: HashMap<usize, Slab>,
+    /// A further one on its way: whoever reads a file does not wait for pages to be pinned.
+    next: Option<JoinHandle<Option<Slab>>>,
 }
 
-/// Memory of the driver, freed with the last of its blocks.
+/// Memory of the driver.
 #[derive(Debug)]
 struct Slab {
     start: *mut u8,
-    bytes: usize,
     context: Arc<CudaContext>,
 }
 
 // SAFETY: the memory is plain, and each part of it belongs to one block.
 unsafe impl Send for Slab {}
-// SAFETY: as above.
-unsafe impl Sync for Slab {}
 
 impl Pinned {
     pub(super) fn new(context: Arc<CudaContext>) -> Self {
-        Self { context, slabs: Mutex::default() }
+        let cut = Cut { slabs: Slabs::new(MOST), memory: HashMap::new(), next: None };
+        Self { context, cut: Arc::new(Mutex::new(cut)) }
     }
 }
 
 impl Slab {
-    fn alloc(context: &Arc<CudaContext>, bytes: usize) -> Option<Arc<Self>> {
+    fn alloc(context: &Arc<CudaContext>, bytes: usize) -> Option<Self> {
         context.bind_to_thread().ok()?;
         // SAFETY: plain pinned memory, freed once, when the slab is dropped.
         let start = unsafe { result::malloc_host(bytes, sys::CU_MEMHOSTALLOC_PORTABLE) }.ok()?.cast::<u8>();
         // SAFETY: as many bytes that nothing else uses yet; whoever reads what was never written finds zeros.
         unsafe { start.write_bytes(0, bytes) };
-        Some(Arc::new(Self { start, bytes, context: Arc::clone(context) }))
+        Some(Self { start, context: Arc::clone(context) })
     }
 }
 
@@ -67,51 +70,83 @@ impl Drop for Slab {
     }
 }
 
+fn lock(cut: &Mutex<Cut>) -> MutexGuard<'_, Cut> {
+    // A panic elsewhere leaves slabs that are whole.
+    cut.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl HostMemory for Pinned {
     fn alloc(&self, bytes: usize) -> Option<Box<dyn HostBlock>> {
-        if bytes > SLAB {
-            let slab = Slab::alloc(&self.context, bytes)?;
-            return Some(Box::new(Block { slab, offset: 0, bytes }));
-        }
-        // A panic elsewhere leaves slabs that are whole.
-        let mut slabs = self.slabs.lock().unwrap_or_else(PoisonError::into_inner);
-        let room = slabs.current.take().filter(|(slab, used)| slab.bytes - used >= bytes);
-        let (slab, offset) = match room {
-            Some(room) => room,
-            None => (slabs.next(&self.context)?, 0),
+        let mut cut = lock(&self.cut);
+        let place = match cut.slabs.take(bytes) {
+            Some(place) => place,
+            None => {
+                cut.add(&self.context, bytes)?;
+                cut.slabs.take(bytes)?
+            }
         };
-        let used = (offset + bytes).next_multiple_of(ALIGNMENT).min(slab.bytes);
-        slabs.current = Some((Arc::clone(&slab), used));
-        Some(Box::new(Block { slab, offset, bytes }))
+        // SAFETY: the place lies within its slab.
+        let start = unsafe { cut.memory.get(&place.slab)?.start.add(place.offset) };
+        Some(Box::new(Block { start, bytes, place, cut: Arc::clone(&self.cut) }))
     }
 }
 
-impl Slabs {
-    /// A new slab; the one after it is begun.
-    fn next(&mut self, context: &Arc<CudaContext>) -> Option<Arc<Slab>> {
+impl Cut {
+    /// A slab that has room for so many bytes, within the limit; the one after it is begun, as far as there will be room for it.
+    fn add(&mut self, context: &Arc<CudaContext>, bytes: usize) -> Option<()> {
         let begun = self.next.take().and_then(|slab| slab.join().ok()).flatten();
-        let slab = begun.or_else(|| Slab::alloc(context, SLAB))?;
-        let context = Arc::clone(context);
-        self.next = Some(std::thread::spawn(move || Slab::alloc(&context, SLAB)));
-        Some(slab)
+        let length = bytes.max(SLAB);
+        let slab = match begun.filter(|_| length == SLAB) {
+            Some(begun) => begun,
+            // One that was begun and is too small has gone back by now.
+            None if self.slabs.has_room(length) => Slab::alloc(context, length)?,
+            None => return None,
+        };
+        let number = self.slabs.add(length);
+        self.memory.insert(number, slab);
+        if self.slabs.has_room(SLAB) {
+            let context = Arc::clone(context);
+            self.next = Some(std::thread::spawn(move || Slab::alloc(&context, SLAB)));
+        }
+        Some(())
     }
 }
 
 struct Block {
-    slab: Arc<Slab>,
-    offset: usize,
+    start: *mut u8,
     bytes: usize,
+    place: Place,
+    cut: Arc<Mutex<Cut>>,
+}
+
+// SAFETY: a part of a slab that is this block's alone.
+unsafe impl Send for Block {}
+// SAFETY: as above; whoever writes has the block alone.
+unsafe impl Sync for Block {}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        let mut cut = lock(&self.cut);
+        let empty = if cut.slabs.give_back(self.place) { cut.memory.remove(&self.place.slab) } else { None };
+        drop(cut);
+        // Freed without the lock.
+        drop(empty);
+    }
 }
 
 impl HostBlock for Block {
+    fn size(&self) -> usize {
+        self.bytes
+    }
+
     fn bytes(&self) -> &[u8] {
         // SAFETY: a part of the slab that is this block's alone, all written; borrowed as the block is.
-        unsafe { std::slice::from_raw_parts(self.slab.start.add(self.offset), self.bytes) }
+        unsafe { std::slice::from_raw_parts(self.start, self.bytes) }
     }
 
     fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above.
-        unsafe { std::slice::from_raw_parts_mut(self.slab.start.add(self.offset), self.bytes) }
+        unsafe { std::slice::from_raw_parts_mut(self.start, self.bytes) }
     }
 }
 

@@ -256,6 +256,14 @@ impl SwiGluSpecs {
     }
 }
 
+impl EndsSpecs {
+    /// All of them.
+    pub(crate) fn into_specs(self) -> impl Iterator<Item = Spec> {
+        let tensors = [self.embed_tokens, self.norm].map(Spec::Tensor);
+        tensors.into_iter().chain(self.lm_head.map(Spec::Linear))
+    }
+}
+
 impl LayerSpecs {
     /// Every tensor of the layer. Lazy, because a layer has hundreds of experts.
     pub(crate) fn into_specs(self) -> impl Iterator<Item = Spec> {

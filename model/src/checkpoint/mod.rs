@@ -68,7 +68,7 @@ pub struct Checkpoint {
     budget: Arc<HostBudget>,
 }
 
-/// Of layers that are read and not yet on their device; with a reader's own buffers and the ends of the model it stays below 8 GiB.
+/// Of what is read and not yet on its device; with holes in pinned memory and readers' own buffers it stays below 8 GiB.
 const HOST_BYTES: u64 = 6 << 30;
 
 /// Threads that read for one rank at most: beyond that, no disk gets faster.
@@ -286,14 +286,18 @@ impl Checkpoint {
         load::Reader::new(self, shard).layer(&self.config, layer)
     }
 
-    /// Waits until `shard`'s part of layer `layer` has room in host memory, beside what other ranks have under way.
-    pub fn reserve(&self, layer: usize, shard: Shard) -> Reservation {
-        if self.dummy.is_some() || layer >= self.config.num_hidden_layers || self.check_shard(shard).is_err()
-        {
+    /// Waits until `shard`'s part of layer `layer`, or of what is not in a layer, has room in host memory, beside what other ranks have under
+    /// way.
+    pub fn reserve(&self, layer: Option<usize>, shard: Shard) -> Reservation {
+        let there = layer.is_none_or(|layer| layer < self.config.num_hidden_layers);
+        if self.dummy.is_some() || !there || self.check_shard(shard).is_err() {
             return Reservation::default();
         }
-        let specs = layout::layer(&self.config, layer, shard.world_size).into_specs();
-        self.budget.reserve(specs.map(|spec| self.spec_bytes(&spec, shard)).sum())
+        let bytes = |spec| self.spec_bytes(&spec, shard);
+        self.budget.reserve(match layer {
+            Some(layer) => layout::layer(&self.config, layer, shard.world_size).into_specs().map(bytes).sum(),
+            None => layout::ends(&self.config).into_specs().map(bytes).sum(),
+        })
     }
 
     /// Reads `shard`'s part of what is not in a layer: embedding, final norm, `lm_head`.

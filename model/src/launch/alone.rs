@@ -1,123 +1,262 @@
-//! One rank of several, alone: for measurements of what it does by itself.
+//! Ranks of a group whose others are not there: for measurements of what they do.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
-use dsa80_reference::cpu::Cpu;
-use dsa80_reference::{Communicator, Kernels, LoneRank};
+use dsa80_reference::cpu::{Cpu, ThreadCommunicator};
+use dsa80_reference::{Communicator, Kernels, LoneRank, SomeRanks};
 
 use super::limits::{self, CacheMemory};
 use super::options::{Device, LaunchOptions};
 use super::{CPU_CACHE_BYTES, check_cpu_cache};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Shard};
 use crate::engine::StepLimits;
 use crate::error::LaunchError;
-use crate::measure::{GpuFacts, Measured, MeasuredRank};
-use crate::runner::{INDEX_LOGITS, Rank, WeightSource};
+use crate::measure::{GpuFacts, Measured, MeasuredRanks};
+use crate::runner::{INDEX_LOGITS, Rank, RankParts, WeightSource};
 
-/// A rank that is measured, and the GPU that it is on.
+/// Ranks that are measured, and the GPU that the first is on.
 pub struct Alone {
-    /// The rank.
-    pub rank: Box<dyn MeasuredRank>,
-    /// Its GPU, if it has one.
+    /// The ranks.
+    pub ranks: Box<dyn MeasuredRanks>,
+    /// What sums over them: `none` where there is one, `threads` on the CPU, `peer` or `nccl`.
+    pub between: &'static str,
+    /// The first rank's GPU, if it has one.
     pub gpu: Option<GpuFacts>,
 }
 
-/// What is launched.
-struct Request<'a> {
-    checkpoint: &'a Arc<Checkpoint>,
-    weights: &'a dyn WeightSource,
-    options: &'a LaunchOptions,
-    lone: LoneRank,
-    /// Whether to measure those of the GPU before; without the feature `cuda` there is none.
-    #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
-    ceilings: bool,
+/// Which ranks of a group are there, and what is asked of them.
+#[derive(Debug, Clone, Copy)]
+pub struct Measurement {
+    /// The first.
+    pub rank: usize,
+    /// How many: one by itself, or some that step together, each on a GPU of its own or a thread of the CPU.
+    pub live: usize,
+    /// Whether to measure what the GPU reaches before.
+    pub ceilings: bool,
+    /// From how many new tokens on a prefill's attention is expanded, instead of what the backend takes.
+    pub expand_from: Option<usize>,
 }
 
-/// Loads rank `rank` of `options.tp` with `weights`, which are those of `checkpoint` or in its formats. What other ranks would add is left
-/// out. `ceilings` says whether to measure those of the GPU before.
+impl Measurement {
+    /// Rank `rank` by itself, and nothing else.
+    pub fn of(rank: usize) -> Self {
+        Self { rank, live: 1, ceilings: false, expand_from: None }
+    }
+}
+
+/// Loads ranks of `options.tp` with `weights`, which are those of `checkpoint` or in its formats. What ranks that are not there would add is
+/// left out.
 ///
 /// # Errors
-/// As for [`launch`](super::launch); a rank that is not there.
+/// As for [`launch`](super::launch); ranks that the group has not, or that there are no devices for.
 pub fn launch_alone(
     checkpoint: &Arc<Checkpoint>,
     weights: &dyn WeightSource,
     options: &LaunchOptions,
-    rank: usize,
-    ceilings: bool,
+    measurement: &Measurement,
 ) -> Result<Alone, LaunchError> {
     limits::check(checkpoint.config(), options)?;
-    let lone = LoneRank::new(rank, options.tp).map_err(|_| {
-        LaunchError::Options(format!("--rank {rank}: there are {} ranks, counted from 0", options.tp))
-    })?;
-    let request = Request { checkpoint, weights, options, lone, ceilings };
+    let (&Measurement { rank, live, .. }, tp) = (measurement, options.tp);
+    if rank >= tp {
+        return Err(LaunchError::Options(format!("--rank {rank}: there are {tp} ranks, counted from 0")));
+    }
+    if live == 0 || live > tp - rank {
+        return Err(LaunchError::Options(format!(
+            "--live {live}: expected 1 to {} ranks, from rank {rank} of {tp} on",
+            tp - rank
+        )));
+    }
     match options.device {
-        Device::Cpu => request.on_cpu(),
+        Device::Cpu => on_cpu(checkpoint, weights, options, measurement),
         Device::Wgpu => Err(super::no_wgpu()),
-        Device::Cuda => request.on_cuda(),
-        Device::Auto => request.on_the_best(),
+        Device::Cuda => on_cuda(checkpoint, weights, options, measurement),
+        Device::Auto => on_the_best(checkpoint, weights, options, measurement),
     }
 }
 
-impl Request<'_> {
-    fn on_cpu(self) -> Result<Alone, LaunchError> {
-        let options = self.options;
-        check_cpu_cache(options)?;
-        let bytes = options.kv_cache_bytes.unwrap_or(CPU_CACHE_BYTES * options.tp);
-        let memory = CacheMemory { bytes, act_bytes: size_of::<f32>() };
-        let limits = limits::within(self.checkpoint.config(), options, memory)?;
-        let rank = self.measured(Cpu::<f32>::new(), &limits, INDEX_LOGITS, size_of::<f32>())?;
-        Ok(Alone { rank, gpu: None })
-    }
+fn on_cpu(
+    checkpoint: &Arc<Checkpoint>,
+    weights: &dyn WeightSource,
+    options: &LaunchOptions,
+    measurement: &Measurement,
+) -> Result<Alone, LaunchError> {
+    check_cpu_cache(options)?;
+    let bytes = options.kv_cache_bytes.unwrap_or(CPU_CACHE_BYTES * options.tp);
+    let memory = CacheMemory { bytes, act_bytes: size_of::<f32>() };
+    let limits = limits::within(checkpoint.config(), options, memory)?;
+    let cpu = Cpu::<f32>::new();
+    let parts = ThreadCommunicator::group(cpu, measurement.live)
+        .into_iter()
+        .map(|live| RankParts { kernels: cpu, communicator: Box::new(live) })
+        .collect();
+    let group = Group { parts, own_collectives: true, options, measurement };
+    let ranks = group.load(weights, &limits, INDEX_LOGITS, size_of::<f32>())?;
+    Ok(Alone { ranks, between: between(measurement, "threads"), gpu: None })
+}
 
-    fn measured<K>(
+fn between(measurement: &Measurement, several: &'static str) -> &'static str {
+    if measurement.live > 1 { several } else { "none" }
+}
+
+/// Ranks before they have weights.
+struct Group<'a, K: Kernels> {
+    /// Of one that is by itself the communicator is not used.
+    parts: Vec<RankParts<K>>,
+    own_collectives: bool,
+    options: &'a LaunchOptions,
+    measurement: &'a Measurement,
+}
+
+impl<K: Kernels + 'static> Group<'_, K> {
+    /// Loads all at once.
+    fn load(
         self,
-        kernels: K,
+        weights: &dyn WeightSource,
         limits: &StepLimits,
         index_logits: usize,
         act_bytes: usize,
-    ) -> Result<Box<dyn MeasuredRank>, LaunchError>
-    where
-        K: Kernels + 'static,
-        LoneRank: Communicator<K::Tensor>,
-    {
-        let mut rank = Rank::load(kernels, Box::new(self.lone), self.weights, limits, index_logits)?;
-        rank.stand_in_for_others()?;
-        Ok(Box::new(Measured { rank, limits: *limits, act_bytes }))
+    ) -> Result<Box<dyn MeasuredRanks>, LaunchError> {
+        let silent = Arc::<AtomicBool>::default();
+        let (&Measurement { rank: first, live, .. }, world_size) = (self.measurement, self.options.tp);
+        let place = |communicator| -> Result<Box<dyn Communicator<K::Tensor>>, LaunchError> {
+            Ok(if live > 1 {
+                Box::new(SomeRanks::new(communicator, first, world_size, Arc::clone(&silent))?)
+            } else {
+                Box::new(LoneRank::new(first, world_size)?)
+            })
+        };
+        let parts = self.parts.into_iter().map(|part| Ok((part.kernels, place(part.communicator)?)));
+        let parts = parts.collect::<Result<Vec<_>, LaunchError>>()?;
+        let load = |(kernels, communicator)| -> Result<Rank<K>, LaunchError> {
+            let mut rank = Rank::load(kernels, communicator, weights, limits, index_logits)?;
+            rank.stand_in_for_others()?;
+            Ok(rank)
+        };
+        let ranks: Vec<Result<Rank<K>, LaunchError>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = parts.into_iter().map(|part| scope.spawn(move || load(part))).collect();
+            let ended = || LaunchError::RankLost { rank: first, world_size };
+            threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(ended()))).collect()
+        });
+        Ok(Box::new(Measured {
+            ranks: ranks.into_iter().collect::<Result<_, _>>()?,
+            first: Shard { rank: first, world_size },
+            limits: *limits,
+            act_bytes,
+            silent,
+            own_collectives: self.own_collectives,
+        }))
     }
 }
 
 #[cfg(feature = "cuda")]
-impl Request<'_> {
-    fn on_cuda(self) -> Result<Alone, LaunchError> {
-        self.on_gpu(dsa80_cuda::Cuda::open()?)
-    }
+fn on_cuda(
+    checkpoint: &Arc<Checkpoint>,
+    weights: &dyn WeightSource,
+    options: &LaunchOptions,
+    measurement: &Measurement,
+) -> Result<Alone, LaunchError> {
+    gpus::load(gpus::open(options, measurement)?, checkpoint, weights, options, measurement)
+}
 
-    fn on_the_best(self) -> Result<Alone, LaunchError> {
-        match dsa80_cuda::Cuda::open() {
-            Ok(cuda) => self.on_gpu(cuda),
-            Err(reason) => {
-                tracing::warn!("device: cpu (auto: {reason})");
-                self.on_cpu()
-            }
+#[cfg(feature = "cuda")]
+fn on_the_best(
+    checkpoint: &Arc<Checkpoint>,
+    weights: &dyn WeightSource,
+    options: &LaunchOptions,
+    measurement: &Measurement,
+) -> Result<Alone, LaunchError> {
+    match gpus::open(options, measurement) {
+        Ok(opened) => gpus::load(opened, checkpoint, weights, options, measurement),
+        Err(reason) => {
+            tracing::warn!("device: cpu (auto: {reason})");
+            on_cpu(checkpoint, weights, options, measurement)
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod gpus {
+    use dsa80_cuda::expanded_mla::Expansion;
+    use dsa80_cuda::{Between, Cuda, Gpu, GpuOfRank, RankOnGpu};
+    use dsa80_reference::communicator::SingleRank;
+
+    use super::*;
+    use crate::launch::options::Collectives;
+
+    type OnGpu = RankParts<Cuda<Arc<Gpu>>>;
+
+    /// A GPU for every rank, and what is between them.
+    pub(super) fn open(
+        options: &LaunchOptions,
+        measurement: &Measurement,
+    ) -> dsa80_reference::Result<(Vec<OnGpu>, &'static str)> {
+        if measurement.live == 1 {
+            let kernels = GpuOfRank::open(0)?.backend;
+            return Ok((vec![RankParts { kernels, communicator: Box::new(SingleRank::default()) }], "none"));
+        }
+        let open = |between, name| {
+            let ranks = RankOnGpu::open_group(measurement.live, between, options.step_timeout)?;
+            let parts = ranks
+                .into_iter()
+                .map(|rank| RankParts { kernels: rank.backend, communicator: rank.communicator });
+            Ok((parts.collect(), name))
+        };
+        match options.collectives {
+            Collectives::Peer => open(Between::Peers, "peer"),
+            Collectives::Nccl => open(Between::Nccl, "nccl"),
+            Collectives::Auto => open(Between::Peers, "peer").or_else(|_| open(Between::Nccl, "nccl")),
         }
     }
 
-    fn on_gpu(self, cuda: dsa80_cuda::Cuda) -> Result<Alone, LaunchError> {
-        // Before the memory is full.
-        let gpu = GpuFacts::of(cuda.device(), self.ceilings)?;
-        let limits = super::cuda::settle(cuda.device(), self.checkpoint, self.options)?;
-        let rank = self.measured(cuda, &limits, super::cuda::INDEX_LOGITS, super::memory::ACT_BYTES)?;
-        Ok(Alone { rank, gpu: Some(gpu) })
+    pub(super) fn load(
+        (parts, between): (Vec<OnGpu>, &'static str),
+        checkpoint: &Arc<Checkpoint>,
+        weights: &dyn WeightSource,
+        options: &LaunchOptions,
+        measurement: &Measurement,
+    ) -> Result<Alone, LaunchError> {
+        let (mut gpu, mut limits) = (None, limits::widest(checkpoint.config(), options));
+        for part in &parts {
+            let device = part.kernels.device();
+            if gpu.is_none() {
+                // Before the memory is full.
+                gpu = Some(GpuFacts::of(device, measurement.ceilings)?);
+            }
+            let own = crate::launch::cuda::settle(device, checkpoint, options)?;
+            limits.num_pages = limits.num_pages.min(own.num_pages);
+            limits.max_model_len = limits.max_model_len.min(own.max_model_len);
+        }
+        let expanding = |RankParts { kernels, communicator }: OnGpu| {
+            let kernels = match measurement.expand_from {
+                Some(tokens) => kernels.with_expansion(Expansion { tokens, ..Expansion::default() }),
+                None => kernels,
+            };
+            RankParts { kernels, communicator }
+        };
+        let parts = parts.into_iter().map(expanding).collect();
+        let group = Group { parts, own_collectives: between == "peer", options, measurement };
+        let (index_logits, act_bytes) = (crate::launch::cuda::INDEX_LOGITS, crate::launch::memory::ACT_BYTES);
+        Ok(Alone { ranks: group.load(weights, &limits, index_logits, act_bytes)?, between, gpu })
     }
 }
 
 #[cfg(not(feature = "cuda"))]
-impl Request<'_> {
-    fn on_cuda(self) -> Result<Alone, LaunchError> {
-        Err(super::no_cuda())
-    }
+fn on_cuda(
+    _checkpoint: &Arc<Checkpoint>,
+    _weights: &dyn WeightSource,
+    _options: &LaunchOptions,
+    _measurement: &Measurement,
+) -> Result<Alone, LaunchError> {
+    Err(super::no_cuda())
+}
 
-    fn on_the_best(self) -> Result<Alone, LaunchError> {
-        self.on_cpu()
-    }
+#[cfg(not(feature = "cuda"))]
+fn on_the_best(
+    checkpoint: &Arc<Checkpoint>,
+    weights: &dyn WeightSource,
+    options: &LaunchOptions,
+    measurement: &Measurement,
+) -> Result<Alone, LaunchError> {
+    on_cpu(checkpoint, weights, options, measurement)
 }

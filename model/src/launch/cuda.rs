@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use dsa80_cuda::expanded_mla::Expansion;
 use dsa80_cuda::{Between, Cuda, Device as _, Gpu, GpuOfRank, Nccl, NcclCommunicator, NcclId, RankOnGpu};
 use dsa80_reference::communicator::SingleRank;
 use dsa80_reference::{Batch, Error, Kernels, SamplingParams, SequenceSlice};
@@ -261,6 +262,11 @@ pub(super) fn warm_up(
         begin();
         warm_up_step(model, &limits, 1, context - tokens, tokens)?;
     }
+    // The longest chunk whose attention is expanded has nothing before it, and may be shorter than the first of those above.
+    let expanded = Expansion::default().most_tokens(config.index_topk);
+    if expanded < limits.max_batch_tokens.min(context) {
+        warm_up_step(model, &limits, 1, 0, expanded)?;
+    }
     for sequences in up_to(limits.max_batch_seqs) {
         begin();
         warm_up_step(model, &limits, sequences, context - 1, 1)?;
@@ -268,10 +274,13 @@ pub(super) fn warm_up(
     Ok(())
 }
 
-/// The longest context of the warm-up: from it on, the indexer has to choose.
+/// The longest context of the warm-up: long enough that the indexer has to choose, and that chunks of any length are not expanded.
 pub(super) fn warm_up_context(limits: &StepLimits, config: &ModelConfig) -> usize {
     let held = limits.max_model_len.min(limits.num_pages.saturating_mul(limits.page_size));
-    held.min(config.index_topk.saturating_add(limits.max_batch_tokens))
+    let (k, tokens, expansion) = (config.index_topk, limits.max_batch_tokens, Expansion::default());
+    let chosen = k.saturating_add(tokens);
+    let not_expanded = if tokens < expansion.tokens { 0 } else { expansion.longest(tokens, k) + 1 };
+    held.min(chosen.max(not_expanded))
 }
 
 /// `sequences` with `tokens` new ones each after `computed`, all on the same pages: what they write is never read again. Every second one

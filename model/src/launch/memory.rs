@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use dsa80_cuda::counting::Allocated;
 use dsa80_cuda::{Counting, Cuda, Limits, Tiles};
 use dsa80_reference::LoneRank;
 
@@ -42,9 +43,17 @@ pub(super) struct Needs {
     pub(super) graphs: u64,
 }
 
-impl Needs {
-    /// Launches the model on a device that only counts, and warms it up: what that takes is what it will take.
-    pub(super) fn rehearse(
+/// The model on a device that only counts, warmed up.
+struct Rehearsed {
+    #[cfg_attr(not(test), expect(dead_code, reason = "it takes what it takes as long as it is there"))]
+    model: RankGroup<Cuda<Counting>>,
+    allocated: Allocated,
+    /// Of its caches: for the steps of the warm-up and no more.
+    num_pages: usize,
+}
+
+impl Rehearsed {
+    fn new(
         limits: Limits,
         checkpoint: &Arc<Checkpoint>,
         options: &LaunchOptions,
@@ -57,7 +66,6 @@ impl Needs {
         let parts = RankParts { kernels: Cuda::new(device, tiles), communicator };
         let weights = DummyWeights::like(checkpoint);
         let widest = widest(config, options);
-        // Pages for the steps of the warm-up and no more.
         let context = warm_up_context(&StepLimits { num_pages: usize::MAX, ..widest }, config);
         let num_pages = context.div_ceil(widest.page_size);
         let mut model = RankGroup::load_alone(parts, &weights, &widest, INDEX_LOGITS, |_| {
@@ -65,9 +73,23 @@ impl Needs {
             Ok(StepLimits { num_pages, max_model_len, ..widest })
         })?;
         warm_up(&mut model, config, &mut || ())?;
-        let caches = (num_pages * page_bytes(config, options, ACT_BYTES)) as u64;
+        Ok(Self { model, allocated, num_pages })
+    }
+}
+
+impl Needs {
+    /// Launches the model on a device that only counts, and warms it up: what that takes is what it will take.
+    pub(super) fn rehearse(
+        limits: Limits,
+        checkpoint: &Arc<Checkpoint>,
+        options: &LaunchOptions,
+    ) -> Result<Self, LaunchError> {
+        let config = checkpoint.config();
+        let rehearsed = Rehearsed::new(limits, checkpoint, options)?;
+        let caches = (rehearsed.num_pages * page_bytes(config, options, ACT_BYTES)) as u64;
         let weights = Plan::from_checkpoint(checkpoint, options.tp)?.weights.total();
-        let workspace = allocated.bytes().saturating_sub(caches).saturating_sub(weights);
+        let workspace = rehearsed.allocated.bytes().saturating_sub(caches).saturating_sub(weights);
+        let widest = widest(config, options);
         let graphs = if options.cuda_graphs { decode_graphs(&widest, config.index_topk) as u64 } else { 0 };
         let graphs = graphs * (config.num_hidden_layers as u64 + 1) * GRAPH_BYTES_PER_LAYER;
         Ok(Self { weights, workspace, graphs })
@@ -214,6 +236,44 @@ mod tests {
         assert!(eight.workspace.abs_diff(one.workspace) < 1 << 20, "{} {}", eight.workspace, one.workspace);
         let shared = needs(&LaunchOptions { tp: 2, ..options });
         assert!(shared.weights < one.weights);
+    }
+
+    /// Whatever is served then finds what the kernels keep between launches as large as it must be: also chunks that are longer than those
+    /// whose attention is expanded, and chunks far behind the beginning.
+    #[test]
+    fn no_step_takes_memory_that_the_warm_up_has_not_taken() {
+        use crate::dummy::GLM_5_2;
+        use crate::engine::StepModel as _;
+        use crate::measure::greedy_step;
+        use dsa80_reference::{Batch, SequenceSlice};
+
+        let glm = Checkpoint::from_static_dummy(&[("config.json", GLM_5_2.as_bytes())], 0).unwrap();
+        let glm = Arc::new(glm);
+        for most in [1024, 8192, 32768] {
+            let options = LaunchOptions {
+                tp: 8,
+                max_num_batched_tokens: most,
+                max_model_len: Some(1 << 17),
+                ..LaunchOptions::default()
+            };
+            let Rehearsed { mut model, allocated, .. } = Rehearsed::new(a100(), &glm, &options).unwrap();
+            let warm = allocated.bytes();
+            for tokens in [1, 100, 1024, 1280, 4096, 5000, 8192, 10_000, 16_384, 20_000, 32_768] {
+                for computed in [0, 2000, 6000, 30_000, 98_304] {
+                    if tokens > most {
+                        continue;
+                    }
+                    let pages: Vec<u32> = (0..(computed + tokens).div_ceil(64) as u32).collect();
+                    let token_ids = vec![1; tokens];
+                    let slice =
+                        SequenceSlice { token_ids: &token_ids, computed_len: computed, pages: &pages };
+                    let step = greedy_step(Batch::new(64, &[slice]).unwrap(), [tokens - 1]);
+                    model.step(Arc::new(step)).unwrap();
+                    let grown = allocated.bytes() - warm;
+                    assert_eq!(grown, 0, "{tokens} after {computed}, up to {most}: {grown} bytes");
+                }
+            }
+        }
     }
 
     #[test]

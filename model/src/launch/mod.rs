@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use dsa80_reference::cpu::{Cpu, ThreadCommunicator};
 
-pub use self::alone::{Alone, launch_alone};
+pub use self::alone::{Alone, Measurement, launch_alone};
 pub use self::distributed::{follow, launch_leader};
 pub use self::options::{Collectives, Device, KvCacheDtype, LaunchOptions, LoadFormat};
 use crate::checkpoint::Checkpoint;

@@ -83,7 +83,7 @@ impl WeightSource for Told {
         self.checkpoint.load_layer(layer, shard)
     }
 
-    fn reserve(&self, layer: usize, shard: Shard) -> Reservation {
+    fn reserve(&self, layer: Option<usize>, shard: Shard) -> Reservation {
         self.checkpoint.reserve(layer, shard)
     }
 

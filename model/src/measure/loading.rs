@@ -74,7 +74,7 @@ impl WeightSource for TimedSource<'_> {
         self.timed(|| self.source.load_layer(layer, shard))
     }
 
-    fn reserve(&self, layer: usize, shard: Shard) -> Reservation {
+    fn reserve(&self, layer: Option<usize>, shard: Shard) -> Reservation {
         self.source.reserve(layer, shard)
     }
 

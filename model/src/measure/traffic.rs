@@ -107,6 +107,14 @@ pub fn flops(config: &ModelConfig, tp: usize, batch: &Batch, sampled: usize) -> 
     2.0 * (tokens + (sampled * c.hidden_size * c.vocab_size / tp) as f64)
 }
 
+/// Columns of what ranks gather in every layer before its norms, each having made its part: of `q_a_proj` and of `kv_a_proj_with_mqa`, as far as
+/// the ranks divide them.
+pub fn gathered(config: &ModelConfig, tp: usize) -> Vec<usize> {
+    let mut columns = vec![config.q_lora_rank, config.latent_dim()];
+    columns.retain(|&columns| share_of_gathered(columns, tp) < columns);
+    columns
+}
+
 #[cfg(test)]
 mod tests {
     use dsa80_reference::SequenceSlice;
@@ -142,6 +150,14 @@ mod tests {
         seen.experts.extend((3..78).map(|layer| (layer, experts)));
         seen.rows.insert(0, sequences * context.min(config.index_topk));
         ReadBytes::of(config, &plan, &limits(), 2, &batch, &seen, true)
+    }
+
+    #[test]
+    fn ranks_gather_what_they_divide() {
+        let config = ModelConfig::from_json(GLM_5_2).unwrap();
+        assert_eq!(gathered(&config, 8), [2048, 576]);
+        assert_eq!(gathered(&config, 1), [0; 0]);
+        assert_eq!(gathered(&config, 128), [2048]);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::weights::{HostEnds, HostLayer};
 /// What a reader hands on.
 #[expect(clippy::large_enum_variant, reason = "one a layer, taken apart at once")]
 enum Part {
-    Ends(Result<HostEnds, CheckpointError>),
+    Ends(Result<HostEnds, CheckpointError>, Reservation),
     Layer(Result<HostLayer, CheckpointError>, Reservation),
 }
 
@@ -40,12 +40,13 @@ pub(super) fn load<K: Kernels>(
         let (sender, receiver) = sync_channel(1);
         scope.spawn(move || {
             // Nobody listens any more when an upload has failed.
-            let mut listening = sender.send(Part::Ends(weights.load_ends(shard))).is_ok();
+            let reserved = weights.reserve(None, shard);
+            let mut listening = sender.send(Part::Ends(weights.load_ends(shard), reserved)).is_ok();
             for index in 0..count {
                 if !listening {
                     return;
                 }
-                let reserved = weights.reserve(index, shard);
+                let reserved = weights.reserve(Some(index), shard);
                 let layer = weights.load_layer(index, shard);
                 let failed = layer.is_err();
                 listening = sender.send(Part::Layer(layer, reserved)).is_ok() && !failed;
@@ -54,7 +55,10 @@ pub(super) fn load<K: Kernels>(
         let (mut ends, mut layers, mut drafter) = (None, Vec::with_capacity(count), None);
         for part in receiver {
             match part {
-                Part::Ends(host) => ends = Some(Ends::upload(kernels, host?)?),
+                Part::Ends(host, reserved) => {
+                    ends = Some(Ends::upload(kernels, host?)?);
+                    drop(reserved);
+                }
                 Part::Layer(host, reserved) => {
                     let mut host = host?;
                     match host.draft.take() {

@@ -165,12 +165,12 @@ impl<K: Kernels> Rank<K> {
         })
     }
 
-    /// Runs `step` and records it just as it is, as a whole and kernel by kernel, to be timed; [`step`](Self::step) replays none of it. Of its
-    /// targets, 64 at most, each row's best token is chosen. `None` on a backend that has no graphs.
+    /// Runs `step` and records it just as it is, as a whole and, if `apart`, kernel by kernel, to be timed; [`step`](Self::step) replays none of
+    /// it. Of its targets, 64 at most, each row's best token is chosen. `None` on a backend that has no graphs.
     ///
     /// # Errors
     /// As for [`forward`](Self::forward).
-    pub fn record_step(&mut self, step: &Step) -> Result<Option<RecordedStep<K::Graph>>> {
+    pub fn record_step(&mut self, step: &Step, apart: bool) -> Result<Option<RecordedStep<K::Graph>>> {
         let Step { batch, targets } = step;
         let rows: Vec<i32> = targets.iter().map(|target| target.row as i32).collect();
         let kernels = &self.kernels;
@@ -202,7 +202,8 @@ impl<K: Kernels> Rank<K> {
             }
         };
         let Some(whole) = kernels.record(&mut launches)? else { return Ok(None) };
-        Ok(Some(RecordedStep { whole, kernels: kernels.record_kernels(launches)? }))
+        let kernels = if apart { kernels.record_kernels(launches)? } else { Vec::new() };
+        Ok(Some(RecordedStep { whole, kernels }))
     }
 
     /// The backend.

@@ -15,8 +15,9 @@ pub trait WeightSource: Send + Sync {
     /// [`CheckpointError`] names the file and the tensor.
     fn load_layer(&self, layer: usize, shard: Shard) -> Result<HostLayer, CheckpointError>;
 
-    /// Waits until there is room in host memory for [`load_layer`](Self::load_layer), and holds it for as long as the layer is there.
-    fn reserve(&self, _layer: usize, _shard: Shard) -> Reservation {
+    /// Waits until there is room in host memory for [`load_layer`](Self::load_layer), or [`load_ends`](Self::load_ends) where no layer is named,
+    /// and holds it for as long as what is loaded is there.
+    fn reserve(&self, _layer: Option<usize>, _shard: Shard) -> Reservation {
         Reservation::default()
     }
 
@@ -36,7 +37,7 @@ impl WeightSource for Checkpoint {
         self.load_layer(layer, shard)
     }
 
-    fn reserve(&self, layer: usize, shard: Shard) -> Reservation {
+    fn reserve(&self, layer: Option<usize>, shard: Shard) -> Reservation {
         self.reserve(layer, shard)
     }
 

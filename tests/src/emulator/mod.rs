@@ -10,7 +10,7 @@ mod runtime;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dsa80_cuda::{Arg, Device, Launch, Limits, Program, Sources};
@@ -42,6 +42,8 @@ pub struct Emulator {
     changed: BTreeMap<String, String>,
     seed: AtomicU64,
     seconds: u64,
+    /// Bytes that may still be allocated.
+    memory: AtomicUsize,
     kernels: Mutex<HashMap<(Program, &'static str), Arc<Kernel>>>,
     /// The launches of the capture that is under way.
     capture: Mutex<Option<Vec<Captured>>>,
@@ -70,6 +72,7 @@ impl Emulator {
             changed: BTreeMap::new(),
             seed: AtomicU64::new(0),
             seconds: 300,
+            memory: AtomicUsize::new(usize::MAX),
             kernels: Mutex::default(),
             capture: Mutex::default(),
         })
@@ -118,6 +121,11 @@ impl Emulator {
         self
     }
 
+    /// Lets no more than so many further bytes be allocated: memory that runs out. What is freed does not come back.
+    pub fn set_memory(&self, bytes: usize) {
+        self.memory.store(bytes, Ordering::Relaxed);
+    }
+
     /// Seconds after which a launch is given up, 300 unless said otherwise.
     #[must_use]
     pub fn with_time_limit(mut self, seconds: u64) -> Self {
@@ -163,7 +171,12 @@ impl Device for Emulator {
 
     fn alloc(&self, name: &str, bytes: usize) -> Result<EmulatedBuffer> {
         self.refuse_in_capture("allocated", name)?;
-        Memory::alloc(name, bytes)
+        let left = |left: usize| left.checked_sub(bytes);
+        let memory = match self.memory.fetch_update(Ordering::Relaxed, Ordering::Relaxed, left) {
+            Ok(_) => Memory::alloc(name, bytes),
+            Err(_) => None,
+        };
+        memory
             .map(EmulatedBuffer::new)
             .ok_or_else(|| refuse(format!("no memory for `{name}`, {bytes} bytes")))
     }

@@ -5,7 +5,7 @@ use dsa80_cuda::expanded_mla::{
 };
 use dsa80_cuda::linear::{LinearTiles, LinearWorkspace};
 use dsa80_cuda::{CudaTensor, Limits, Tile};
-use dsa80_reference::{DType, Kernels};
+use dsa80_reference::{DType, Error, Kernels};
 use dsa80_tests::emulator::Fault;
 use dsa80_tests::parity::{self, BatchCase, F32_UNIT, Pair, TestDevice, Values, half_ulp_bf16};
 use half::bf16;
@@ -207,10 +207,16 @@ fn agrees_at_size_with_every_tile() {
 fn steps_are_expanded_that_are_long_enough_and_whose_contexts_are_not_too_long() {
     let pays =
         |sequences: &[(usize, usize)]| Expansion::default().pays(&BatchCase::of(64, sequences).batch, 2048);
-    assert!(pays(&[(4096, 4096)]) && pays(&[(0, 1536)]) && pays(&[(6144, 2048)]));
+    assert!(pays(&[(4096, 4096)]) && pays(&[(0, 1280)]) && pays(&[(6144, 2048)]) && pays(&[(2816, 1280)]));
     // Too few tokens; too long a context; two sequences.
-    assert!(!pays(&[(0, 1535)]) && !pays(&[(7680, 512)]) && !pays(&[(8192, 4096)]));
+    assert!(!pays(&[(0, 1279)]) && !pays(&[(6656, 1536)]) && !pays(&[(8192, 4096)]));
     assert!(!pays(&[(0, 4096), (0, 1)]) && !pays(&[]));
+    // No step is larger than what is said to be the largest.
+    for k in [256, 2048, 8192] {
+        let pays = |tokens| Expansion::default().pays(&BatchCase::of(64, &[(0, tokens)]).batch, k);
+        let most = Expansion::default().most_tokens(k);
+        assert!(pays(most) && !pays(most + 1), "{k}: {most}");
+    }
 }
 
 #[test]
@@ -239,6 +245,28 @@ fn misfits_are_named() {
         assert!(message(&step).contains("one sequence"), "{}", message(&step));
         let bytes = message(&Step { cache: &fp8, ..step });
         assert!(bytes.contains("`cache`"), "{bytes}");
+        // A workspace for rows with fewer rotary columns, and all else alike.
+        let one = BatchCase::of(16, &[(3, 4)]);
+        let inputs = Inputs::new(device, &Case { batch: one.clone(), ..case.clone() });
+        let (_, batch) = parity::batch(device, &one.batch);
+        let step = Step {
+            batch: &batch,
+            q: &inputs.q.device,
+            kv_b: &inputs.kv_b.device,
+            cache: &inputs.cache.device,
+            topk_indices: &inputs.topk_indices.device,
+        };
+        let launch = |rope| {
+            let dims = ExpandedMlaDims { rope, ..case.dims };
+            let expansion = Expansion { visible_of_selected: 8, ..ALWAYS };
+            let workspace = ExpandedMlaWorkspace::alloc(device, dims, &expansion, [4, 2, 3]).unwrap();
+            let linear = LinearWorkspace::alloc(device, &LinearTiles::safe()).unwrap();
+            let mut out = parity::poisoned(device, "out", DType::Act, &[4, 2, case.dims.v]);
+            let tiles = (&LinearTiles::safe(), &linear);
+            expanded_mla(device, &case.tile, tiles, &workspace, &step, 1.0, &mut out)
+        };
+        assert_eq!(launch(8), Ok(()));
+        assert!(matches!(launch(0), Err(Error::Capacity { .. })), "{:?}", launch(0));
     });
     let wide = ExpandedMlaDims { v: 272, ..GLM };
     let error = TILES[0].validate(wide, &Limits::a100()).unwrap_err().to_string();

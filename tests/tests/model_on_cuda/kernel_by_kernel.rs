@@ -76,7 +76,7 @@ fn steps_apart(device: impl Fn() -> Option<Cuda<TestDevice>>) {
     assert_eq!((step.targets[0].row, step.targets[0].position), (0, 21));
     let expected = rank.step(&step).unwrap();
 
-    let RecordedStep { whole, kernels } = rank.record_step(&step).unwrap().unwrap();
+    let RecordedStep { whole, kernels } = rank.record_step(&step, true).unwrap().unwrap();
     let layers = Checkpoint::open(&fixture.dir).unwrap().config().num_hidden_layers;
     let count = |name: &str| -> usize {
         kernels.iter().filter(|kernel| kernel.name.starts_with(name)).map(|kernel| kernel.launches).sum()
@@ -89,7 +89,7 @@ fn steps_apart(device: impl Fn() -> Option<Cuda<TestDevice>>) {
 
     // Nothing is sampled in the middle of a prompt.
     let middle = greedy_step(Batch::new(PAGE_SIZE, &[slice(20..24)]).unwrap(), []);
-    let RecordedStep { kernels, .. } = rank.record_step(&middle).unwrap().unwrap();
+    let RecordedStep { kernels, .. } = rank.record_step(&middle, true).unwrap().unwrap();
     assert!(kernels.iter().all(|kernel| !kernel.name.contains("sample")), "{kernels:?}");
 }
 

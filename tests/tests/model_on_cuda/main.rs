@@ -19,6 +19,7 @@ mod graphs;
 mod kernel_by_kernel;
 mod layers;
 mod loading;
+mod measured;
 mod memory;
 mod ranks;
 mod serve;

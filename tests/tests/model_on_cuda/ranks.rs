@@ -1,17 +1,19 @@
 //! A model cut into ranks: all of them on one device, or a device each.
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dsa80_cuda::all_reduce::{AllReduceTiles, Shots};
 use dsa80_cuda::communicator::PATIENCE;
 use dsa80_cuda::crossover::Crossover;
 use dsa80_cuda::{Cuda, CudaTensor, Device, PeerCommunicator, Placement, Tiles};
+use dsa80_model::LaunchError;
 use dsa80_model::checkpoint::Checkpoint;
-use dsa80_model::engine::StepLimits;
-use dsa80_model::runner::{INDEX_LOGITS, Probe, Rank};
+use dsa80_model::engine::{Engine, EngineOptions, Request, StepLimits};
+use dsa80_model::runner::{INDEX_LOGITS, Probe, Rank, RankGroup, RankParts, WeightSource};
 use dsa80_reference::communicator::SingleRank;
 use dsa80_reference::{Batch, Communicator, DType, HostTensor, Kernels, SamplingParams, SequenceSlice};
+use dsa80_tests::engine::collect;
 use dsa80_tests::fixture::{self, Fixture};
 use dsa80_tests::judge::{self, BF16_BOUND_OF_ONE_PROMPT, Bf16Distance};
 use dsa80_tests::layers::FirstLatents;
@@ -96,22 +98,53 @@ fn fixture() -> Fixture {
     Fixture::open(fixture::root().join("cases/int4_asym_g32_tp8")).unwrap()
 }
 
-/// The fixture that can be cut into eight, in as many ranks as `ways` says, in one shot and in two.
-fn compare(ways: &[usize], placement: Placement, device: impl Fn(usize) -> Option<TestDevice>) {
-    let fixture = fixture();
-    for &ranks in ways {
-        let mut logits = Vec::new();
-        for shots in BOTH {
-            let Some(devices) = (0..ranks).map(&device).collect::<Option<Vec<_>>>() else { return };
-            let run = on_every_rank(&fixture, devices, (placement, always(shots)), |rank, limits| {
-                run(rank, limits, &fixture.tokens)
-            });
-            let way = format!("{ranks} ranks, {shots:?}");
-            let distance = Bf16Distance::of(&fixture, &way, &run);
-            distance.assert_within(BF16_BOUND_OF_ONE_PROMPT, &fixture.name, &way);
-            logits.push(run.logits);
+/// Every fixture that so many ranks divide.
+fn fixtures_of(ranks: usize) -> Vec<Fixture> {
+    let mut fixtures = fixture::all().unwrap();
+    fixtures.retain(|fixture| Checkpoint::open(&fixture.dir).unwrap().config().check_tp(ranks).is_ok());
+    assert!(!fixtures.is_empty(), "{ranks} ranks divide no fixture");
+    fixtures
+}
+
+/// A fixture in so many ranks, in each of these ways: as close to HF as it must be, and every time with the same bits, on every rank.
+fn compare(
+    fixture: &Fixture,
+    ranks: usize,
+    ways: &[Shots],
+    placement: Placement,
+    device: impl Fn(usize) -> Option<TestDevice>,
+) {
+    let mut first: Option<Run> = None;
+    for shots in ways {
+        let Some(devices) = (0..ranks).map(&device).collect::<Option<Vec<_>>>() else { return };
+        let run = on_every_rank(fixture, devices, (placement, always(*shots)), |rank, limits| {
+            run(rank, limits, &fixture.tokens)
+        });
+        if let Some(first) = &first {
+            assert!(run == *first, "{}: {ranks} ranks differ from run to run: {ways:?}", fixture.name);
+            continue;
         }
-        assert!(logits[0] == logits[1], "{ranks} ranks: one shot and two differ");
+        let way = format!("{ranks} ranks, {shots:?}");
+        let distance = Bf16Distance::of(fixture, &way, &run);
+        distance.assert_within(BF16_BOUND_OF_ONE_PROMPT, &fixture.name, &way);
+        first = Some(run);
+    }
+}
+
+/// In one shot, in two, and once more.
+const AGAIN: [Shots; 3] = [Shots::One, Shots::Two, Shots::One];
+
+#[test]
+fn eight_ranks_in_emulation_are_as_far_from_hf_as_hf_in_bf16() {
+    compare(&fixture(), 8, &BOTH, Placement::Together, |_| devices::emulator());
+}
+
+/// Every fixture in one of both ways, and one in both.
+#[test]
+fn ranks_with_a_device_each_in_emulation_are_as_far_from_hf_as_hf_in_bf16() {
+    for (fixture, shots) in fixtures_of(2).iter().zip(BOTH.into_iter().cycle()) {
+        let ways = if fixture.name == "int4_asym_g32_tp8" { &AGAIN[..] } else { &[shots] };
+        compare(fixture, 2, ways, Placement::Apart, |_| devices::emulator());
     }
 }
 
@@ -150,18 +183,12 @@ fn what_ranks_that_share_a_gpu_gather_is_what_one_multiplies() {
 }
 
 #[test]
-fn eight_ranks_in_emulation_are_as_far_from_hf_as_hf_in_bf16() {
-    compare(&[8], Placement::Together, |_| devices::emulator());
-}
-
-#[test]
-fn ranks_with_a_device_each_in_emulation_are_as_far_from_hf_as_hf_in_bf16() {
-    compare(&[2], Placement::Apart, |_| devices::emulator());
-}
-
-#[test]
 fn ranks_that_share_a_gpu_are_as_far_from_hf_as_hf_in_bf16() {
-    compare(&[2, 4, 8], Placement::Together, |_| devices::gpu());
+    for ranks in [2, 4, 8] {
+        for fixture in fixtures_of(ranks) {
+            compare(&fixture, ranks, &BOTH, Placement::Together, |_| devices::gpu());
+        }
+    }
 }
 
 /// GPUs that reach each other, for as many ranks as there can be.
@@ -185,7 +212,9 @@ fn groups_of_gpus() -> impl Iterator<Item = (usize, impl Fn(usize) -> Option<Tes
 fn ranks_on_a_gpu_each_are_as_far_from_hf_as_hf_in_bf16() {
     let _alone = devices::one_group_at_a_time();
     for (ranks, next) in groups_of_gpus() {
-        compare(&[ranks], Placement::Apart, next);
+        for fixture in fixtures_of(ranks) {
+            compare(&fixture, ranks, &AGAIN, Placement::Apart, &next);
+        }
     }
 }
 
@@ -318,6 +347,34 @@ fn a_rank_that_gives_up_ends_the_wait_of_the_others_with_its_reason() {
 }
 
 #[test]
+fn a_rank_that_comes_late_is_waited_for() {
+    for placement in [Placement::Apart, Placement::Together] {
+        let late = |rank: &dyn Communicator<CudaTensor<Arc<TestDevice>>>, tensor: &mut CudaTensor<_>| {
+            std::thread::sleep(Duration::from_millis(300) * rank.rank() as u32);
+            rank.all_reduce(tensor).and_then(|()| rank.check())
+        };
+        let (Some(one), Some(two)) = (devices::emulator(), devices::emulator()) else { return };
+        let devices = [one, two].map(Arc::new);
+        let ranks =
+            PeerCommunicator::group(devices.to_vec(), AllReduceTiles::safe(), placement, PATIENCE).unwrap();
+        let started = Instant::now();
+        std::thread::scope(|scope| {
+            for (device, rank) in devices.iter().zip(ranks) {
+                scope.spawn(move || {
+                    let mut tensor = CudaTensor::alloc(device, "x", DType::Float, &[4]).unwrap();
+                    device.write(tensor.buffer(), 0, bytemuck::cast_slice(&[1.5_f32; 4])).unwrap();
+                    late(&rank, &mut tensor).unwrap();
+                    let mut sum = [0.0_f32; 4];
+                    device.read(tensor.buffer(), 0, bytemuck::cast_slice_mut(&mut sum)).unwrap();
+                    assert_eq!(sum, [3.0; 4], "{placement:?}");
+                });
+            }
+        });
+        assert!(started.elapsed() >= Duration::from_millis(300));
+    }
+}
+
+#[test]
 fn a_rank_that_does_not_come_is_named() {
     let patience = Duration::from_millis(50);
     let stays_away = |_: &dyn Communicator<_>| std::thread::sleep(Duration::from_secs(1));
@@ -326,4 +383,75 @@ fn a_rank_that_does_not_come_is_named() {
     // Its thread has ended, which the threads that meet are told.
     let Some(error) = first_error(Placement::Together, PATIENCE, |_| {}) else { return };
     assert!(error.contains("rank 1 has left"), "{error}");
+}
+
+type Loaded = Result<RankGroup<OnDevice>, LaunchError>;
+
+/// The device of the second of two ranks, which has so much memory, and the two, or why they could not be loaded.
+fn two_ranks(memory: usize) -> Option<(Arc<TestDevice>, Loaded)> {
+    let devices = [devices::emulator()?, devices::emulator()?].map(Arc::new);
+    let tiles = AllReduceTiles::safe();
+    let ranks = PeerCommunicator::group(devices.to_vec(), tiles, Placement::Apart, PATIENCE).unwrap();
+    leave(&devices[1], memory);
+    let fixture = fixture();
+    let limits = StepLimits { max_batch_tokens: 32, ..judge::limits(&fixture, PAGE_SIZE) };
+    let parts = devices.iter().zip(ranks).map(|(device, rank)| {
+        let tiles = Tiles::for_gpu(&device.limits().name, None).unwrap();
+        RankParts { kernels: Cuda::new(Arc::clone(device), tiles), communicator: Box::new(rank) as _ }
+    });
+    let weights: Arc<dyn WeightSource> = Arc::new(Checkpoint::open(&fixture.dir).unwrap());
+    let group = RankGroup::load(parts.collect(), &weights, limits);
+    let [_, second] = devices;
+    Some((second, group))
+}
+
+/// What a device still has.
+fn leave(device: &TestDevice, bytes: usize) {
+    match device {
+        TestDevice::Emulator(emulator) => emulator.set_memory(bytes),
+        TestDevice::Gpu(_) => panic!("of a GPU others have the memory"),
+    }
+}
+
+#[test]
+fn a_rank_whose_memory_does_not_do_ends_the_launch_with_its_reason() {
+    let Some((_, group)) = two_ranks(1 << 16) else { return };
+    let error = group.err().unwrap().to_string();
+    assert!(error.contains("no memory for `"), "{error}");
+}
+
+#[test]
+fn a_rank_that_runs_out_of_memory_in_service_ends_all_with_its_reason() {
+    let Some((second, model)) = two_ranks(usize::MAX) else { return };
+    let options = EngineOptions {
+        max_waiting: 4,
+        eos_token_ids: Vec::new(),
+        max_batch_tokens: 32,
+        max_running: 2,
+        enable_prefix_caching: false,
+        step_timeout: Duration::from_secs(60),
+    };
+    let engine = Engine::start(Box::new(model.unwrap()), options);
+    let ask = |tokens: usize| {
+        let request = Request {
+            prompt: fixture().tokens[..tokens].to_vec(),
+            sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+            max_tokens: 2,
+            min_tokens: 0,
+            stop_token_ids: Vec::new(),
+            ignore_eos: true,
+            logprobs: None,
+            prompt_logprobs: None,
+        };
+        collect(engine.submit(request).unwrap()).unwrap()
+    };
+    let answered = ask(2);
+    assert_eq!((answered.failure, answered.tokens.len()), (None, 2));
+    // Longer steps take more than there is.
+    leave(&second, 0);
+    let started = Instant::now();
+    let failed = ask(30).failure.unwrap();
+    assert!(failed.contains("rank 1: ") && failed.contains("no memory for `"), "{failed}");
+    assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
+    assert!(!engine.is_alive() && engine.failure().unwrap().contains("no memory for `"));
 }

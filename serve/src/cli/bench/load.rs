@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::bail;
 use clap::Args;
 use dsa80_model::checkpoint::{Checkpoint, LoadingBar, Shard};
-use dsa80_model::launch::{Device, LaunchOptions, launch_alone};
+use dsa80_model::launch::{Device, LaunchOptions, Measurement, launch_alone};
 use dsa80_model::measure::{LoadPhases, TimedSource};
 use serde::{Deserialize, Serialize};
 
@@ -112,7 +112,7 @@ pub(super) fn run(args: LoadArgs) -> anyhow::Result<()> {
     let (host_bytes_before, disk) = (memory("VmRSS"), from_disk());
     let counted = reset_peak();
     let source = TimedSource::new(&*checkpoint);
-    let alone = launch_alone(&checkpoint, &source, &options, args.rank, false)?;
+    let alone = launch_alone(&checkpoint, &source, &options, &Measurement::of(args.rank))?;
     let phases = source.phases();
     let from_disk_bytes = from_disk().zip(disk).map(|(after, before)| after - before);
     let peak_host_bytes = memory("VmHWM").filter(|_| counted);

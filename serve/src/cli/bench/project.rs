@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use self::times::CollectiveCosts;
-use super::collectives::{CollectivesReport, GroupReport};
+use super::collectives::CollectivesReport;
 use super::environment::Environment;
 use super::spread::digits;
 use super::step::{CaseReport, StepReport};
@@ -22,9 +22,10 @@ pub(super) struct ProjectArgs {
     #[arg(long, value_name = "FILE")]
     step: PathBuf,
 
-    /// What `bench collectives --json` wrote.
+    /// What `bench collectives --json` wrote; may be left out where the steps were measured with live ranks, whose collectives are then
+    /// taken to add as much.
     #[arg(long, value_name = "FILE")]
-    collectives: PathBuf,
+    collectives: Option<PathBuf>,
 
     /// The kind of GPU to carry over to.
     #[arg(long, value_enum, default_value = "a100")]
@@ -91,8 +92,8 @@ struct Projection {
     assumptions: Vec<String>,
     /// Of the rank's steps.
     step: Environment,
-    /// Of the collectives.
-    collectives: Environment,
+    /// Of the collectives, where they were measured by themselves.
+    collectives: Option<Environment>,
     cases: Vec<ProjectedCase>,
 }
 
@@ -116,23 +117,40 @@ struct ProjectedCase {
 
 pub(super) fn run(args: &ProjectArgs) -> anyhow::Result<()> {
     let step: StepReport = read_report(&args.step)?;
-    let collectives: CollectivesReport = read_report(&args.collectives)?;
-    let projection = Projection::new(args, step, collectives)?;
+    let collectives = args.collectives.as_deref().map(read_report::<CollectivesReport>).transpose()?;
+    let projection = Projection::new(args, step, collectives.as_ref())?;
     print(&projection.text())?;
     args.report.write(&projection)
 }
 
 impl Projection {
-    fn new(args: &ProjectArgs, step: StepReport, collectives: CollectivesReport) -> anyhow::Result<Self> {
-        let group = collectives.groups.first().context("the collectives' file has no measurements")?;
+    fn new(
+        args: &ProjectArgs,
+        step: StepReport,
+        collectives: Option<&CollectivesReport>,
+    ) -> anyhow::Result<Self> {
         let settings = &step.settings;
-        if collectives.hidden != settings.hidden_size {
-            bail!(
-                "the collectives were measured with rows of {} elements, and the model's have {}: use bench collectives --hidden {1}",
-                collectives.hidden,
-                settings.hidden_size
-            );
-        }
+        let costs = match collectives {
+            Some(collectives) => {
+                let group =
+                    collectives.groups.first().context("the collectives' file has no measurements")?;
+                if collectives.hidden != settings.hidden_size {
+                    bail!(
+                        "the collectives were measured with rows of {} elements, and the model's have {}: use bench collectives --hidden {1}",
+                        collectives.hidden,
+                        settings.hidden_size
+                    );
+                }
+                let (hidden, gathered) = (collectives.hidden, &collectives.gathered[..]);
+                Costs::OfSums(CollectiveCosts { group, hidden, gathered, settings })
+            }
+            None if step.cases.iter().all(|case| case.collectives.is_some()) => Costs::Added,
+            None => bail!(
+                "{} was measured on one rank alone: --collectives FILE has what sums take (bench collectives --json), or measure live ranks \
+                 (bench step --live 2)",
+                args.step.display()
+            ),
+        };
         let measured = step
             .environment
             .gpu
@@ -165,15 +183,21 @@ impl Projection {
                 args.step.display()
             );
         }
-        let costs = CollectiveCosts { group, hidden: collectives.hidden, settings };
         let cases = step.cases.iter().map(|case| project(case, measured, target, &costs)).collect();
         Ok(Self {
             what: "projection".to_owned(),
-            assumptions: assumptions(&step, group, collectives.tp, measured, target, &source),
+            assumptions: assumptions(
+                &step,
+                &costs,
+                collectives.map_or(1, |sums| sums.tp),
+                measured,
+                target,
+                &source,
+            ),
             target,
             cases: cases_or_refuse(cases)?,
             step: step.environment.clone(),
-            collectives: collectives.environment.clone(),
+            collectives: collectives.map(|sums| sums.environment.clone()),
         })
     }
 
@@ -211,6 +235,21 @@ impl Projection {
     }
 }
 
+/// What collectives add to steps: as sums were measured by themselves, or as live ranks' steps have it.
+enum Costs<'a> {
+    OfSums(CollectiveCosts<'a>),
+    Added,
+}
+
+impl Costs<'_> {
+    fn of_step(&self, case: &CaseReport) -> f64 {
+        match self {
+            Self::OfSums(costs) => costs.of_step(case),
+            Self::Added => case.collectives.map_or(f64::NAN, |of| of.added_ms.max(0.0)),
+        }
+    }
+}
+
 /// A CPU's, of which no ceilings are known: it is carried over to itself.
 const NOTHING: Reaches = Reaches { read_gb_s: 1.0, mma_tflop_s: 1.0 };
 
@@ -221,10 +260,12 @@ fn cases_or_refuse(cases: Vec<ProjectedCase>) -> anyhow::Result<Vec<ProjectedCas
     Ok(cases)
 }
 
-fn project(case: &CaseReport, here: Reaches, there: Reaches, costs: &CollectiveCosts<'_>) -> ProjectedCase {
+fn project(case: &CaseReport, here: Reaches, there: Reaches, costs: &Costs<'_>) -> ProjectedCase {
     let median = |spread: &super::spread::Spread| spread.median;
     let step_ms = case.step_ms.as_ref().map(median);
-    let measured_ms = case.device_ms.as_ref().map(median).or(step_ms).unwrap_or(f64::NAN);
+    let whole_ms = case.device_ms.as_ref().map(median).or(step_ms).unwrap_or(f64::NAN);
+    // Live ranks' collectives are not the rank's own work.
+    let measured_ms = case.collectives.map_or(whole_ms, |of| of.alone_ms.median);
     let slower_reads = here.read_gb_s / there.read_gb_s;
     let slower_mma = here.mma_tflop_s / there.mma_tflop_s;
     let (floor_ms, slower) = if case.kind == "decode" {
@@ -237,7 +278,7 @@ fn project(case: &CaseReport, here: Reaches, there: Reaches, costs: &CollectiveC
     let rank_ms = floor_ms * slower + rest_ms * slower_reads;
     let rank_at_best_ms = floor_ms * slower + rest_ms;
     let collectives_ms = costs.of_step(case);
-    let host_ms = step_ms.map_or(0.0, |step_ms| (step_ms - measured_ms).max(0.0));
+    let host_ms = step_ms.map_or(0.0, |step_ms| (step_ms - whole_ms).max(0.0));
     let tokens_per_s = |rank_ms: f64| case.tokens as f64 / (rank_ms + collectives_ms + host_ms) * 1e3;
     ProjectedCase {
         case: case.title(),
@@ -254,14 +295,14 @@ fn project(case: &CaseReport, here: Reaches, there: Reaches, costs: &CollectiveC
 
 fn assumptions(
     step: &StepReport,
-    group: &GroupReport,
+    costs: &Costs<'_>,
     ranks: usize,
     here: Reaches,
     there: Reaches,
     source: &str,
 ) -> Vec<String> {
     let settings = &step.settings;
-    let (layers, tp) = (settings.num_hidden_layers, settings.tp);
+    let tp = settings.tp;
     let measured_on = step.environment.gpu.as_ref().map_or("the CPU", |gpu| &gpu.name);
     let mut lines = vec![
         format!(
@@ -277,9 +318,38 @@ fn assumptions(
          reading for the rest; products of NVIDIA's library, which may use more than mma.sync here, count with the rest"
             .to_owned(),
         "at best: only the reading (of a decode) or the products (of a prefill) are slower there, and the rest is as here".to_owned(),
+        "links between GPUs, and the host, are as fast there as where they were measured".to_owned(),
+        "rank 0 chooses the tokens, in its step; what the host adds to a step is added whole".to_owned(),
+    ];
+    match costs {
+        Costs::OfSums(costs) => lines.extend(of_sums(step, costs, ranks)),
+        Costs::Added => lines.push(format!(
+            "collectives of {tp} ranks add to a step what they added between {0} ranks ({1}) where those were measured, waiting for the slower \
+             one included: as if more ranks made no difference",
+            settings.live, settings.between
+        )),
+    }
+    lines
+}
+
+/// What is assumed of sums that were measured by themselves.
+fn of_sums(step: &StepReport, costs: &CollectiveCosts<'_>, ranks: usize) -> Vec<String> {
+    let (layers, tp, group) = (step.settings.num_hidden_layers, step.settings.tp, costs.group);
+    let columns: usize = step.settings.gathered.iter().sum();
+    let gatherings = if columns == 0 {
+        String::new()
+    } else {
+        let takes = if costs.gatherings_measured() {
+            "as measured"
+        } else {
+            "which takes as long as a sum of as many bytes"
+        };
+        format!("a gathering a layer of what ranks share of q_a and kv_a ({columns} columns), {takes}; ")
+    };
+    let mut lines = vec![
         format!(
-            "{} sums over ranks a step: two a layer of {layers}, each of the step's tokens, and one of the embedding, twice as wide (f32); a \
-             gathering of the logits, which takes as long as a sum of as many bytes; nothing of them is hidden behind anything",
+            "{} sums over ranks a step: two a layer of {layers}, each of the step's tokens, and one of the embedding, twice as wide (f32); \
+             {gatherings}a gathering of the logits, which takes as long as a sum of as many bytes; nothing of them is hidden behind anything",
             2 * layers + 1
         ),
         format!(
@@ -287,8 +357,6 @@ fn assumptions(
              are in proportion",
             group.name, group.placement
         ),
-        "links between GPUs, and the host, are as fast there as where they were measured".to_owned(),
-        "rank 0 chooses the tokens, in its step; what the host adds to a step is added whole".to_owned(),
     ];
     if ranks != tp {
         lines.push(format!(
@@ -305,9 +373,9 @@ fn assumptions(
 mod tests {
     use dsa80_model::measure::GpuFacts;
 
-    use super::super::collectives::SizeReport;
+    use super::super::collectives::{GroupReport, SizeReport};
     use super::super::spread::Spread;
-    use super::super::step::StepSettings;
+    use super::super::step::{CollectivesOfStep, StepSettings};
     use super::*;
 
     fn spread(median: f64) -> Option<Spread> {
@@ -336,9 +404,13 @@ mod tests {
                 model: "GLM-5.2".into(),
                 tp: 8,
                 rank: 0,
+                live: 1,
+                between: "none".into(),
+                expand_from: None,
                 num_hidden_layers: 10,
                 hidden_size: 100,
                 vocab_size: 1000,
+                gathered: vec![40, 20],
                 kv_cache_dtype: "auto".into(),
                 page_size: 64,
                 num_pages: 1,
@@ -378,31 +450,37 @@ mod tests {
             bytes: 200 * rows,
             us: Spread { median, p10: median, p90: median, runs: 1 },
             in_a_graph: true,
+            fused: false,
             bus_gb_s: 1.0,
+            check: None,
         };
         let group = GroupReport {
             name: "peer".into(),
             placement: "8 GPUs".into(),
             measures_a_link,
             all_reduce: vec![size(1, 10.0), size(16, 25.0)],
+            all_reduce_norm: Vec::new(),
+            all_gather: Vec::new(),
         };
         CollectivesReport {
             environment: Environment::of(None, None),
             tp: 8,
             hidden: 100,
+            gathered: Vec::new(),
             groups: vec![group],
+            crossover: None,
         }
     }
 
     fn args(gpu: Target, bandwidth: Option<f64>, mma: Option<f64>) -> ProjectArgs {
         let report = ReportArgs { json: None, git: None };
-        ProjectArgs { step: "s".into(), collectives: "c".into(), gpu, bandwidth, mma, report }
+        ProjectArgs { step: "s".into(), collectives: None, gpu, bandwidth, mma, report }
     }
 
     #[test]
     fn reading_scales_a_decode_and_products_a_prefill() {
         let args = args(Target::A100, Some(1500.0), Some(200.0));
-        let Projection { cases, .. } = Projection::new(&args, steps(), sums(true)).unwrap();
+        let Projection { cases, .. } = Projection::new(&args, steps(), Some(&sums(true))).unwrap();
         let [decode, prefill] = &cases[..] else { panic!("{cases:?}") };
         // Reads take twice as long there, products three times.
         assert_eq!((decode.rank_ms, decode.rank_at_best_ms, decode.host_ms), (10.0, 9.0, 0.5));
@@ -414,26 +492,30 @@ mod tests {
 
     #[test]
     fn nothing_is_carried_over_to_the_same_gpu() {
-        let projection = Projection::new(&args(Target::Same, None, None), steps(), sums(true)).unwrap();
+        let projection =
+            Projection::new(&args(Target::Same, None, None), steps(), Some(&sums(true))).unwrap();
         assert_eq!(projection.cases[0].rank_ms, 5.0);
         assert_eq!(projection.target, Reaches { read_gb_s: 3000.0, mma_tflop_s: 600.0 });
         let mut on_cpu = steps();
         on_cpu.environment.gpu = None;
-        let same = Projection::new(&args(Target::Same, None, None), on_cpu.clone(), sums(false)).unwrap();
+        let same =
+            Projection::new(&args(Target::Same, None, None), on_cpu.clone(), Some(&sums(false))).unwrap();
         assert_eq!(same.cases[0].rank_ms, 5.0);
-        let error = Projection::new(&args(Target::A100, None, None), on_cpu, sums(false)).unwrap_err();
+        let error = Projection::new(&args(Target::A100, None, None), on_cpu, Some(&sums(false))).unwrap_err();
         assert!(error.to_string().contains("only --gpu same"), "{error}");
     }
 
     #[test]
     fn every_assumption_is_told_and_it_is_called_a_projection() {
-        let text =
-            |link| Projection::new(&args(Target::A100, None, None), steps(), sums(link)).unwrap().text();
+        let text = |link| {
+            Projection::new(&args(Target::A100, None, None), steps(), Some(&sums(link))).unwrap().text()
+        };
         let words = text(true);
         for expected in [
             "A projection",
             "read 3000 GB/s here and 1850 there",
             "21 sums over ranks a step",
+            "of q_a and kv_a (60 columns), which takes as long as a sum of as many bytes",
             "by peer between 8 ranks on 8 GPUs",
             "rank 0 chooses the tokens",
         ] {
@@ -447,11 +529,36 @@ mod tests {
         let refused = |change: &dyn Fn(&mut StepReport, &mut CollectivesReport), bandwidth| {
             let (mut steps, mut sums) = (steps(), sums(true));
             change(&mut steps, &mut sums);
-            Projection::new(&args(Target::A100, bandwidth, None), steps, sums).unwrap_err().to_string()
+            Projection::new(&args(Target::A100, bandwidth, None), steps, Some(&sums)).unwrap_err().to_string()
         };
         assert!(refused(&|_, sums| sums.hidden = 7, None).contains("--hidden 100"));
         assert!(refused(&|_, sums| sums.groups.clear(), None).contains("no measurements"));
         assert!(refused(&|steps, _| steps.cases.clear(), None).contains("no measurements"));
         assert!(refused(&|_, _| (), Some(0.0)).contains("--bandwidth is 0"));
+    }
+
+    #[test]
+    fn live_ranks_add_what_their_collectives_added() {
+        let mut steps = steps();
+        steps.settings.live = 2;
+        let alone = spread(4.5).unwrap();
+        for case in &mut steps.cases {
+            case.collectives =
+                Some(CollectivesOfStep { alone_ms: alone, added_ms: 0.5, share: 0.1, kernels_ms: None });
+        }
+        let same = args(Target::Same, None, None);
+        let projection = Projection::new(&same, steps.clone(), None).unwrap();
+        let decode = &projection.cases[0];
+        assert_eq!(
+            (decode.rank_ms, decode.collectives_ms, decode.host_ms, decode.step_ms),
+            (4.5, 0.5, 0.5, 5.5)
+        );
+        assert!(projection.text().contains("what they added between 2 ranks"), "{}", projection.text());
+        // Sums that were measured by themselves say more.
+        let by_sums = Projection::new(&same, steps.clone(), Some(&sums(true))).unwrap();
+        assert!(by_sums.cases[0].rank_ms == 4.5 && by_sums.cases[0].collectives_ms != 0.5);
+        steps.cases[1].collectives = None;
+        let refused = Projection::new(&same, steps, None).unwrap_err().to_string();
+        assert!(refused.contains("on one rank alone") && refused.contains("--live 2"), "{refused}");
     }
 }

@@ -90,6 +90,10 @@ pub(super) struct ServeArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 600.0, value_parser = rate)]
     timeout: f64,
 
+    /// Seconds that a server which is still loading (HTTP 503) is waited for at most, before the first request; 0: it is not asked whether it is.
+    #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
+    wait: u64,
+
     #[command(flatten)]
     report: ReportArgs,
 }
@@ -124,6 +128,7 @@ async fn measure(args: &ServeArgs) -> anyhow::Result<ServeReport> {
     );
     let timeout = Duration::try_from_secs_f64(args.timeout).context("--timeout")?;
     let mut endpoint = Endpoint::new(&args.base_url, args.endpoint, args.api_key.clone(), timeout)?;
+    endpoint.wait(Duration::from_secs(args.wait)).await?;
     endpoint.model = match &args.model {
         Some(model) => model.clone(),
         None => endpoint.first_model().await?,

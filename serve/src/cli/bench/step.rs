@@ -11,12 +11,14 @@ use anyhow::bail;
 use clap::Args;
 use dsa80_model::checkpoint::Checkpoint;
 use dsa80_model::dummy::{DummyWeights, GLM_5_2};
-use dsa80_model::launch::{Alone, Device, KvCacheDtype, LaunchOptions, launch_alone};
-use dsa80_model::measure::{ReadBytes, StepTimes, cache_bytes_per_token, flops};
+use dsa80_model::launch::{
+    Alone, Collectives, Device, KvCacheDtype, LaunchOptions, Measurement, launch_alone,
+};
+use dsa80_model::measure::{ReadBytes, StepTimes, cache_bytes_per_token, flops, gathered};
 use dsa80_model::plan::Plan;
 
 use self::cases::{Case, Kind, SEGMENT};
-pub(super) use self::report::{CaseReport, KernelReport, StepReport, StepSettings};
+pub(super) use self::report::{CaseReport, CollectivesOfStep, KernelReport, StepReport, StepSettings};
 use super::environment::Environment;
 use super::spread::Spread;
 use super::{ReportArgs, print};
@@ -32,13 +34,26 @@ pub(super) struct StepArgs {
     #[arg(long, default_value = "auto")]
     device: Device,
 
-    /// Tensor-parallel ranks, of which one is measured.
+    /// Tensor-parallel ranks, of which one is measured, or a few.
     #[arg(long, value_name = "N", default_value_t = 8, visible_alias = "tensor-parallel-size")]
     tp: usize,
 
-    /// Which one; rank 0 alone chooses tokens.
+    /// Which one, or the first; rank 0 alone chooses tokens.
     #[arg(long, value_name = "RANK", default_value_t = 0)]
     rank: usize,
+
+    /// Ranks that step together, from --rank on, each on a GPU of its own (with --device cpu, on a thread): what is between them is measured
+    /// with them, and what the step takes without it.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    live: usize,
+
+    /// What sums over live ranks on GPUs: auto (peer where they reach each other's memory), peer or nccl.
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    collectives: Collectives,
+
+    /// New tokens from which on a prefill's attention is expanded, as far as its context allows it, instead of what the kernels take.
+    #[arg(long, value_name = "TOKENS")]
+    expand_from: Option<usize>,
 
     /// Sequences of a decode step, 64 at most; 0 for no decode.
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1,8,32")]
@@ -90,26 +105,32 @@ pub(super) fn run(args: StepArgs) -> anyhow::Result<()> {
     let plan = Plan::from_checkpoint(&checkpoint, args.tp)?;
     let started = Instant::now();
     let weights = DummyWeights::like(&checkpoint);
-    let Alone { mut rank, gpu } =
-        launch_alone(&checkpoint, &weights, &args.launch_options(&wanted), args.rank, true)?;
-    let limits = rank.limits();
+    let measurement =
+        Measurement { rank: args.rank, live: args.live, ceilings: true, expand_from: args.expand_from };
+    let Alone { mut ranks, between, gpu } =
+        launch_alone(&checkpoint, &weights, &args.launch_options(&wanted), &measurement)?;
+    let limits = ranks.limits();
     let environment = Environment::of(gpu, args.report.git.as_deref());
     let mut report = StepReport {
         settings: StepSettings {
             model: args.model.as_ref().map_or_else(|| "GLM-5.2".to_owned(), |dir| dir.display().to_string()),
             tp: args.tp,
             rank: args.rank,
+            live: args.live,
+            between: between.to_owned(),
+            expand_from: args.expand_from,
             num_hidden_layers: config.num_hidden_layers,
             hidden_size: config.hidden_size,
             vocab_size: config.vocab_size,
+            gathered: gathered(config, args.tp),
             kv_cache_dtype: args.kv_cache_dtype.to_string(),
             page_size: limits.page_size,
             num_pages: limits.num_pages,
             weight_bytes: plan.weights.total(),
-            cache_bytes_per_token: cache_bytes_per_token(config, &limits, rank.act_bytes()),
+            cache_bytes_per_token: cache_bytes_per_token(config, &limits, ranks.act_bytes()),
         },
         environment,
-        notes: notes(),
+        notes: notes(args.live),
         cases: Vec::new(),
     };
     print(&report.head(started.elapsed()))?;
@@ -129,14 +150,14 @@ pub(super) fn run(args: StepArgs) -> anyhow::Result<()> {
         bail!("the caches hold {} tokens, too few for any of the steps", limits.num_pages * limits.page_size);
     }
     let pages = cases.iter().map(|case| case.pages(&limits)).max().unwrap_or(0);
-    let vocabulary = cases::vocabulary(config.vocab_size, args.rank, args.tp);
+    let vocabulary = cases::vocabulary(config.vocab_size, args.rank..args.rank + args.live, args.tp);
     let started = Instant::now();
     for batch in cases::fill(&limits, pages, &vocabulary)? {
-        rank.fill(&batch)?;
+        ranks.fill(&batch)?;
     }
     for case in cases {
         let step = case.step(&limits, &vocabulary)?;
-        let seen = rank.see(&step.batch)?;
+        let seen = ranks.see(&step.batch)?;
         if report.cases.is_empty() {
             // Only what has been looked at is certain to be there.
             let tokens = pages * limits.page_size;
@@ -146,13 +167,14 @@ pub(super) fn run(args: StepArgs) -> anyhow::Result<()> {
             ))?;
         }
         let sampled = step.targets.len();
-        let read = ReadBytes::of(config, &plan, &limits, rank.act_bytes(), &step.batch, &seen, sampled > 0);
-        let times = rank.time(&step, args.runs.into(), !args.no_kernels)?;
+        let read = ReadBytes::of(config, &plan, &limits, ranks.act_bytes(), &step.batch, &seen, sampled > 0);
+        let times = ranks.time(&step, args.runs.into(), !args.no_kernels)?;
         let experts = Spread::of(&seen.experts.values().map(|&n| n as f64).collect::<Vec<_>>(), 1.0);
         let result = case_report(
             &case,
             &report.environment,
             times,
+            &report.settings,
             CaseReport {
                 read,
                 flops: flops(config, args.tp, &step.batch, sampled),
@@ -197,6 +219,7 @@ impl StepArgs {
             page_size: self.page_size,
             kv_cache_bytes: self.kv_cache_memory,
             kv_cache_dtype: self.kv_cache_dtype,
+            collectives: self.collectives,
             gpu_memory_utilization: self.gpu_memory_utilization,
             ..LaunchOptions::default()
         }
@@ -234,9 +257,16 @@ impl StepArgs {
 }
 
 /// What a reader of the results has to know.
-fn notes() -> Vec<String> {
+fn notes(live: usize) -> Vec<String> {
+    let ranks = if live == 1 {
+        "one rank alone with random weights: what collectives take, and what other ranks would add, is left out"
+    } else {
+        "live ranks with random weights, of which the slowest counts: they sum and gather in the shapes of the whole group, and what ranks that \
+         are not there would add, to the sums and to what is moved, is left out; alone: the same step without collectives, each rank with \
+         tokens of its own part of the vocabulary; what collectives add is the difference, in which waiting for the slower rank is contained"
+    };
     [
-        "one rank alone with random weights: what collectives take, and what other ranks would add, is left out",
+        ranks,
         "every sequence has pages of its own; the caches were filled by prefilling segments of 512 tokens",
         "device: the step's launches, just as they are, replayed from one graph, by the GPU's clock; step: as the engine makes it, by the \
          host's clock, from the step to its tokens, decode from its graph, prefill launch by launch",
@@ -249,9 +279,15 @@ fn notes() -> Vec<String> {
 }
 
 /// Puts the times to what is known of the step.
-fn case_report(case: &Case, environment: &Environment, times: StepTimes, rest: CaseReport) -> CaseReport {
+fn case_report(
+    case: &Case,
+    environment: &Environment,
+    times: StepTimes,
+    settings: &StepSettings,
+    rest: CaseReport,
+) -> CaseReport {
     const MILLI: f64 = 1e-3;
-    let StepTimes { step_us, host_us, device_us, kernels } = times;
+    let StepTimes { step_us, host_us, device_us, alone_us, kernels } = times;
     let (step_ms, device_ms) = (Spread::of(&step_us, MILLI), Spread::of(&device_us, MILLI));
     let ms = device_ms.or(step_ms).map_or(f64::NAN, |spread| spread.median);
     let device_us = device_ms.map(|spread| spread.median / MILLI);
@@ -269,6 +305,15 @@ fn case_report(case: &Case, environment: &Environment, times: StepTimes, rest: C
             })
         })
         .collect();
+    let collectives = Spread::of(&alone_us, MILLI).map(|alone_ms| CollectivesOfStep {
+        alone_ms,
+        added_ms: ms - alone_ms.median,
+        share: (ms - alone_ms.median) / ms,
+        kernels_ms: (settings.between == "peer" && !kernels.is_empty()).then(|| {
+            let sums = kernels.iter().filter(|kernel| is_collective(&kernel.name));
+            sums.map(|kernel| kernel.us).sum::<f64>() * MILLI
+        }),
+    });
     let gpu = environment.gpu.as_ref();
     let of_ceiling = |value: f64, ceiling: Option<f64>| ceiling.map(|ceiling| value / ceiling);
     let (read_gb_s, tflop_s) = (rest.read.total() as f64 / ms / 1e6, rest.flops / ms / 1e9);
@@ -286,8 +331,14 @@ fn case_report(case: &Case, environment: &Environment, times: StepTimes, rest: C
         read_gb_s,
         read_share: of_ceiling(read_gb_s, gpu.and_then(|gpu| gpu.read_gb_s)),
         mma_share: of_ceiling(tflop_s, gpu.and_then(|gpu| gpu.mma_tflop_s)),
+        collectives,
         kernels_ms: device_us.map(|_| kernels.iter().map(|kernel| kernel.us).sum::<f64>() * MILLI),
         kernels,
         ..rest
     }
+}
+
+/// Whether a kernel sums, gathers or sends between ranks.
+fn is_collective(kernel: &str) -> bool {
+    ["all_reduce", "all_gather", "broadcast"].iter().any(|name| kernel.starts_with(name))
 }

@@ -1,28 +1,18 @@
 //! `all_reduce_norm` of eight ranks that share the GPU: its work, without the way between GPUs.
 
-use std::time::Duration;
-
 use dsa80_cuda::all_reduce::Shots;
 use dsa80_cuda::all_reduce_norm::{self, AllReduceNormDims, AllReduceNormTile, NormParts, all_reduce_norm};
-use dsa80_cuda::exchange::{Exchange, ExchangeDims, alloc_workspace};
+use dsa80_cuda::exchange::Exchange;
 use dsa80_cuda::{Cost, CudaTensor, Gpu, GpuBuffer};
 use dsa80_reference::{DType, Kernels, Result};
-use half::bf16;
 
 use super::Case;
 use super::plain::{self, Plain, sampled};
+use super::ranks::{self, RANKS, Shape, WIDTH};
 use crate::inputs;
 use crate::oracle::{self, Accuracy, oracle};
 
-const RANKS: usize = 8;
-const WIDTH: usize = 6144;
 const EPS: f64 = 1e-5;
-
-#[derive(Clone, Copy)]
-struct Shape {
-    tokens: usize,
-    shots: Shots,
-}
 
 struct Ranks {
     shape: Shape,
@@ -34,11 +24,7 @@ struct Ranks {
 }
 
 pub(super) fn cases() -> Vec<Case> {
-    plain::cases::<Ranks>([1, 32, 256, 2048].map(|tokens| {
-        let shots = Shots::of_norm(2 * WIDTH * tokens, RANKS);
-        let class = if shots == Shots::One { "one_shot" } else { "two_shots" };
-        (format!("T={tokens}, {RANKS} ranks of one GPU"), class, Shape { tokens, shots }, tokens <= 32)
-    }))
+    plain::cases::<Ranks>(ranks::shapes(Shots::of_norm))
 }
 
 /// Alike on every rank.
@@ -67,9 +53,7 @@ impl Plain for Ranks {
     type Common = Exchange<GpuBuffer>;
 
     fn common(gpu: &Gpu, _shape: Shape) -> Result<Self::Common> {
-        let dims = ExchangeDims::new(RANKS)?;
-        let workspaces = (0..RANKS).map(|_| alloc_workspace(gpu, dims)).collect::<Result<_>>()?;
-        Ok(Exchange { dims, workspaces, first_rank: 0, patience: Duration::from_secs(5) })
+        ranks::exchange(gpu)
     }
 
     fn new(gpu: &Gpu, _common: &Self::Common, shape: Shape, seed: u64) -> Result<Self> {
@@ -95,11 +79,7 @@ impl Plain for Ranks {
         let rows = sampled(self.shape.tokens);
         let numbers = |tensor: &CudaTensor<Gpu>| oracle::row_numbers(gpu, tensor, &rows);
         let parts = self.x.iter().map(numbers).collect::<Result<Vec<_>>>()?;
-        let sum = |i: usize| {
-            let sum = parts[1..].iter().fold(parts[0][i] as f32, |sum, part| sum + part[i] as f32);
-            bf16::from_f32(sum).to_f64()
-        };
-        let sums: Vec<f64> = (0..parts[0].len()).map(sum).collect();
+        let sums = ranks::sums(&parts);
         let shape = [rows.len(), WIDTH];
         let mut x = oracle().alloc(DType::Act, &shape)?;
         oracle().write(&sums, &mut x)?;

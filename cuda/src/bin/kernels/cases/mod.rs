@@ -15,6 +15,7 @@ mod lm_head;
 mod moe_int4;
 mod plain;
 mod qkv_norm_rope;
+mod ranks;
 mod repack_int4;
 mod rms_norm;
 mod rope;

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use futures::StreamExt;
+use reqwest::StatusCode;
 use reqwest::header::{CONTENT_TYPE, HeaderValue};
 use serde_json::Value as Json;
 
@@ -14,6 +15,9 @@ use super::workload::Asked;
 
 /// Of an error's words: as many as a line of a terminal or two hold.
 const WORDS: usize = 200;
+
+/// Between two questions whether a server is ready.
+const POLL: Duration = Duration::from_millis(500);
 
 /// Where requests go.
 #[derive(Debug, Clone)]
@@ -100,8 +104,35 @@ impl Endpoint {
         Ok(Self { http, url: format!("{root}/v1/{path}"), root, key, timeout, model: String::new() })
     }
 
-    /// The first model that the server lists.
-    pub(super) async fn first_model(&self) -> anyhow::Result<String> {
+    /// Waits as long as the server says that it is not ready yet (503), for no more than `limit`.
+    pub(super) async fn wait(&self, limit: Duration) -> anyhow::Result<()> {
+        let started = Instant::now();
+        loop {
+            let asked = if limit.is_zero() { None } else { self.models().await.ok() };
+            // Who cannot be asked is told of by what follows.
+            let Some((url, status, body)) = asked.filter(|asked| asked.1 == StatusCode::SERVICE_UNAVAILABLE)
+            else {
+                return Ok(());
+            };
+            let (waited, said) = (started.elapsed(), error_of(&body));
+            if waited + POLL > limit {
+                bail!(
+                    "GET {url}: {status}: {said}; not ready after {:.0} s; --wait SECONDS waits longer",
+                    waited.as_secs_f64()
+                );
+            }
+            if waited < POLL {
+                tracing::warn!(
+                    "the server is not ready ({said}); waiting for it, {} s at most",
+                    limit.as_secs()
+                );
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// What the server says of its models, and where.
+    async fn models(&self) -> anyhow::Result<(String, StatusCode, String)> {
         let url = format!("{}/v1/models", self.root);
         let get = async {
             let response = self.with_key(self.http.get(&url)).send().await?;
@@ -111,6 +142,12 @@ impl Endpoint {
         let (status, body) = answered
             .with_context(|| format!("GET {url}: not answered in time"))?
             .with_context(|| format!("GET {url}: is a server running there?"))?;
+        Ok((url, status, body))
+    }
+
+    /// The first model that the server lists.
+    pub(super) async fn first_model(&self) -> anyhow::Result<String> {
+        let (url, status, body) = self.models().await?;
         if !status.is_success() {
             bail!("GET {url}: {status}: {}; --api-key gives a key, --model the name", short(&body));
         }

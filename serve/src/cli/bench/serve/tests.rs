@@ -36,6 +36,29 @@ async fn served(mock: MockOptions, api_keys: &[&str]) -> (String, Arc<MockEngine
     (url, engine)
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_still_loading_is_waited_for_up_to_a_limit() {
+    let engine = MockEngine::new(MockOptions::default());
+    let model = ServedModel { text: Arc::new(mock::text_model()), engine: engine.handle() };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let state = ServerState::new(ServerOptions::default());
+    tokio::spawn(crate::serve(listener, state.clone(), pending()));
+    let load = "--num-requests 2 --warmup 0 --input-len 8 --output-len 4 --vocab-size 256";
+    // Also where the model's name need not be asked for.
+    for more in ["", "--model reciter"] {
+        let error = measure(&args(&url, &format!("{load} --wait 1 {more}"))).await.unwrap_err().to_string();
+        for words in ["503", "being loaded", "not ready after 1 s; --wait SECONDS waits longer"] {
+            assert!(error.contains(words), "{error}");
+        }
+    }
+    let waiting = args(&url, &format!("{load} --wait 60"));
+    let waiting = tokio::spawn(async move { measure(&waiting).await });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    state.set_ready(model);
+    assert_eq!(waiting.await.unwrap().unwrap().completed, 2);
+}
+
 fn slow() -> MockOptions {
     MockOptions {
         start_delay: Duration::from_millis(30),
@@ -181,7 +204,8 @@ async fn what_goes_wrong_is_counted_by_kind() {
             tokio::spawn(answer(stream, number.fetch_add(1, Ordering::Relaxed)));
         }
     });
-    let load = format!("--model odd --num-requests {REQUESTS} --warmup 0 --timeout 1.5 --input-len 3");
+    let load =
+        format!("--model odd --wait 0 --num-requests {REQUESTS} --warmup 0 --timeout 1.5 --input-len 3");
     let report = measure(&args(&url, &load)).await.unwrap();
     for (number, request) in report.each.iter().enumerate() {
         println!("{number}: {:?}", request);

@@ -99,11 +99,11 @@ pub(super) fn fill(limits: &StepLimits, pages: usize, vocabulary: &Range<usize>)
     segments.chunks(sequences).map(batch).collect()
 }
 
-/// Tokens whose embeddings a rank has. Alone, it makes zeros of all others, which would be alike: they would select the same rows and be
-/// sent to the same experts.
-pub(super) fn vocabulary(vocab_size: usize, rank: usize, tp: usize) -> Range<usize> {
+/// Tokens whose embeddings `ranks` have. They make zeros of all others, which would be alike: they would select the same rows and be sent to
+/// the same experts.
+pub(super) fn vocabulary(vocab_size: usize, ranks: Range<usize>, tp: usize) -> Range<usize> {
     let share = vocab_size / tp;
-    rank * share..(rank + 1) * share
+    ranks.start * share..ranks.end * share
 }
 
 /// Random tokens, other ones for another seed.
@@ -150,7 +150,7 @@ mod tests {
     #[test]
     fn every_sequence_of_a_decode_has_pages_of_its_own_and_wants_a_token() {
         let limits = limits();
-        let Step { batch, targets } = decode(3, 100).step(&limits, &vocabulary(1000, 1, 4)).unwrap();
+        let Step { batch, targets } = decode(3, 100).step(&limits, &vocabulary(1000, 1..2, 4)).unwrap();
         assert_eq!(batch.context_lens, [100; 3]);
         let mut pages = batch.block_table.clone();
         pages.sort_unstable();

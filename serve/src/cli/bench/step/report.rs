@@ -25,14 +25,43 @@ pub(in crate::cli::bench) struct StepSettings {
     pub(in crate::cli::bench) model: String,
     pub(in crate::cli::bench) tp: usize,
     pub(in crate::cli::bench) rank: usize,
+    /// Ranks that stepped together, from that one on.
+    #[serde(default = "one")]
+    pub(in crate::cli::bench) live: usize,
+    /// What summed over them.
+    #[serde(default)]
+    pub(in crate::cli::bench) between: String,
+    /// From how many new tokens on attention was expanded, where that was said.
+    #[serde(default)]
+    pub(in crate::cli::bench) expand_from: Option<usize>,
     pub(in crate::cli::bench) num_hidden_layers: usize,
     pub(in crate::cli::bench) hidden_size: usize,
     pub(in crate::cli::bench) vocab_size: usize,
+    /// Columns of what ranks gather in every layer.
+    #[serde(default)]
+    pub(in crate::cli::bench) gathered: Vec<usize>,
     pub(in crate::cli::bench) kv_cache_dtype: String,
     pub(in crate::cli::bench) page_size: usize,
     pub(in crate::cli::bench) num_pages: usize,
     pub(in crate::cli::bench) weight_bytes: u64,
     pub(in crate::cli::bench) cache_bytes_per_token: usize,
+}
+
+fn one() -> usize {
+    1
+}
+
+/// What collectives between live ranks take of a step, in milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub(in crate::cli::bench) struct CollectivesOfStep {
+    /// The step without them, on the slowest rank.
+    pub(in crate::cli::bench) alone_ms: Spread,
+    /// What they add to it, waiting for each other included.
+    pub(in crate::cli::bench) added_ms: f64,
+    /// That, of the step.
+    pub(in crate::cli::bench) share: f64,
+    /// Their kernels by themselves, where those are ours.
+    pub(in crate::cli::bench) kernels_ms: Option<f64>,
 }
 
 /// One step.
@@ -65,6 +94,9 @@ pub(in crate::cli::bench) struct CaseReport {
     pub(in crate::cli::bench) mma_share: Option<f64>,
     /// Different experts of a sparse layer, the median over layers.
     pub(in crate::cli::bench) experts_a_layer: Option<f64>,
+    /// Of live ranks.
+    #[serde(default)]
+    pub(in crate::cli::bench) collectives: Option<CollectivesOfStep>,
     /// The sum of the kernels' times.
     pub(in crate::cli::bench) kernels_ms: Option<f64>,
     pub(in crate::cli::bench) kernels: Vec<KernelReport>,
@@ -85,10 +117,17 @@ pub(in crate::cli::bench) struct KernelReport {
 impl StepReport {
     /// What stands over the cases.
     pub(super) fn head(&self, loaded: Duration) -> String {
-        let StepSettings { model, tp, rank, num_hidden_layers, page_size, num_pages, .. } = &self.settings;
+        let StepSettings { model, tp, rank, live, between, num_hidden_layers, page_size, num_pages, .. } =
+            &self.settings;
+        let ranks = match live {
+            1 => format!("rank {rank} of {tp} of {model}, {num_hidden_layers} layers, alone"),
+            _ => format!(
+                "ranks {rank} to {} of {tp} of {model}, {num_hidden_layers} layers, together ({between})",
+                rank + live - 1
+            ),
+        };
         format!(
-            "{}\nrank {rank} of {tp} of {model}, {num_hidden_layers} layers, alone, random weights ({}), made in {:.1} s; caches of {} \
-             tokens in {} ({} B a token)\n",
+            "{}\n{ranks}, random weights ({} a rank), made in {:.1} s; caches of {} tokens in {} ({} B a token)\n",
             self.environment.words(),
             size::show(self.settings.weight_bytes),
             loaded.as_secs_f64(),
@@ -128,6 +167,19 @@ impl CaseReport {
                 .host_us
                 .map_or_else(String::new, |host| format!(", {:.0} us of it the host's", host.median));
             line("step", format!("{} ms{host}", step.words()));
+        }
+        if let Some(CollectivesOfStep { alone_ms, added_ms, share, kernels_ms }) = self.collectives {
+            let kernels = kernels_ms
+                .map_or_else(String::new, |ms| format!("; their kernels by themselves {} ms", digits(ms)));
+            line("alone", format!("{} ms", alone_ms.words()));
+            line(
+                "sums",
+                format!(
+                    "collectives add {} ms, {:.1} % of the step{kernels}",
+                    digits(added_ms),
+                    100.0 * share
+                ),
+            );
         }
         line("read", self.read_words(environment));
         if let Some(share) = self.mma_share {
