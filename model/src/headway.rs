@@ -40,6 +40,7 @@ impl Headway {
     }
 
     /// All ranks begin `what` together.
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
     pub(crate) fn begin_together(&self, what: &str) {
         let mut state = self.lock();
         state.count += 1;

@@ -200,10 +200,20 @@ mod binary {
     }
 
     #[test]
-    fn a_device_that_is_not_built_is_refused() {
-        let output = output(&["generate", "x", "--device", "wgpu"]);
-        assert_eq!(output.status.code(), Some(1));
-        assert!(String::from_utf8(output.stderr).unwrap().contains("--device wgpu"));
+    fn an_adapter_that_is_not_there_is_refused_and_auto_goes_on_to_the_cpu() {
+        let with = |device: &str| {
+            let mut command = dsa80(&["generate", "x", "-n", "2", "--log-level", "info", "--device", device]);
+            // With it neither CUDA nor wgpu finds a GPU that may be here.
+            command.env("CUDA_VISIBLE_DEVICES", "").env("DSA80_WGPU_ADAPTER", "of no such name");
+            let output = command.stdin(Stdio::null()).output().unwrap();
+            (output.status.code(), String::from_utf8(output.stderr).unwrap())
+        };
+        let (code, log) = with("wgpu");
+        assert_eq!(code, Some(1), "{log}");
+        assert!(log.contains("--device wgpu: ") && log.contains("or use --device cpu"), "{log}");
+        let (code, log) = with("auto");
+        assert_eq!(code, Some(0), "{log}");
+        assert!(log.contains("device: cpu (auto: no cuda: ") && log.contains("; no wgpu: "), "{log}");
     }
 
     #[test]

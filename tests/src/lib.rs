@@ -1,5 +1,6 @@
 //! What the tests of dsa80 share: fixtures, random models, ways of running a prompt, distances.
 
+pub mod bodies;
 pub mod distance;
 pub mod emulator;
 pub mod engine;

@@ -9,9 +9,10 @@
 use std::sync::Arc;
 
 use dsa80_model::checkpoint::Checkpoint;
-use dsa80_model::runner::{INDEX_LOGITS, Rank};
+use dsa80_model::runner::{Rank, RankParts};
 use dsa80_reference::SequenceSlice;
 use dsa80_reference::cpu::{Cpu, Real, ThreadCommunicator};
+use dsa80_tests::bodies;
 use dsa80_tests::distance::{LogprobDelta, argmax, largest, mean, share_within};
 use dsa80_tests::fixture::{self, Fixture};
 use dsa80_tests::judge::{self, BF16_BOUND, limits};
@@ -249,21 +250,12 @@ fn on_ranks(fixture: &Fixture, checkpoint: &Checkpoint, world_size: usize) -> Ve
     let limits = limits(fixture, 16);
     let pages = prompt::scattered_pages(&limits, 0);
     let pieces = prompt::pieces(fixture.tokens.len(), 64);
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = ThreadCommunicator::group(Cpu::<f32>::new(), world_size)
-            .into_iter()
-            .map(|communicator| {
-                let (pages, pieces) = (&pages, &pieces);
-                scope.spawn(move || {
-                    let communicator = Box::new(communicator);
-                    let mut rank =
-                        Rank::load(Cpu::new(), communicator, checkpoint, &limits, INDEX_LOGITS).unwrap();
-                    let run = prompt::run(&mut rank, &fixture.tokens, pages, 16, pieces).unwrap();
-                    let few = &fixture.tokens[..pieces[0].end];
-                    (run, FirstLatents::of(&mut rank, few, pages, 16).unwrap())
-                })
-            })
-            .collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    let cpu = Cpu::<f32>::new();
+    let ranks = ThreadCommunicator::group(cpu, world_size).into_iter();
+    let ranks = ranks.map(|rank| RankParts { kernels: cpu, communicator: Box::new(rank) as _ });
+    bodies::on_ranks(checkpoint, &limits, ranks.collect(), |rank| {
+        let run = prompt::run(rank, &fixture.tokens, &pages, 16, &pieces).unwrap();
+        let few = &fixture.tokens[..pieces[0].end];
+        (run, FirstLatents::of(rank, few, &pages, 16).unwrap())
     })
 }

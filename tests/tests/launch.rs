@@ -29,7 +29,6 @@ fn refusals_name_the_option_and_what_would_fit() {
     let on_gpus = |tp| LaunchOptions { device: Device::Cuda, tp, ..options() };
     let cases = [
         (on_gpus(3), "degrees that divide this model: 1, 2, 4, 8"),
-        (LaunchOptions { device: Device::Wgpu, ..options() }, "--device wgpu is not in this build"),
         (LaunchOptions { tp: 3, ..options() }, "degrees that divide this model: 1, 2, 4, 8"),
         (LaunchOptions { tp: 0, ..options() }, "tensor parallelism over 0 ranks is not possible"),
         (LaunchOptions { max_num_batched_tokens: usize::MAX, ..options() }, "cpu: not enough memory"),

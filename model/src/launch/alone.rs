@@ -6,9 +6,13 @@ use std::sync::atomic::AtomicBool;
 use dsa80_reference::cpu::{Cpu, ThreadCommunicator};
 use dsa80_reference::{Communicator, Kernels, LoneRank, SomeRanks};
 
+#[cfg(feature = "wgpu")]
+use super::Hardware;
 use super::limits::{self, CacheMemory};
 use super::options::{Device, LaunchOptions};
-use super::{CPU_CACHE_BYTES, check_cpu_cache};
+#[cfg(feature = "cuda")]
+use super::reason;
+use super::{CPU_CACHE_BYTES, check_cpu_cache, no_device, wgpu};
 use crate::checkpoint::{Checkpoint, Shard};
 use crate::engine::StepLimits;
 use crate::error::LaunchError;
@@ -67,36 +71,46 @@ pub fn launch_alone(
             tp - rank
         )));
     }
+    let request = Request { checkpoint, weights, options, measurement };
     match options.device {
-        Device::Cpu => on_cpu(checkpoint, weights, options, measurement),
-        Device::Wgpu => Err(super::no_wgpu()),
-        Device::Cuda => on_cuda(checkpoint, weights, options, measurement),
-        Device::Auto => on_the_best(checkpoint, weights, options, measurement),
+        Device::Cpu => request.on_cpu(),
+        Device::Wgpu => request.on_wgpu(),
+        Device::Cuda => request.on_cuda(),
+        Device::Auto => request.on_the_best(),
     }
 }
 
-fn on_cpu(
-    checkpoint: &Arc<Checkpoint>,
-    weights: &dyn WeightSource,
-    options: &LaunchOptions,
-    measurement: &Measurement,
-) -> Result<Alone, LaunchError> {
-    check_cpu_cache(options)?;
-    let bytes = options.kv_cache_bytes.unwrap_or(CPU_CACHE_BYTES * options.tp);
-    let memory = CacheMemory { bytes, act_bytes: size_of::<f32>() };
-    let limits = limits::within(checkpoint.config(), options, memory)?;
-    let cpu = Cpu::<f32>::new();
-    let parts = ThreadCommunicator::group(cpu, measurement.live)
-        .into_iter()
-        .map(|live| RankParts { kernels: cpu, communicator: Box::new(live) })
-        .collect();
-    let group = Group { parts, own_collectives: true, options, measurement };
-    let ranks = group.load(weights, &limits, INDEX_LOGITS, size_of::<f32>())?;
-    Ok(Alone { ranks, between: between(measurement, "threads"), gpu: None })
+/// What is launched.
+#[derive(Clone, Copy)]
+struct Request<'a> {
+    checkpoint: &'a Arc<Checkpoint>,
+    weights: &'a dyn WeightSource,
+    options: &'a LaunchOptions,
+    measurement: &'a Measurement,
 }
 
-fn between(measurement: &Measurement, several: &'static str) -> &'static str {
-    if measurement.live > 1 { several } else { "none" }
+impl<'a> Request<'a> {
+    fn on_cpu(self) -> Result<Alone, LaunchError> {
+        check_cpu_cache(self.options)?;
+        let bytes = self.options.kv_cache_bytes.unwrap_or(CPU_CACHE_BYTES * self.options.tp);
+        let memory = CacheMemory { bytes, act_bytes: size_of::<f32>() };
+        let limits = limits::within(self.checkpoint.config(), self.options, memory)?;
+        let cpu = Cpu::<f32>::new();
+        let parts = ThreadCommunicator::group(cpu, self.measurement.live)
+            .into_iter()
+            .map(|live| RankParts { kernels: cpu, communicator: Box::new(live) })
+            .collect();
+        let ranks = self.group(parts, true).load(self.weights, &limits, INDEX_LOGITS, size_of::<f32>())?;
+        Ok(Alone { ranks, between: self.between("threads"), gpu: None })
+    }
+
+    fn group<K: Kernels>(self, parts: Vec<RankParts<K>>, own_collectives: bool) -> Group<'a, K> {
+        Group { parts, own_collectives, options: self.options, measurement: self.measurement }
+    }
+
+    fn between(self, several: &'static str) -> &'static str {
+        if self.measurement.live > 1 { several } else { "none" }
+    }
 }
 
 /// Ranks before they have weights.
@@ -149,28 +163,58 @@ impl<K: Kernels + 'static> Group<'_, K> {
     }
 }
 
-#[cfg(feature = "cuda")]
-fn on_cuda(
-    checkpoint: &Arc<Checkpoint>,
-    weights: &dyn WeightSource,
-    options: &LaunchOptions,
-    measurement: &Measurement,
-) -> Result<Alone, LaunchError> {
-    gpus::load(gpus::open(options, measurement)?, checkpoint, weights, options, measurement)
+#[cfg(feature = "wgpu")]
+impl Request<'_> {
+    fn on_wgpu(self) -> Result<Alone, LaunchError> {
+        let context = wgpu::open(Hardware::Any).map_err(|reason| no_device(Device::Wgpu, reason))?;
+        self.on_adapter(&context)
+    }
+
+    fn on_adapter(self, context: &wgpu::Opened) -> Result<Alone, LaunchError> {
+        tracing::info!("device: wgpu, {}", context.name());
+        let limits = wgpu::settle(context, self.checkpoint.config(), self.options)?;
+        let group = self.group(wgpu::parts(context, self.measurement.live), true);
+        let ranks = group.load(self.weights, &limits, INDEX_LOGITS, wgpu::ACT_BYTES)?;
+        Ok(Alone { ranks, between: self.between("threads"), gpu: None })
+    }
+
+    /// Where there is no GPU with CUDA, for this reason.
+    fn without_cuda(self, no_cuda: &str) -> Result<Alone, LaunchError> {
+        match wgpu::open(Hardware::Gpu) {
+            Ok(context) => {
+                tracing::warn!("device: wgpu (auto: no cuda: {no_cuda})");
+                self.on_adapter(&context)
+            }
+            Err(no_wgpu) => {
+                tracing::warn!("device: cpu (auto: no cuda: {no_cuda}; no wgpu: {no_wgpu})");
+                self.on_cpu()
+            }
+        }
+    }
+}
+
+#[cfg(not(feature = "wgpu"))]
+impl Request<'_> {
+    fn on_wgpu(self) -> Result<Alone, LaunchError> {
+        Err(no_device(Device::Wgpu, wgpu::NOT_BUILT))
+    }
+
+    fn without_cuda(self, no_cuda: &str) -> Result<Alone, LaunchError> {
+        tracing::warn!("device: cpu (auto: no cuda: {no_cuda}; no wgpu: {})", wgpu::NOT_BUILT);
+        self.on_cpu()
+    }
 }
 
 #[cfg(feature = "cuda")]
-fn on_the_best(
-    checkpoint: &Arc<Checkpoint>,
-    weights: &dyn WeightSource,
-    options: &LaunchOptions,
-    measurement: &Measurement,
-) -> Result<Alone, LaunchError> {
-    match gpus::open(options, measurement) {
-        Ok(opened) => gpus::load(opened, checkpoint, weights, options, measurement),
-        Err(reason) => {
-            tracing::warn!("device: cpu (auto: {reason})");
-            on_cpu(checkpoint, weights, options, measurement)
+impl Request<'_> {
+    fn on_cuda(self) -> Result<Alone, LaunchError> {
+        self.on_gpus(self.open_gpus()?)
+    }
+
+    fn on_the_best(self) -> Result<Alone, LaunchError> {
+        match self.open_gpus() {
+            Ok(opened) => self.on_gpus(opened),
+            Err(error) => self.without_cuda(&reason(error)),
         }
     }
 }
@@ -186,77 +230,70 @@ mod gpus {
 
     type OnGpu = RankParts<Cuda<Arc<Gpu>>>;
 
-    /// A GPU for every rank, and what is between them.
-    pub(super) fn open(
-        options: &LaunchOptions,
-        measurement: &Measurement,
-    ) -> dsa80_reference::Result<(Vec<OnGpu>, &'static str)> {
-        if measurement.live == 1 {
-            let kernels = GpuOfRank::open(0)?.backend;
-            return Ok((vec![RankParts { kernels, communicator: Box::new(SingleRank::default()) }], "none"));
-        }
-        let open = |between, name| {
-            let ranks = RankOnGpu::open_group(measurement.live, between, options.step_timeout)?;
-            let parts = ranks
-                .into_iter()
-                .map(|rank| RankParts { kernels: rank.backend, communicator: rank.communicator });
-            Ok((parts.collect(), name))
-        };
-        match options.collectives {
-            Collectives::Peer => open(Between::Peers, "peer"),
-            Collectives::Nccl => open(Between::Nccl, "nccl"),
-            Collectives::Auto => open(Between::Peers, "peer").or_else(|_| open(Between::Nccl, "nccl")),
-        }
-    }
-
-    pub(super) fn load(
-        (parts, between): (Vec<OnGpu>, &'static str),
-        checkpoint: &Arc<Checkpoint>,
-        weights: &dyn WeightSource,
-        options: &LaunchOptions,
-        measurement: &Measurement,
-    ) -> Result<Alone, LaunchError> {
-        let (mut gpu, mut limits) = (None, limits::widest(checkpoint.config(), options));
-        for part in &parts {
-            let device = part.kernels.device();
-            if gpu.is_none() {
-                // Before the memory is full.
-                gpu = Some(GpuFacts::of(device, measurement.ceilings)?);
+    impl Request<'_> {
+        /// A GPU for every rank, and what is between them.
+        pub(super) fn open_gpus(self) -> dsa80_reference::Result<(Vec<OnGpu>, &'static str)> {
+            let Request { options, measurement, .. } = self;
+            if measurement.live == 1 {
+                let kernels = GpuOfRank::open(0)?.backend;
+                return Ok((
+                    vec![RankParts { kernels, communicator: Box::new(SingleRank::default()) }],
+                    "none",
+                ));
             }
-            let own = crate::launch::cuda::settle(device, checkpoint, options)?;
-            limits.num_pages = limits.num_pages.min(own.num_pages);
-            limits.max_model_len = limits.max_model_len.min(own.max_model_len);
-        }
-        let expanding = |RankParts { kernels, communicator }: OnGpu| {
-            let kernels = match measurement.expand_from {
-                Some(tokens) => kernels.with_expansion(Expansion { tokens, ..Expansion::default() }),
-                None => kernels,
+            let open = |between, name| {
+                let ranks = RankOnGpu::open_group(measurement.live, between, options.step_timeout)?;
+                let parts = ranks
+                    .into_iter()
+                    .map(|rank| RankParts { kernels: rank.backend, communicator: rank.communicator });
+                Ok((parts.collect(), name))
             };
-            RankParts { kernels, communicator }
-        };
-        let parts = parts.into_iter().map(expanding).collect();
-        let group = Group { parts, own_collectives: between == "peer", options, measurement };
-        let (index_logits, act_bytes) = (crate::launch::cuda::INDEX_LOGITS, crate::launch::memory::ACT_BYTES);
-        Ok(Alone { ranks: group.load(weights, &limits, index_logits, act_bytes)?, between, gpu })
+            match options.collectives {
+                Collectives::Peer => open(Between::Peers, "peer"),
+                Collectives::Nccl => open(Between::Nccl, "nccl"),
+                Collectives::Auto => open(Between::Peers, "peer").or_else(|_| open(Between::Nccl, "nccl")),
+            }
+        }
+
+        pub(super) fn on_gpus(
+            self,
+            (parts, between): (Vec<OnGpu>, &'static str),
+        ) -> Result<Alone, LaunchError> {
+            let Request { checkpoint, weights, options, measurement } = self;
+            let (mut gpu, mut limits) = (None, limits::widest(checkpoint.config(), options));
+            for part in &parts {
+                let device = part.kernels.device();
+                if gpu.is_none() {
+                    // Before the memory is full.
+                    gpu = Some(GpuFacts::of(device, measurement.ceilings)?);
+                }
+                let own = crate::launch::cuda::settle(device, checkpoint, options)?;
+                limits.num_pages = limits.num_pages.min(own.num_pages);
+                limits.max_model_len = limits.max_model_len.min(own.max_model_len);
+            }
+            let expanding = |RankParts { kernels, communicator }: OnGpu| {
+                let kernels = match measurement.expand_from {
+                    Some(tokens) => kernels.with_expansion(Expansion { tokens, ..Expansion::default() }),
+                    None => kernels,
+                };
+                RankParts { kernels, communicator }
+            };
+            let parts = parts.into_iter().map(expanding).collect();
+            let group = self.group(parts, between == "peer");
+            let (index_logits, act_bytes) =
+                (crate::launch::cuda::INDEX_LOGITS, crate::launch::memory::ACT_BYTES);
+            Ok(Alone { ranks: group.load(weights, &limits, index_logits, act_bytes)?, between, gpu })
+        }
     }
 }
 
 #[cfg(not(feature = "cuda"))]
-fn on_cuda(
-    _checkpoint: &Arc<Checkpoint>,
-    _weights: &dyn WeightSource,
-    _options: &LaunchOptions,
-    _measurement: &Measurement,
-) -> Result<Alone, LaunchError> {
-    Err(super::no_cuda())
-}
+impl Request<'_> {
+    fn on_cuda(self) -> Result<Alone, LaunchError> {
+        Err(no_device(Device::Cuda, super::cuda::NOT_BUILT))
+    }
 
-#[cfg(not(feature = "cuda"))]
-fn on_the_best(
-    checkpoint: &Arc<Checkpoint>,
-    weights: &dyn WeightSource,
-    options: &LaunchOptions,
-    measurement: &Measurement,
-) -> Result<Alone, LaunchError> {
-    on_cpu(checkpoint, weights, options, measurement)
+    fn on_the_best(self) -> Result<Alone, LaunchError> {
+        self.without_cuda(super::cuda::NOT_BUILT)
+    }
 }

@@ -5,17 +5,18 @@ use std::time::Instant;
 
 use dsa80_cuda::expanded_mla::Expansion;
 use dsa80_cuda::{Between, Cuda, Device as _, Gpu, GpuOfRank, Nccl, NcclCommunicator, NcclId, RankOnGpu};
+use dsa80_reference::Kernels;
 use dsa80_reference::communicator::SingleRank;
-use dsa80_reference::{Batch, Error, Kernels, SamplingParams, SequenceSlice};
 
 use super::limits;
 use super::memory::{self, GpuMemory};
 use super::options::{Collectives, LaunchOptions};
-use super::start;
+use super::warm_up::{Turns, warm_up};
+use super::{reason, start};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::distributed::{Leader, Member, Place};
-use crate::engine::{SampleTarget, Step, StepLimits, StepModel};
+use crate::engine::{StepLimits, StepModel};
 use crate::error::LaunchError;
 use crate::headway::Headway;
 use crate::runner::{RankGroup, RankParts};
@@ -44,14 +45,6 @@ pub(super) fn open(options: &LaunchOptions) -> Result<Opened, String> {
         Cuda::open().map(|cuda| Opened::One(Box::new(cuda)))
     };
     opened.map_err(reason)
-}
-
-/// What a backend says, without its name.
-fn reason(error: Error) -> String {
-    match error {
-        Error::Backend { message, .. } => message,
-        other => other.to_string(),
-    }
 }
 
 /// Loads the model, and makes a few steps so that the first request finds every kernel compiled.
@@ -204,7 +197,8 @@ fn make_ready<K: Kernels + 'static>(
         "the weights are on the GPU; compiling the kernels: a minute the first time, then they are found on disk"
     );
     let started = Instant::now();
-    warm_up(model, config, &mut || headway.begin_together("a first step"))?;
+    let turns = turns(&model.limits(), config);
+    warm_up(model, config, turns, &mut || headway.begin_together("a first step"))?;
     tracing::info!(elapsed_ms = started.elapsed().as_millis() as u64, "the kernels are compiled");
     if options.cuda_graphs {
         let started = Instant::now();
@@ -242,77 +236,9 @@ pub(super) fn settle(
     memory::settle(memory, gpu.limits().clone(), checkpoint, options)
 }
 
-/// A prompt in chunks, past the length from which the indexer has to choose, then chunks and batches of every power of two: what they
-/// launch is compiled (or found in the cache on disk), and what the kernels keep between launches has grown. Calls `begin` before every step.
-pub(super) fn warm_up(
-    model: &mut dyn StepModel,
-    config: &ModelConfig,
-    begin: &mut dyn FnMut(),
-) -> Result<(), LaunchError> {
-    let limits = model.limits();
-    let context = warm_up_context(&limits, config);
-    for start in (0..context).step_by(limits.max_batch_tokens) {
-        let chunk = limits.max_batch_tokens.min(context - start);
-        begin();
-        warm_up_step(model, &limits, 1, start, chunk)?;
-    }
-    let up_to =
-        |most: usize| (0..usize::BITS).map(|i| 1 << i).take_while(move |&n: &usize| n < most).chain([most]);
-    for tokens in up_to(limits.max_batch_tokens.min(context)) {
-        begin();
-        warm_up_step(model, &limits, 1, context - tokens, tokens)?;
-    }
-    // The longest chunk whose attention is expanded has nothing before it, and may be shorter than the first of those above.
-    let expanded = Expansion::default().most_tokens(config.index_topk);
-    if expanded < limits.max_batch_tokens.min(context) {
-        warm_up_step(model, &limits, 1, 0, expanded)?;
-    }
-    for sequences in up_to(limits.max_batch_seqs) {
-        begin();
-        warm_up_step(model, &limits, sequences, context - 1, 1)?;
-    }
-    Ok(())
-}
-
-/// The longest context of the warm-up: long enough that the indexer has to choose, and that chunks of any length are not expanded.
-pub(super) fn warm_up_context(limits: &StepLimits, config: &ModelConfig) -> usize {
-    let held = limits.max_model_len.min(limits.num_pages.saturating_mul(limits.page_size));
+/// The attention of chunks is expanded up to some length of what is before them.
+pub(super) fn turns(limits: &StepLimits, config: &ModelConfig) -> Turns {
     let (k, tokens, expansion) = (config.index_topk, limits.max_batch_tokens, Expansion::default());
-    let chosen = k.saturating_add(tokens);
-    let not_expanded = if tokens < expansion.tokens { 0 } else { expansion.longest(tokens, k) + 1 };
-    held.min(chosen.max(not_expanded))
-}
-
-/// `sequences` with `tokens` new ones each after `computed`, all on the same pages: what they write is never read again. Every second one
-/// draws with all filters.
-fn warm_up_step(
-    model: &mut dyn StepModel,
-    limits: &StepLimits,
-    sequences: usize,
-    computed: usize,
-    tokens: usize,
-) -> Result<(), LaunchError> {
-    let pages: Vec<u32> =
-        (0..(computed + tokens).div_ceil(limits.page_size)).map(|page| page as u32).collect();
-    let token_ids: Vec<u32> = (computed..computed + tokens).map(|i| (i % limits.vocab_size) as u32).collect();
-    let slice = SequenceSlice { token_ids: &token_ids, computed_len: computed, pages: &pages };
-    let batch = Batch::new(limits.page_size, &vec![slice; sequences])?;
-    let plain = Arc::new(SamplingParams::default());
-    let filtered =
-        Arc::new(SamplingParams { top_k: 40, top_p: 0.9, min_p: 0.01, ..SamplingParams::default() });
-    let target = |sequence: usize| SampleTarget {
-        row: (sequence + 1) * tokens - 1,
-        params: Arc::clone(if sequence.is_multiple_of(2) { &filtered } else { &plain }),
-        prompt: Arc::default(),
-        output: Vec::new(),
-        banned: Arc::default(),
-        position: 0,
-        forced: None,
-        logprobs: Some(limits.max_logprobs),
-    };
-    let targets = (0..sequences).map(target).collect();
-    model
-        .step(Arc::new(Step { batch, targets }))
-        .map_err(|error| LaunchError::Options(format!("the GPU fails at a first step: {error}")))?;
-    Ok(())
+    let context = if tokens < expansion.tokens { 0 } else { expansion.longest(tokens, k) + 1 };
+    Turns { context, chunk: Some(expansion.most_tokens(k)) }
 }

@@ -8,7 +8,7 @@ use dsa80_reference::cpu::{Cpu, CpuCommunicator};
 use sha2::{Digest, Sha256};
 
 use super::options::{Device, LaunchOptions};
-use super::{OPENING, cpu_limits, limits, say_what_is_loaded, start, start_engine};
+use super::{OPENING, cpu_limits, limits, no_device, say_what_is_loaded, start, start_engine};
 use crate::checkpoint::Checkpoint;
 use crate::distributed::{Creed, Leader, Member, Place};
 use crate::engine::{EngineHandle, StepModel};
@@ -146,10 +146,10 @@ fn follow_member(
 fn open(options: &LaunchOptions, place: &Place) -> Result<Opened, LaunchError> {
     match options.device {
         Device::Cpu => Ok(Opened::Cpu),
-        Device::Wgpu => Err(super::no_wgpu()),
+        Device::Wgpu => Err(no_processes_on_wgpu()),
         Device::Cuda => RankOpened::open(place)
             .map(|opened| Opened::Cuda(Box::new(opened)))
-            .map_err(|reason| LaunchError::Options(format!("--device cuda: {reason}; or use --device cpu"))),
+            .map_err(|reason| no_device(Device::Cuda, reason)),
         Device::Auto => Ok(match RankOpened::open(place) {
             Ok(opened) => Opened::Cuda(Box::new(opened)),
             Err(reason) => {
@@ -164,9 +164,13 @@ fn open(options: &LaunchOptions, place: &Place) -> Result<Opened, LaunchError> {
 fn open(options: &LaunchOptions, _place: &Place) -> Result<Opened, LaunchError> {
     match options.device {
         Device::Cpu | Device::Auto => Ok(Opened::Cpu),
-        Device::Wgpu => Err(super::no_wgpu()),
-        Device::Cuda => Err(super::no_cuda()),
+        Device::Wgpu => Err(no_processes_on_wgpu()),
+        Device::Cuda => Err(no_device(Device::Cuda, super::cuda::NOT_BUILT)),
     }
+}
+
+fn no_processes_on_wgpu() -> LaunchError {
+    no_device(Device::Wgpu, "its ranks are threads of one process: leave the launcher out, and use --tp N")
 }
 
 /// What must be the same on all ranks. Taken apart whole, so that a new option is not forgotten.

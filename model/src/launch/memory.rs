@@ -6,9 +6,10 @@ use dsa80_cuda::counting::Allocated;
 use dsa80_cuda::{Counting, Cuda, Limits, Tiles};
 use dsa80_reference::LoneRank;
 
-use super::cuda::{INDEX_LOGITS, warm_up, warm_up_context};
+use super::cuda::{INDEX_LOGITS, turns};
 use super::limits::{CacheMemory, page_bytes, widest, within};
 use super::options::{KvCacheDtype, LaunchOptions};
+use super::warm_up::{warm_up, warm_up_context};
 use crate::checkpoint::Checkpoint;
 use crate::dummy::DummyWeights;
 use crate::engine::StepLimits;
@@ -66,13 +67,14 @@ impl Rehearsed {
         let parts = RankParts { kernels: Cuda::new(device, tiles), communicator };
         let weights = DummyWeights::like(checkpoint);
         let widest = widest(config, options);
-        let context = warm_up_context(&StepLimits { num_pages: usize::MAX, ..widest }, config);
+        let turns = turns(&widest, config);
+        let context = warm_up_context(&StepLimits { num_pages: usize::MAX, ..widest }, config, turns);
         let num_pages = context.div_ceil(widest.page_size);
         let mut model = RankGroup::load_alone(parts, &weights, &widest, INDEX_LOGITS, |_| {
             let max_model_len = widest.max_model_len.min(num_pages.saturating_mul(widest.page_size));
             Ok(StepLimits { num_pages, max_model_len, ..widest })
         })?;
-        warm_up(&mut model, config, &mut || ())?;
+        warm_up(&mut model, config, turns, &mut || ())?;
         Ok(Self { model, allocated, num_pages })
     }
 }

@@ -4,14 +4,27 @@ mod alone;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod distributed;
+#[cfg(not(all(feature = "cuda", feature = "wgpu")))]
+mod left_out;
 mod limits;
 #[cfg(feature = "cuda")]
 mod memory;
 mod options;
 mod start;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+mod warm_up;
+#[cfg(feature = "wgpu")]
+mod wgpu;
+
+#[cfg(not(feature = "cuda"))]
+use self::left_out::cuda;
+#[cfg(not(feature = "wgpu"))]
+use self::left_out::wgpu;
 
 use std::sync::Arc;
 
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+use dsa80_reference::Error;
 use dsa80_reference::cpu::{Cpu, ThreadCommunicator};
 
 pub use self::alone::{Alone, Measurement, launch_alone};
@@ -55,7 +68,7 @@ fn load(
             tracing::info!("device: cpu, as asked for");
             on_cpu(checkpoint, options, headway)
         }
-        Device::Wgpu => Err(no_wgpu()),
+        Device::Wgpu => on_wgpu(checkpoint, options, headway),
         Device::Cuda => on_cuda(checkpoint, options, headway),
         Device::Auto => on_the_best(checkpoint, options, headway),
     }
@@ -73,62 +86,70 @@ fn start_engine(model: Box<dyn StepModel>, checkpoint: &Checkpoint, options: &La
     Engine::start(model, options)
 }
 
-fn no_wgpu() -> LaunchError {
-    LaunchError::Options("--device wgpu is not in this build; use --device cpu (or auto)".into())
-}
-
-#[cfg(not(feature = "cuda"))]
-fn no_cuda() -> LaunchError {
-    let message =
-        "--device cuda is not in this build (its feature `cuda` is off); use --device cpu (or auto)";
-    LaunchError::Options(message.into())
-}
-
-#[cfg(feature = "cuda")]
-fn on_cuda(
-    checkpoint: &Arc<Checkpoint>,
-    options: &LaunchOptions,
-    headway: &Arc<Headway>,
-) -> Result<Box<dyn StepModel>, LaunchError> {
-    headway.begin(0, OPENING);
-    let backend = cuda::open(options)
-        .map_err(|reason| LaunchError::Options(format!("--device cuda: {reason}; or use --device cpu")))?;
-    cuda::load(backend, checkpoint, options, headway)
-}
-
-#[cfg(feature = "cuda")]
-fn on_the_best(
-    checkpoint: &Arc<Checkpoint>,
-    options: &LaunchOptions,
-    headway: &Arc<Headway>,
-) -> Result<Box<dyn StepModel>, LaunchError> {
-    headway.begin(0, OPENING);
-    match cuda::open(options) {
-        Ok(backend) => cuda::load(backend, checkpoint, options, headway),
-        Err(reason) => {
-            tracing::info!("device: cpu (auto: {reason})");
-            on_cpu(checkpoint, options, headway)
-        }
+/// What a backend says, without its name.
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+fn reason(error: Error) -> String {
+    match error {
+        Error::Backend { message, .. } => message,
+        other => other.to_string(),
     }
 }
 
-#[cfg(not(feature = "cuda"))]
-fn on_cuda(
-    _checkpoint: &Arc<Checkpoint>,
-    _options: &LaunchOptions,
-    _headway: &Arc<Headway>,
-) -> Result<Box<dyn StepModel>, LaunchError> {
-    Err(no_cuda())
+/// Why there is no such device, and what there is.
+fn no_device(device: Device, reason: impl std::fmt::Display) -> LaunchError {
+    LaunchError::Options(format!("--device {device}: {reason}; or use --device cpu"))
 }
 
-#[cfg(not(feature = "cuda"))]
+fn on_cuda(
+    checkpoint: &Arc<Checkpoint>,
+    options: &LaunchOptions,
+    headway: &Arc<Headway>,
+) -> Result<Box<dyn StepModel>, LaunchError> {
+    headway.begin(0, OPENING);
+    let opened = cuda::open(options).map_err(|reason| no_device(Device::Cuda, reason))?;
+    cuda::load(opened, checkpoint, options, headway)
+}
+
+fn on_wgpu(
+    checkpoint: &Arc<Checkpoint>,
+    options: &LaunchOptions,
+    headway: &Arc<Headway>,
+) -> Result<Box<dyn StepModel>, LaunchError> {
+    headway.begin(0, OPENING);
+    let opened = wgpu::open(Hardware::Any).map_err(|reason| no_device(Device::Wgpu, reason))?;
+    tracing::info!("device: wgpu, as asked for");
+    wgpu::load(opened, checkpoint, options, headway)
+}
+
+/// The CUDA kernels where they run, else those in WGSL where there is a GPU, else the CPU.
 fn on_the_best(
     checkpoint: &Arc<Checkpoint>,
     options: &LaunchOptions,
     headway: &Arc<Headway>,
 ) -> Result<Box<dyn StepModel>, LaunchError> {
-    tracing::info!("device: cpu (auto: this build has no GPU backend)");
+    headway.begin(0, OPENING);
+    let no_cuda = match cuda::open(options) {
+        Ok(opened) => return cuda::load(opened, checkpoint, options, headway),
+        Err(reason) => reason,
+    };
+    let no_wgpu = match wgpu::open(Hardware::Gpu) {
+        Ok(opened) => {
+            tracing::info!("device: wgpu (auto: no cuda: {no_cuda})");
+            return wgpu::load(opened, checkpoint, options, headway);
+        }
+        Err(reason) => reason,
+    };
+    tracing::info!("device: cpu (auto: no cuda: {no_cuda}; no wgpu: {no_wgpu})");
     on_cpu(checkpoint, options, headway)
+}
+
+/// Which of wgpu's adapters will do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hardware {
+    /// A GPU, or else a CPU that stands in for one.
+    Any,
+    /// A GPU: the oracle is faster than a CPU that stands in for one.
+    Gpu,
 }
 
 /// The oracle in f32, a thread for every rank.

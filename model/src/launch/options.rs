@@ -8,7 +8,7 @@ use dsa80_reference::DType;
 /// Where the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Device {
-    /// A GPU where there is one that the kernels run on, else the CPU.
+    /// A GPU where there is one that the kernels run on, CUDA's before those in WGSL, else the CPU.
     #[default]
     Auto,
     /// The oracle in f32.

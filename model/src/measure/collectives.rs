@@ -71,9 +71,9 @@ pub fn groups(device: Device, tp: usize) -> Result<Vec<Group>, LaunchError> {
     }
     match device {
         Device::Cpu => Ok(vec![threads(tp)]),
-        Device::Wgpu => {
-            Err(LaunchError::Options("--device wgpu is not in this build; use cpu or cuda".into()))
-        }
+        Device::Wgpu => Err(LaunchError::Options(
+            "--device wgpu: its ranks share an adapter and sum in host memory, as those of --device cpu do: measure that, or cuda".into(),
+        )),
         Device::Cuda => gpus::groups(tp).map_err(LaunchError::from),
         Device::Auto => Ok(gpus::groups(tp).unwrap_or_else(|error| {
             tracing::info!("device: cpu (auto: {error})");

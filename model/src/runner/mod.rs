@@ -22,5 +22,7 @@ pub(crate) use group::Follower;
 pub use group::{RankGroup, RankParts};
 pub use probe::Probe;
 pub use rank::{INDEX_LOGITS, Rank, RecordedStep};
+#[cfg(feature = "wgpu")]
+pub(crate) use shape::RankShape;
 pub use source::WeightSource;
 pub(crate) use workspace::MAX_LOGPROBS;

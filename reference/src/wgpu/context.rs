@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt::Write;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::block_on::block_on;
@@ -10,8 +11,7 @@ use super::shader::{Edit, Shader};
 use crate::error::{Error, Result};
 
 /// Why an adapter is needed that has none of these, in errors.
-const NEXT_STEP: &str =
-    "install a driver with Vulkan (on Debian without a GPU: mesa-vulkan-drivers), or use another device";
+const NEXT_STEP: &str = "install a driver with Vulkan (on Debian without a GPU: mesa-vulkan-drivers)";
 
 /// How an adapter is chosen and used.
 #[derive(Debug, Clone, Default)]
@@ -40,6 +40,17 @@ pub struct WgpuContext {
     pipelines: Mutex<HashMap<PipelineKey, Arc<Pipeline>>>,
     /// What the device reported outside of any call: that it was lost, or an error that nobody waited for.
     failure: Arc<OnceLock<String>>,
+    submissions: AtomicUsize,
+    waits: AtomicUsize,
+}
+
+/// How often the host has turned to the device since it was opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostTurns {
+    /// Command encoders that were submitted.
+    pub submissions: usize,
+    /// Waits for all that was submitted.
+    pub waits: usize,
 }
 
 /// A kernel with its constants fixed.
@@ -132,6 +143,8 @@ impl WgpuContext {
             modules: Mutex::default(),
             pipelines: Mutex::default(),
             failure,
+            submissions: AtomicUsize::default(),
+            waits: AtomicUsize::default(),
         })
     }
 
@@ -150,6 +163,26 @@ impl WgpuContext {
     /// Whether it is a GPU, not a CPU that stands in for one.
     pub fn is_hardware(&self) -> bool {
         self.info.device_type != wgpu::DeviceType::Cpu
+    }
+
+    /// How often the host has turned to the device.
+    pub fn turns(&self) -> HostTurns {
+        HostTurns {
+            submissions: self.submissions.load(Ordering::Relaxed),
+            waits: self.waits.load(Ordering::Relaxed),
+        }
+    }
+
+    pub(super) fn count_submission(&self) {
+        self.submissions.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Waits for all that was submitted.
+    pub(super) fn wait(&self) -> Result<()> {
+        self.waits.fetch_add(1, Ordering::Relaxed);
+        let waited = self.device.poll(wgpu::PollType::wait_indefinitely());
+        self.check()?;
+        waited.map(drop).map_err(|error| refuse(format!("waiting for the device failed: {error}")))
     }
 
     /// Fails with what the device has reported since it was opened.
@@ -269,7 +302,7 @@ fn told(error: &wgpu::Error) -> String {
         cause = error.source();
     }
     if matches!(error, wgpu::Error::OutOfMemory { .. }) {
-        message += "; lower the batch or cache size";
+        message += "; lower the batch or cache size, or use another device";
     }
     message
 }

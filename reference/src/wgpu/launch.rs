@@ -124,9 +124,7 @@ impl Wgpu {
         if rows * row_bytes <= most {
             return Ok(std::iter::once(0..rows).collect());
         }
-        let alignment = limits.min_storage_buffer_offset_alignment.max(4) as usize;
-        // So many rows are a multiple of the alignment, and an even number, so that no word has outputs of two ranges.
-        let step = (alignment / greatest_common_divisor(alignment, row_bytes)).max(2);
+        let step = step_of_windows(limits, row_bytes);
         let window = most / row_bytes / step * step;
         if window == 0 {
             return Err(Error::Shape {
@@ -200,6 +198,13 @@ impl Wgpu {
             pass.dispatch_workgroups(x, y, z);
         })
     }
+}
+
+/// Windows have a multiple of so many rows, which is a multiple of the alignment, and an even number, so that no word has outputs of two
+/// ranges.
+pub(super) fn step_of_windows(limits: &wgpu::Limits, row_bytes: usize) -> usize {
+    let alignment = limits.min_storage_buffer_offset_alignment.max(4) as usize;
+    (alignment / greatest_common_divisor(alignment, row_bytes)).max(2)
 }
 
 fn greatest_common_divisor(a: usize, b: usize) -> usize {

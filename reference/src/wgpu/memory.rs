@@ -11,6 +11,9 @@ use super::{Wgpu, WgpuOptions};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, HostData, HostTensor};
 
+/// Bytes that are worth a submission of their own.
+const LARGE: usize = 1 << 20;
+
 /// Kept for the next of its size, in bytes, all together.
 const KEPT: u64 = 1 << 28;
 
@@ -109,8 +112,15 @@ impl Wgpu {
         if bytes.is_empty() {
             return Ok(());
         }
+        let mut recorder = self.recorder();
+        if !recorder.is_empty() && bytes.len() < LARGE {
+            let staging = self.staging(bytes)?;
+            return recorder.record(&self.context, |encoder| {
+                encoder.copy_buffer_to_buffer(&staging, 0, tensor.buffer(), 0, staging.size());
+            });
+        }
         // A write goes before what is submitted next.
-        self.recorder().submit(&self.context)?;
+        recorder.submit(&self.context)?;
         let (words, rest) = bytes.split_at(bytes.len() / 4 * 4);
         let queue = &self.context.queue;
         let written = self.context.scoped(wgpu::ErrorFilter::OutOfMemory, || {
@@ -122,7 +132,30 @@ impl Wgpu {
             }
         });
         written.map_err(refuse)?;
+        recorder.has_written(&self.context, bytes.len())?;
         self.context.check()
+    }
+
+    /// A buffer of the host's with `bytes`, filled up to whole words, to be copied from in its place among the launches.
+    fn staging(&self, bytes: &[u8]) -> Result<wgpu::Buffer> {
+        let descriptor = wgpu::BufferDescriptor {
+            label: Some("write"),
+            size: bytes.len().next_multiple_of(4) as u64,
+            usage: wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC,
+            mapped_at_creation: true,
+        };
+        let device = &self.context.device;
+        let staging = self
+            .context
+            .scoped(wgpu::ErrorFilter::OutOfMemory, || device.create_buffer(&descriptor))
+            .map_err(refuse)?;
+        let mapped = staging.get_mapped_range_mut(..);
+        let mut mapped =
+            mapped.map_err(|error| refuse(format!("what the device reads cannot be written: {error}")))?;
+        mapped.slice(..bytes.len()).copy_from_slice(bytes);
+        drop(mapped);
+        staging.unmap();
+        Ok(staging)
     }
 
     /// The bytes of the elements in use. Waits for the device.
@@ -149,9 +182,7 @@ impl Wgpu {
         })?;
         recorder.submit(&self.context)?;
         staging.map_async(wgpu::MapMode::Read, .., |_| {});
-        let waited = device.poll(wgpu::PollType::wait_indefinitely());
-        self.context.check()?;
-        waited.map_err(|error| refuse(format!("waiting for the device failed: {error}")))?;
+        self.context.wait()?;
         let view = staging.get_mapped_range(..);
         let view =
             view.map_err(|error| refuse(format!("what the device has written cannot be read: {error}")))?;

@@ -43,7 +43,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 pub use batch::WgpuBatch;
 pub use communicator::WgpuCommunicator;
-pub use context::{WgpuContext, WgpuOptions};
+pub use context::{HostTurns, WgpuContext, WgpuOptions};
 pub use experts::WgpuExperts;
 pub use int4::WgpuInt4;
 pub use linear::WgpuSwiGlu;

@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use super::Wgpu;
 use super::batch::WgpuBatch;
-use super::launch::Binding;
+use super::context::WgpuContext;
+use super::launch::{Binding, step_of_windows};
 use super::tensor::WgpuTensor;
 use crate::error::{Error, Result};
 use crate::tensor::{DType, DeviceTensor};
@@ -64,6 +65,17 @@ impl<'a> PagedCache<'a> {
     /// Pages of a window.
     pub(super) fn window_pages(&self) -> usize {
         self.windows.first().map_or(0, ExactSizeIterator::len).max(1)
+    }
+}
+
+impl WgpuContext {
+    /// Pages of `page_bytes` that a cache can have on this adapter at most.
+    pub fn most_pages(&self, page_bytes: usize) -> usize {
+        let bytes = |limit: u64| usize::try_from(limit).unwrap_or(usize::MAX);
+        let whole = bytes(self.limits.max_storage_buffer_binding_size) / page_bytes.max(1);
+        let step = step_of_windows(&self.limits, page_bytes);
+        let buffer = bytes(self.limits.max_buffer_size) / page_bytes.max(1);
+        whole.max(WINDOWS * (whole / step * step)).min(buffer)
     }
 }
 

@@ -17,7 +17,8 @@ pub(super) struct ModelArgs {
     #[arg(long, value_name = "DIR", env = "DSA80_MODEL")]
     pub(super) model: Option<PathBuf>,
 
-    /// Where to run it: auto (a GPU that the kernels run on, else the CPU, and says why), cpu, wgpu or cuda.
+    /// Where to run it: auto (cuda, else a GPU by wgpu, else the CPU, and says why), cpu, wgpu (Vulkan, Metal or DX12; an adapter of several
+    /// by a part of its name in DSA80_WGPU_ADAPTER) or cuda.
     #[arg(long, default_value = "auto")]
     pub(super) device: Device,
 

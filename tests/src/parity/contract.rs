@@ -78,8 +78,8 @@ pub fn catches<C: Contract>(edit: Edit) {
     }
 }
 
-/// The adapter of the tests, with subgroups where it has them and without.
-fn adapters() -> &'static [(String, Arc<WgpuContext>)] {
+/// The adapter of the tests, with subgroups where it has them and without: none where there is none, and where tests may leave it out.
+pub fn adapters() -> &'static [(String, Arc<WgpuContext>)] {
     static OPENED: OnceLock<Vec<(String, Arc<WgpuContext>)>> = OnceLock::new();
     static TOLD: Once = Once::new();
     if !wanted("wgpu") {

@@ -3,11 +3,7 @@
 //! A GPU machine needs no Rust: build here (`cargo test -p dsa80-tests --test model_on_cuda --no-run`), carry the binary and `fixtures/`,
 //! run there with `DSA80_FIXTURES` naming that folder.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::print_stdout,
-    reason = "a test fails by panicking and shows what it measured"
-)]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod capture;
 mod dry;

@@ -13,9 +13,10 @@ use dsa80_model::engine::{Engine, EngineOptions, Request, StepLimits};
 use dsa80_model::runner::{INDEX_LOGITS, Probe, Rank, RankGroup, RankParts, WeightSource};
 use dsa80_reference::communicator::SingleRank;
 use dsa80_reference::{Batch, Communicator, DType, HostTensor, Kernels, SamplingParams, SequenceSlice};
+use dsa80_tests::bodies;
 use dsa80_tests::engine::collect;
 use dsa80_tests::fixture::{self, Fixture};
-use dsa80_tests::judge::{self, BF16_BOUND_OF_ONE_PROMPT, Bf16Distance};
+use dsa80_tests::judge;
 use dsa80_tests::layers::FirstLatents;
 use dsa80_tests::parity::{TestDevice, devices};
 use dsa80_tests::prompt::{self, Run};
@@ -37,20 +38,11 @@ fn on_every_rank<R: Send + PartialEq>(
     let communicators = PeerCommunicator::group(devices.clone(), tiles, placement, PATIENCE).unwrap();
     let checkpoint = Checkpoint::open(&fixture.dir).unwrap();
     let limits = judge::limits(fixture, PAGE_SIZE);
-    let results: Vec<R> = std::thread::scope(|scope| {
-        let ranks = devices.into_iter().zip(communicators).map(|(device, communicator)| {
-            let (checkpoint, limits, body) = (&checkpoint, &limits, &body);
-            scope.spawn(move || {
-                let tiles = Tiles::for_gpu(&device.limits().name, None).unwrap();
-                let cuda = Cuda::new(device, tiles);
-                let mut rank =
-                    Rank::load(cuda, Box::new(communicator), checkpoint, limits, INDEX_LOGITS).unwrap();
-                body(&mut rank, limits)
-            })
-        });
-        let ranks: Vec<_> = ranks.collect();
-        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    let parts = devices.into_iter().zip(communicators).map(|(device, communicator)| {
+        let tiles = Tiles::for_gpu(&device.limits().name, None).unwrap();
+        RankParts { kernels: Cuda::new(device, tiles), communicator: Box::new(communicator) as _ }
     });
+    let results = bodies::on_ranks(&checkpoint, &limits, parts.collect(), |rank| body(rank, &limits));
     assert!(results[1..].iter().all(|result| *result == results[0]), "ranks differ");
     results.into_iter().next().unwrap()
 }
@@ -125,8 +117,7 @@ fn compare(
             continue;
         }
         let way = format!("{ranks} ranks, {shots:?}");
-        let distance = Bf16Distance::of(fixture, &way, &run);
-        distance.assert_within(BF16_BOUND_OF_ONE_PROMPT, &fixture.name, &way);
+        bodies::close(fixture, &way, &run);
         first = Some(run);
     }
 }
@@ -243,8 +234,7 @@ fn steps_of_several_ranks_from_graphs_are_the_launched_ones_bit_for_bit() {
         let fixture = fixture();
         let Some(run) = compare_graphs(ranks, fixture.tokens.len(), next) else { return };
         let way = format!("{ranks} ranks, graphs");
-        let distance = Bf16Distance::of(&fixture, &way, &run);
-        distance.assert_within(BF16_BOUND_OF_ONE_PROMPT, &fixture.name, &way);
+        bodies::close(&fixture, &way, &run);
     }
 }
 

@@ -206,7 +206,8 @@ impl StepArgs {
 
     fn launch_options(&self, cases: &[Case]) -> LaunchOptions {
         // Without a GPU the auto device is the CPU, for which GLM-5.2 is too large.
-        let device = if self.model.is_none() { Device::Cuda } else { self.device };
+        let auto = self.model.is_none() && self.device == Device::Auto;
+        let device = if auto { Device::Cuda } else { self.device };
         let tokens = cases.iter().map(|case| case.tokens()).max().unwrap_or(1).max(SEGMENT);
         let sequences = cases.iter().map(|case| case.sequences).max().unwrap_or(1);
         LaunchOptions {

@@ -1,0 +1,219 @@
+//! The model on the WGSL kernels: on a GPU where there is one, else on a CPU that stands in for one (on Debian: mesa-vulkan-drivers).
+//!
+//! A GPU machine needs no Rust: build here (`cargo test -p dsa80-tests --test model_on_wgpu --no-run`), carry the binary and `fixtures/`,
+//! run there with `DSA80_FIXTURES` naming that folder, and `DSA80_WGPU_ADAPTER` an adapter of several.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use dsa80_model::checkpoint::Checkpoint;
+use dsa80_model::engine::Step;
+use dsa80_model::launch::{Device, LaunchOptions, launch};
+use dsa80_model::measure::greedy_step;
+use dsa80_model::runner::{Rank, RankParts};
+use dsa80_reference::wgpu::{Wgpu, WgpuCommunicator, WgpuContext};
+use dsa80_reference::{Batch, SequenceSlice};
+use dsa80_tests::fixture::{self, Fixture};
+use dsa80_tests::layers::FirstLatents;
+use dsa80_tests::parity::contract;
+use dsa80_tests::prompt::{self, Run};
+use dsa80_tests::{bodies, judge};
+
+const PAGE_SIZE: usize = 16;
+/// How many of the further prompts run on a CPU.
+const PROMPTS: usize = 8;
+
+/// The adapter of the tests, and whether it is a GPU.
+fn adapter() -> Option<(&'static Arc<WgpuContext>, bool)> {
+    let (_, context) = contract::adapters().first()?;
+    Some((context, context.is_hardware()))
+}
+
+/// Runs `body` on every fixture, with whether it is on a GPU.
+fn every_fixture(body: impl Fn(Wgpu, &Fixture, bool)) {
+    let Some((context, gpu)) = adapter() else { return };
+    for fixture in fixture::all().unwrap() {
+        body(Wgpu::new(Arc::clone(context)), &fixture, gpu);
+    }
+}
+
+fn fixture(name: &str) -> Fixture {
+    Fixture::open(fixture::root().join(name)).unwrap()
+}
+
+/// All of them on a GPU; on a CPU as many as say something of the 99th percentile.
+#[test]
+fn prompts_together_are_as_close_to_hf_as_hf_in_bf16() {
+    every_fixture(|wgpu, fixture, gpu| {
+        bodies::prompts_together(wgpu, fixture, if gpu { 32 } else { PROMPTS })
+    });
+}
+
+#[test]
+fn one_prompt_in_one_piece_in_chunks_and_token_by_token() {
+    every_fixture(|wgpu, fixture, gpu| {
+        let len = fixture.tokens.len();
+        let ways = [("one piece", len), ("chunks of 64", 64), ("chunks of 7", 7), ("token by token", 1)];
+        bodies::in_pieces(wgpu, fixture, if gpu { &ways } else { &ways[1..2] });
+    });
+}
+
+#[test]
+fn a_prefill_and_then_decodes_on_pages_of_every_size() {
+    let Some((context, gpu)) = adapter() else { return };
+    for fixture in fixture::all().unwrap().iter().take(if gpu { usize::MAX } else { 1 }) {
+        for page_size in [3, 64] {
+            bodies::prefill_then_decodes(Wgpu::new(Arc::clone(context)), fixture, page_size);
+        }
+    }
+}
+
+#[test]
+fn every_layer_is_the_oracles_within_rounding() {
+    every_fixture(|wgpu, fixture, gpu| {
+        bodies::layer_by_layer(wgpu, fixture, if gpu { fixture.tokens.len() } else { 48 });
+    });
+}
+
+#[test]
+fn without_subgroups_it_is_the_same_model() {
+    let Some((_, plain)) = contract::adapters().last() else { return };
+    bodies::prompts_together(Wgpu::new(Arc::clone(plain)), &fixture("cases/int4_sym_g128"), PROMPTS);
+}
+
+#[test]
+fn two_runs_are_the_same_to_the_bit() {
+    let Some((context, _)) = adapter() else { return };
+    bodies::two_runs(Wgpu::new(Arc::clone(context)), &fixture("cases/int4_channel"));
+}
+
+#[test]
+fn a_step_samples_from_its_logits() {
+    let Some((context, _)) = adapter() else { return };
+    bodies::a_step_samples_from_its_logits(Wgpu::new(Arc::clone(context)));
+}
+
+/// The fixture's prompt in pieces of so many tokens.
+fn run(rank: &mut Rank<Wgpu>, fixture: &Fixture, size: usize) -> Run {
+    let pages = prompt::scattered_pages(&judge::limits(fixture, PAGE_SIZE), 0);
+    let pieces = prompt::pieces(fixture.tokens.len(), size);
+    prompt::run(rank, &fixture.tokens, &pages, PAGE_SIZE, &pieces).unwrap()
+}
+
+/// Bytes of a binding that are fewer than the embedding has, a layer's experts, or its cache.
+const SMALL_BINDING: u64 = 32 << 10;
+
+/// They are cut, as caches are, and nothing else changes.
+#[test]
+fn weights_larger_than_a_binding_are_the_same_weights() {
+    // So few tokens that their activations are not too large.
+    const TOKENS: usize = 8;
+    let Some((context, _)) = adapter() else { return };
+    let fixture = fixture("default");
+    let config = Checkpoint::open(&fixture.dir).unwrap().config().clone();
+    assert!((2 * config.vocab_size * config.hidden_size) as u64 > SMALL_BINDING);
+    let run = |wgpu| run(&mut judge::load(wgpu, &fixture, PAGE_SIZE).unwrap(), &fixture, TOKENS);
+    let whole = run(Wgpu::new(Arc::clone(context)));
+    contract::with_small_bindings(SMALL_BINDING, |wgpu| {
+        if wgpu.context().has_subgroups() == context.has_subgroups() {
+            assert!(run(Wgpu::new(Arc::clone(wgpu.context()))) == whole, "in windows and whole");
+        }
+    });
+}
+
+#[test]
+fn ranks_are_as_far_from_hf_as_hf_in_bf16_and_gather_what_one_multiplies() {
+    let Some((context, _)) = adapter() else { return };
+    let fixture = fixture("cases/int4_asym_g32_tp8");
+    let checkpoint = Checkpoint::open(&fixture.dir).unwrap();
+    let limits = judge::limits(&fixture, PAGE_SIZE);
+    let pages = prompt::scattered_pages(&limits, 0);
+    let latents =
+        |rank: &mut Rank<Wgpu>| FirstLatents::of(rank, &fixture.tokens[..20], &pages, PAGE_SIZE).unwrap();
+    let alone = latents(&mut judge::load(Wgpu::new(Arc::clone(context)), &fixture, PAGE_SIZE).unwrap());
+    for world_size in [2, 4] {
+        let backends: Vec<Wgpu> = (0..world_size).map(|_| Wgpu::new(Arc::clone(context))).collect();
+        let ranks = WgpuCommunicator::group(&backends).into_iter().zip(backends);
+        let ranks = ranks.map(|(rank, kernels)| RankParts { kernels, communicator: Box::new(rank) as _ });
+        let runs = bodies::on_ranks(&checkpoint, &limits, ranks.collect(), |rank| {
+            (run(rank, &fixture, 64), latents(rank))
+        });
+        assert!(runs.iter().all(|run| *run == runs[0]), "{world_size} ranks: they differ");
+        let (run, shared) = &runs[0];
+        bodies::close(&fixture, &format!("{world_size} ranks"), run);
+        assert!(*shared == alone, "{world_size} ranks: q_a and kv_a differ");
+    }
+}
+
+/// Two sequences, prefilled and then one token each, and the best token of both.
+fn two_sequences(fixture: &Fixture) -> (Step, Step) {
+    let limits = judge::limits(fixture, PAGE_SIZE);
+    let pages = [0, 1].map(|sequence| prompt::scattered_pages(&limits, sequence));
+    let slices = |tokens: std::ops::Range<usize>| {
+        pages.each_ref().map(|pages| SequenceSlice {
+            token_ids: &fixture.tokens[tokens.clone()],
+            computed_len: tokens.start,
+            pages,
+        })
+    };
+    let prefill = Batch::new(PAGE_SIZE, &slices(0..40)).unwrap();
+    let decode = Batch::new(PAGE_SIZE, &slices(40..41)).unwrap();
+    (greedy_step(prefill, [39, 79]), greedy_step(decode, [0, 1]))
+}
+
+#[test]
+fn a_step_is_one_command_encoder_and_one_wait() {
+    let Some((context, _)) = adapter() else { return };
+    let options = contract::same_adapter(&Wgpu::new(Arc::clone(context)));
+    // Its own: tests beside this one turn to the device as well.
+    let context = WgpuContext::open(&options).unwrap();
+    let fixture = fixture("cases/int4_sym_g32");
+    let mut rank = judge::load(Wgpu::new(Arc::clone(&context)), &fixture, PAGE_SIZE).unwrap();
+    let (prefill, decode) = two_sequences(&fixture);
+    rank.step(&prefill).unwrap();
+    for step in [&prefill, &decode] {
+        let before = context.turns();
+        rank.step(step).unwrap();
+        let after = context.turns();
+        println!("{before:?} then {after:?}");
+        assert_eq!((after.submissions - before.submissions, after.waits - before.waits), (1, 1));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_server_answers() {
+    if adapter().is_some() {
+        let launch = LaunchOptions { device: Device::Wgpu, ..LaunchOptions::default() };
+        bodies::the_server_answers(launch).await;
+    }
+}
+
+/// What to do about it is in the message.
+#[test]
+fn what_does_not_fit_is_refused_with_what_would() {
+    if adapter().is_none() {
+        return;
+    }
+    let checkpoint = dsa80_tests::engine::default_checkpoint().unwrap();
+    let options = || LaunchOptions { device: Device::Wgpu, ..LaunchOptions::default() };
+    let cases = [
+        (LaunchOptions { num_pages: Some(1 << 40), ..options() }, "that this adapter binds"),
+        (LaunchOptions { max_num_batched_tokens: 1 << 40, ..options() }, "lower the batch or cache size"),
+        (
+            LaunchOptions { max_model_len: Some(512), num_pages: Some(4), ..options() },
+            "longest context that would fit is 256 tokens",
+        ),
+        (LaunchOptions { tp: 8, ..options() }, "use --tp 4"),
+    ];
+    for (options, expected) in cases {
+        match launch(&checkpoint, &options) {
+            Ok(engine) => {
+                engine.shutdown(Duration::ZERO);
+                panic!("{options:?} should be refused");
+            }
+            Err(error) => assert!(error.to_string().contains(expected), "{options:?}: {error}"),
+        }
+    }
+}
