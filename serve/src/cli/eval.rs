@@ -1,9 +1,10 @@
 //! `dsa80 eval`
 
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::Args;
 use dsa80_model::distributed::Place;
 use dsa80_model::launch::Device;
@@ -16,8 +17,7 @@ use super::bench::table::Table;
 use super::bench::{ReportArgs, print};
 use super::load::{load_checkpoint, open_for};
 use super::rank;
-use crate::eval::{Conversations, Prompts, Reference, Reply, Report, TaskReport, TextReport, score};
-use crate::http::ServedModel;
+use crate::eval::{Amount, Prompts, Reference, Report, judge};
 
 #[derive(Debug, Args)]
 pub(super) struct EvalArgs {
@@ -35,9 +35,6 @@ pub(super) struct EvalArgs {
     #[command(flatten)]
     report: ReportArgs,
 }
-
-/// Of a task, where nobody says how many prompts.
-const QUICK_TOKENS: usize = 4096;
 
 /// A run of `eval`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -69,7 +66,8 @@ pub(super) fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
         rank::end_within(Duration::from_secs(10));
     })?;
     let started = Instant::now();
-    let report = args.judge(&model, &prompts, reference.as_ref())?;
+    let report = judge(&model, &prompts, reference.as_ref(), args.amount(), &mut begin)?;
+    begin("");
     let seconds = started.elapsed().as_secs_f64();
     model.engine.shutdown(Duration::ZERO);
     let gpu = match args.model.device {
@@ -92,42 +90,23 @@ pub(super) fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
 }
 
 impl EvalArgs {
-    fn judge(
-        &self,
-        model: &ServedModel,
-        prompts: &Prompts,
-        reference: Option<&Reference>,
-    ) -> anyhow::Result<Report> {
-        let (most, tokens) = match self.prompts {
-            Some(prompts) => (prompts as usize, usize::MAX),
-            None if self.long => (usize::MAX, usize::MAX),
-            None => (usize::MAX, QUICK_TOKENS),
-        };
-        let mut report = Report::default();
-        for (task, conversations) in &prompts.tasks {
-            let some = Conversations::encode(&model.text.tokenizer, conversations, most, tokens);
-            let replies = answers(model, some).with_context(|| format!("task `{task}`"))?;
-            report.tasks.push(TaskReport::new(task, &replies, reference));
+    fn amount(&self) -> Amount {
+        match self.prompts {
+            Some(prompts) => Amount { prompts: prompts as usize, ..Amount::ALL },
+            None if self.long => Amount::ALL,
+            None => Amount::QUICK,
         }
-        // All of it: a part has another perplexity.
-        let all = Conversations::encode(&model.text.tokenizer, &prompts.text, usize::MAX, usize::MAX);
-        report.text = TextReport::new(&answers(model, all).context("the held-back text")?, reference);
-        Ok(report)
     }
 }
 
-fn answers(
-    model: &ServedModel,
-    conversations: Result<Conversations, crate::eval::EvalError>,
-) -> anyhow::Result<Vec<Reply>> {
-    let conversations = conversations?;
-    let (longest, held) = (conversations.longest(), model.engine.max_model_len());
-    if longest > held {
-        bail!(
-            "a prompt has {longest} tokens, but contexts end at {held}: raise --max-model-len, or memory for the caches"
-        );
+/// Says on a terminal what is being judged; the table comes at the end.
+fn begin(what: &str) {
+    const CLEARED: &str = "\r\x1b[K";
+    let mut out = std::io::stderr();
+    if out.is_terminal() {
+        // Whoever does not read it misses nothing.
+        let _ = write!(out, "{CLEARED}{what}").and_then(|()| out.flush());
     }
-    Ok(score(model, &conversations)?)
 }
 
 impl Results {

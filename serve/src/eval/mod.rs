@@ -2,8 +2,10 @@
 
 mod compare;
 mod files;
+mod judge;
 mod score;
 
 pub use compare::{Compared, Report, StoredTask, TaskReport, TextReport};
 pub use files::{Conversation, Prompts, Reference, ReferenceTask};
+pub use judge::{Amount, judge};
 pub use score::{Conversations, EvalError, Reply, score};

@@ -3,7 +3,7 @@
 use dsa80_model::checkpoint::CheckpointError;
 use dsa80_model::engine::{EngineHandle, Event, EventStream, Request, SubmitError, TokenLogprobs};
 
-use super::Conversation;
+use super::{Amount, Conversation};
 use crate::http::ServedModel;
 use crate::text::Tokenizer;
 
@@ -44,6 +44,24 @@ pub enum EvalError {
         /// Its reason.
         String,
     ),
+    /// A prompt that no context holds.
+    #[error(
+        "a prompt has {longest} tokens, but contexts end at {held}: raise --max-model-len, or memory for the caches"
+    )]
+    TooLong {
+        /// Its tokens.
+        longest: usize,
+        /// The longest context.
+        held: usize,
+    },
+    /// Where something went wrong.
+    #[error("task `{task}`")]
+    Task {
+        /// The task.
+        task: String,
+        /// What.
+        source: Box<EvalError>,
+    },
     /// A prompt that the engine refuses.
     #[error("the engine does not take a prompt: {0}")]
     Submit(#[from] SubmitError),
@@ -84,22 +102,20 @@ struct Encoded {
 }
 
 impl Conversations {
-    /// The first of `conversations`: at most `prompts`; and where they come to more than `tokens` tokens, only so
-    /// many as do not, or two.
+    /// The first of `conversations`: as many as `amount` says.
     ///
     /// # Errors
     /// The tokenizer refuses a text.
     pub fn encode(
         tokenizer: &Tokenizer,
         conversations: &[Conversation],
-        prompts: usize,
-        tokens: usize,
+        amount: Amount,
     ) -> Result<Self, EvalError> {
         let (mut encoded, mut sum): (Vec<Encoded>, usize) = (Vec::new(), 0);
-        for conversation in conversations.iter().take(prompts) {
+        for conversation in conversations.iter().take(amount.prompts) {
             let one = Encoded::new(tokenizer, conversation)?;
             sum = sum.saturating_add(one.ids.len());
-            if sum > tokens && encoded.len() >= FEWEST {
+            if sum > amount.tokens && encoded.len() >= FEWEST {
                 break;
             }
             encoded.push(one);
