@@ -1,8 +1,15 @@
-//! The checkpoint that is served when no other is named: `fixtures/default`, inside the binary.
+//! The checkpoint that is served when no other is named, inside the binary.
+
+/// Its folder, from this crate's.
+macro_rules! folder {
+    () => {
+        "/../fixtures/default/"
+    };
+}
 
 macro_rules! files {
     ($($name:literal),+ $(,)?) => {
-        &[$(($name, include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/default/", $name)))),+]
+        &[$(($name, include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), folder!(), $name)))),+]
     };
 }
 
