@@ -536,19 +536,21 @@ DEVICE void multiply_shares(Shared& shared, const Arguments& args, const Share& 
     if constexpr (STREAM) source.after = source.shares.take(args);
     source.start(ring[0], threadIdx.x % COLUMN);
     source.find_pairs(args);
-    // The first weights are under way before it is known whose rows they meet.
+    // The first weights are under way before it is known whose rows they meet; those of a next share only with its rows.
     source.begin(args);
+    const int alone = source.row_groups * STEPS;
     Source source_x = source;
     source_x.begin_x(args);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {
-        if (!source.live()) break;
+        if (i >= alone) break;
         source.copy_weights();
-        source.advance(args);
+        if (i + 1 < alone) source.advance(args);
     }
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {
         if (source_x.live()) {
+            if (i >= alone) source_x.copy_weights();
             source_x.copy_x(args);
             source_x.advance(args);
         }
