@@ -17,7 +17,7 @@ use dsa80_tests::distance::log_softmax;
 use dsa80_tests::engine::{self, collect};
 use dsa80_tests::fixture::{self, Fixture};
 use dsa80_tests::judge::{BF16_BOUND_OF_ONE_PROMPT, Bf16Distance};
-use dsa80_tests::parity::devices::tell;
+use dsa80_tests::parity::devices::{one_group_at_a_time, tell};
 
 const RANKS: usize = 2;
 
@@ -122,6 +122,8 @@ fn in_processes(fixture: &Fixture) -> Said {
 }
 
 fn in_threads(fixture: &Fixture) -> Said {
+    // NCCL's groups of one process must not wait for each other on the same GPUs.
+    let _alone = one_group_at_a_time();
     let checkpoint = Arc::new(Checkpoint::open(&fixture.dir).unwrap());
     let engine = launch(&checkpoint, &options(fixture)).unwrap();
     let said = ask(&engine, fixture);
