@@ -6,6 +6,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod capture;
+mod drafts;
 mod dry;
 mod dummy;
 mod emulated;
