@@ -46,6 +46,32 @@ fn f16_of_bits(bits: u32) -> f32 {
     return bitcast<f32>(bitcast<u32>(value) | ((bits & 0x8000u) << 16u));
 }
 
+// Eight columns.
+struct Eight {
+    low: vec4<f32>,
+    high: vec4<f32>,
+}
+
+fn eight_bf16(words: vec4<u32>) -> Eight {
+    let lower = bitcast<vec4<f32>>(words << vec4(16u));
+    let upper = bitcast<vec4<f32>>(words & vec4(0xffff0000u));
+    return Eight(vec4(lower.x, upper.x, lower.y, upper.y), vec4(lower.z, upper.z, lower.w, upper.w));
+}
+
+fn eight_f16(words: vec4<u32>) -> Eight {
+    return Eight(vec4(f16_pair(words.x), f16_pair(words.y)), vec4(f16_pair(words.z), f16_pair(words.w)));
+}
+
+fn f16_pair(word: u32) -> vec2<f32> {
+    return vec2(f16_of_bits(word & 0xffffu), f16_of_bits(word >> 16u));
+}
+
+fn pack_eight(values: Eight) -> vec4<u32> {
+    let low = values.low;
+    let high = values.high;
+    return vec4(pack_bf16(low.x, low.y), pack_bf16(low.z, low.w), pack_bf16(high.x, high.y), pack_bf16(high.z, high.w));
+}
+
 // Which word holds element `i` of a weight of type `dtype`.
 fn weight_word(dtype: u32, i: u32) -> u32 {
     return select(i >> 1u, i, dtype == F32);

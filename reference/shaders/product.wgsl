@@ -32,11 +32,6 @@ struct Params {
     scale_row: u32,
 }
 
-struct Eight {
-    low: vec4<f32>,
-    high: vec4<f32>,
-}
-
 var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read> x: array<vec4<u32>>;
 @group(0) @binding(1) var<storage, read> rows: array<i32>;
@@ -46,12 +41,6 @@ var<immediate> params: Params;
 var<workgroup> parts: array<f32, PARTS>;
 var<workgroup> x_tile: array<vec4<f32>, TILE>;
 var<workgroup> weight_tile: array<vec4<f32>, TILE>;
-
-fn eight_bf16(words: vec4<u32>) -> Eight {
-    let lower = bitcast<vec4<f32>>(words << vec4(16u));
-    let upper = bitcast<vec4<f32>>(words & vec4(0xffff0000u));
-    return Eight(vec4(lower.x, upper.x, lower.y, upper.y), vec4(lower.z, upper.z, lower.w, upper.w));
-}
 
 fn x_at(i: u32) -> f32 {
     return bf16_of(x[i / 8u][(i / 2u) & 3u], i);

@@ -5,6 +5,7 @@ struct Lane {
 }
 
 var<workgroup> reduce_parts: array<f32, WORKGROUP>;
+var<workgroup> reduce_fours: array<vec4<f32>, WORKGROUP>;
 
 // The sum of all lanes' values, on every lane. All lanes call it.
 fn workgroup_sum(value: f32, lane: Lane) -> f32 {
@@ -19,6 +20,21 @@ fn workgroup_sum(value: f32, lane: Lane) -> f32 {
     let sum = reduce_parts[0];
     workgroupBarrier();
     return sum;
+}
+
+// Four sums.
+fn workgroup_sum_of_four(value: vec4<f32>, lane: Lane) -> vec4<f32> {
+    reduce_fours[lane.index] = value;
+    workgroupBarrier();
+    for (var half = WORKGROUP / 2u; half > 0u; half /= 2u) {
+        if lane.index < half {
+            reduce_fours[lane.index] += reduce_fours[lane.index + half];
+        }
+        workgroupBarrier();
+    }
+    let all = reduce_fours[0];
+    workgroupBarrier();
+    return all;
 }
 
 // The largest of all lanes' values, on every lane. All lanes call it.

@@ -8,6 +8,7 @@ struct Lane {
 }
 
 var<workgroup> reduce_parts: array<f32, WORKGROUP>;
+var<workgroup> reduce_fours: array<vec4<f32>, WORKGROUP>;
 
 // The sum of all lanes' values, on every lane. All lanes call it.
 fn workgroup_sum(value: f32, lane: Lane) -> f32 {
@@ -22,6 +23,21 @@ fn workgroup_sum(value: f32, lane: Lane) -> f32 {
     }
     workgroupBarrier();
     return sum;
+}
+
+// Four sums.
+fn workgroup_sum_of_four(value: vec4<f32>, lane: Lane) -> vec4<f32> {
+    let part = subgroupAdd(value);
+    if lane.place == 0u {
+        reduce_fours[lane.subgroup] = part;
+    }
+    workgroupBarrier();
+    var all = vec4(0.0);
+    for (var i = 0u; i < lane.subgroups; i++) {
+        all += reduce_fours[i];
+    }
+    workgroupBarrier();
+    return all;
 }
 
 // The largest of all lanes' values, on every lane. All lanes call it.

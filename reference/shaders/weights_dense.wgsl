@@ -18,10 +18,7 @@ fn weights(row: u32, chunk: u32) -> Eight {
         if WEIGHT == BF16 {
             return eight_bf16(words);
         }
-        return Eight(
-            vec4(dense_half(words.x, 0u), dense_half(words.x, 1u), dense_half(words.y, 0u), dense_half(words.y, 1u)),
-            vec4(dense_half(words.z, 0u), dense_half(words.z, 1u), dense_half(words.w, 0u), dense_half(words.w, 1u)),
-        );
+        return eight_f16(words);
     }
     var eight = Eight(vec4(0.0), vec4(0.0));
     for (var j = 0u; j < min(left, 4u); j++) {
@@ -31,8 +28,4 @@ fn weights(row: u32, chunk: u32) -> Eight {
         eight.high[j - 4u] = dense_at(start + j);
     }
     return eight;
-}
-
-fn dense_half(word: u32, i: u32) -> f32 {
-    return weight_of(F16, word, i);
 }

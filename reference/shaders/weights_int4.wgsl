@@ -40,3 +40,54 @@ fn weights(row: u32, chunk: u32) -> Eight {
     }
     return eight;
 }
+
+// What nibbles become that lie in place in the fraction of 2^23: `2^23 + q * PLACES`, exactly.
+const MASKS = vec4(0xfu, 0xf0u, 0xf00u, 0xf000u);
+const PLACES = vec4(1.0, 16.0, 256.0, 4096.0);
+const INTEGER = 8388608.0;
+
+// The products of a word of weights without their scale, each times its place; `zero` is that of each place with `INTEGER`.
+fn products(word: u32, zero: vec4<f32>, v: Eight) -> vec4<f32> {
+    let low = bitcast<vec4<f32>>((vec4(word) & MASKS) | vec4(0x4b000000u)) - zero;
+    let high = bitcast<vec4<f32>>((vec4(word >> 16u) & MASKS) | vec4(0x4b000000u)) - zero;
+    return fma(low, v.low, high * v.high);
+}
+
+// Those of 32 columns, with their scale.
+fn products_of_quad(words: vec4<u32>, of_group: vec2<f32>, a: Eight, b: Eight, c: Eight, d: Eight) -> f32 {
+    let zero = INTEGER + of_group.y * PLACES;
+    let four = (products(words.x, zero, a) + products(words.y, zero, b))
+        + (products(words.z, zero, c) + products(words.w, zero, d));
+    return of_group.x * dot(four, 1.0 / PLACES);
+}
+
+// One token, and groups of whole vectors of four words: all lanes go over the columns of four features, 32 at a time.
+@compute @workgroup_size(WORKGROUP)
+fn one(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
+    // Those behind the last are the last.
+    let features = min(vec4(4u * group.x) + vec4(0u, 1u, 2u, 3u), vec4(params.features - 1u));
+    let rows = features + params.row;
+    let scale_rows = rows + params.scale_row;
+    let quads = params.columns / 32u;
+    var sums = vec4(0.0);
+    for (var quad = lane.index; quad < quads; quad += WORKGROUP) {
+        let first = weight[rows.x * quads + quad];
+        let second = weight[rows.y * quads + quad];
+        let third = weight[rows.z * quads + quad];
+        let fourth = weight[rows.w * quads + quad];
+        let a = eight_bf16(x[4u * quad]);
+        let b = eight_bf16(x[4u * quad + 1u]);
+        let c = eight_bf16(x[4u * quad + 2u]);
+        let d = eight_bf16(x[4u * quad + 3u]);
+        let at = 32u * quad / params.group_size;
+        sums.x += products_of_quad(first, of_group(scale_rows.x, at), a, b, c, d);
+        sums.y += products_of_quad(second, of_group(scale_rows.y, at), a, b, c, d);
+        sums.z += products_of_quad(third, of_group(scale_rows.z, at), a, b, c, d);
+        sums.w += products_of_quad(fourth, of_group(scale_rows.w, at), a, b, c, d);
+    }
+    let sum = workgroup_sum_of_four(sums, lane);
+    if lane.index == 0u {
+        store(0u, 0u, 4u * group.x, sum.xy);
+        store(0u, 0u, 4u * group.x + 2u, sum.zw);
+    }
+}

@@ -18,6 +18,8 @@ const NEXT_STEP: &str = "install a driver with Vulkan (on Debian without a GPU: 
 pub struct WgpuOptions {
     /// Leaves out what not every adapter has: subgroups.
     pub plain: bool,
+    /// Leaves out what still fewer have: matrices.
+    pub without_matrices: bool,
     /// Takes a GPU alone: no adapter that is a CPU.
     pub hardware: bool,
     /// The part of the adapter's name to look for; any adapter without it.
@@ -35,6 +37,8 @@ pub struct WgpuContext {
     pub(super) limits: wgpu::Limits,
     info: wgpu::AdapterInfo,
     subgroups: bool,
+    timestamps: bool,
+    matrices: bool,
     edits: Vec<Edit>,
     modules: Mutex<HashMap<&'static str, wgpu::ShaderModule>>,
     pipelines: Mutex<HashMap<PipelineKey, Arc<Pipeline>>>,
@@ -111,24 +115,25 @@ impl WgpuContext {
         let subgroups = !options.plain && offered.contains(wgpu::Features::SUBGROUP);
         let mut required_features = wgpu::Features::IMMEDIATES;
         required_features.set(wgpu::Features::SUBGROUP, subgroups);
+        let clock = wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;
+        let timestamps = offered.contains(clock);
+        required_features.set(clock, timestamps);
+        let matrices = subgroups && !options.without_matrices && has_matrices(adapter, &info);
+        required_features.set(MATRICES, matrices);
+        let experimental_features =
+            if matrices { experimental() } else { wgpu::ExperimentalFeatures::disabled() };
         let (device, queue) = block_on(adapter.request_device(&wgpu::DeviceDescriptor {
             label: Some("dsa80"),
             required_features,
             required_limits: limits.clone(),
+            experimental_features,
             memory_hints: wgpu::MemoryHints::Performance,
             ..Default::default()
         }))
         .map_err(|error| format!("does not open ({error})"))?;
         let failure = Arc::new(OnceLock::new());
         let reported = Arc::clone(&failure);
-        device.set_device_lost_callback(move |reason, message| {
-            if reason != wgpu::DeviceLostReason::Destroyed {
-                // The first is the cause.
-                let _ = reported.set(format!(
-                    "the device was lost ({message}); restart the process, and look for the driver's messages in the system's log"
-                ));
-            }
-        });
+        device.set_device_lost_callback(move |reason, message| lost(&reported, reason, &message));
         let reported = Arc::clone(&failure);
         device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
             let _ = reported.set(told(&error));
@@ -139,6 +144,8 @@ impl WgpuContext {
             limits,
             info,
             subgroups,
+            timestamps,
+            matrices,
             edits: options.edits.clone(),
             modules: Mutex::default(),
             pipelines: Mutex::default(),
@@ -151,13 +158,26 @@ impl WgpuContext {
     /// The adapter's name and how it is reached.
     pub fn name(&self) -> String {
         let Self { info: wgpu::AdapterInfo { name, backend, .. }, subgroups, .. } = self;
-        let path = if *subgroups { "subgroups" } else { "no subgroups" };
+        let path = match (subgroups, self.matrices) {
+            (true, true) => "subgroups, matrices",
+            (true, false) => "subgroups",
+            _ => "no subgroups",
+        };
         format!("{name} ({backend}, {path})")
     }
 
     /// Whether the kernels use subgroups.
     pub fn has_subgroups(&self) -> bool {
         self.subgroups
+    }
+
+    pub(super) fn has_timestamps(&self) -> bool {
+        self.timestamps
+    }
+
+    /// Whether some kernels multiply matrices of 16 by 16 halves by subgroups of 32 lanes.
+    pub fn has_matrices(&self) -> bool {
+        self.matrices
     }
 
     /// Whether it is a GPU, not a CPU that stands in for one.
@@ -222,14 +242,32 @@ impl WgpuContext {
             return Ok(module.clone());
         }
         let source = shader.with_prelude(self.subgroups, &self.edits)?;
+        let descriptor = wgpu::ShaderModuleDescriptor {
+            label: Some(shader.name),
+            source: wgpu::ShaderSource::Wgsl(source.into()),
+        };
         let module = self.scoped(wgpu::ErrorFilter::Validation, || {
-            self.device.create_shader_module(wgpu::ShaderModuleDescriptor {
-                label: Some(shader.name),
-                source: wgpu::ShaderSource::Wgsl(source.into()),
-            })
+            // What was edited may do anything.
+            if self.edits.is_empty() {
+                self.trusted(descriptor)
+            } else {
+                self.device.create_shader_module(descriptor)
+            }
         })?;
         modules.insert(shader.name, module.clone());
         Ok(module)
+    }
+
+    /// A module of the kernels' own, without checks at run time: a compiler that meets them leaves loops rolled and their arrays in memory,
+    /// and the kernels take twice as long.
+    #[expect(unsafe_code, reason = "only the author of the shaders can promise what the checks are for")]
+    fn trusted(&self, descriptor: wgpu::ShaderModuleDescriptor<'_>) -> wgpu::ShaderModule {
+        // SAFETY: the sources are this crate's. Their loops are bounded by sizes, they index arrays of workgroups and of lanes by constants and
+        // by places below the sizes that launchers give, and divide by sizes that launchers refuse to be zero. Accesses to buffers stay
+        // robust: that is the device's, not the module's.
+        unsafe {
+            self.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked())
+        }
     }
 
     fn build(&self, module: &wgpu::ShaderModule, key: &PipelineKey) -> std::result::Result<Pipeline, String> {
@@ -274,6 +312,36 @@ impl WgpuContext {
     }
 }
 
+/// What `*_matrix.wgsl` need.
+const MATRICES: wgpu::Features =
+    wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(wgpu::Features::SHADER_F16);
+
+/// Whether subgroups of 32 lanes multiply matrices of 16 by 16 halves and add them up in floats.
+fn has_matrices(adapter: &wgpu::Adapter, info: &wgpu::AdapterInfo) -> bool {
+    use wgpu::CooperativeScalarType::{F16, F32};
+    adapter.features().contains(MATRICES)
+        && (info.subgroup_min_size, info.subgroup_max_size) == (32, 32)
+        && adapter.cooperative_matrix_properties().iter().any(|of| {
+            (of.m_size, of.n_size, of.k_size) == (16, 16, 16) && (of.ab_type, of.cr_type) == (F16, F32)
+        })
+}
+
+#[expect(unsafe_code, reason = "wgpu asks for a promise that experiments are wanted")]
+fn experimental() -> wgpu::ExperimentalFeatures {
+    // SAFETY: matrices alone are used of what is experimental, and tests compare what they give on every adapter that has them.
+    unsafe { wgpu::ExperimentalFeatures::enabled() }
+}
+
+/// Reports that the device was lost, unless it was let go.
+fn lost(failure: &OnceLock<String>, reason: wgpu::DeviceLostReason, message: &str) {
+    if reason != wgpu::DeviceLostReason::Destroyed {
+        // The first is the cause.
+        let _ = failure.set(format!(
+            "the device was lost ({message}); restart the process, and look for the driver's messages in the system's log"
+        ));
+    }
+}
+
 /// GPUs first.
 fn rank(device_type: wgpu::DeviceType) -> u32 {
     match device_type {
@@ -310,4 +378,47 @@ fn told(error: &wgpu::Error) -> String {
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What is behind these locks is whole after a panic elsewhere.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::Kernels;
+    use crate::tensor::DType;
+    use crate::wgpu::Wgpu;
+
+    /// The first adapter; `None` where there is none.
+    fn context() -> Option<Arc<WgpuContext>> {
+        let context = WgpuContext::open(&WgpuOptions::default()).ok();
+        assert!(context.is_some() || std::env::var_os("DSA80_REQUIRE_ALL").is_none(), "no adapter");
+        context
+    }
+
+    #[test]
+    fn a_lost_device_is_an_error_of_all_that_follows() {
+        let Some(context) = context() else { return };
+        let wgpu = Wgpu::new(Arc::clone(&context));
+        let (gate, mut out) =
+            (wgpu.alloc(DType::Act, &[2, 4]).unwrap(), wgpu.alloc(DType::Act, &[2, 4]).unwrap());
+        lost(&context.failure, wgpu::DeviceLostReason::Destroyed, "let go");
+        wgpu.write(&[1.0; 8], &mut out).unwrap();
+        lost(&context.failure, wgpu::DeviceLostReason::Unknown, "fell off the bus");
+        lost(&context.failure, wgpu::DeviceLostReason::Unknown, "and then something else");
+        let up = wgpu.alloc(DType::Act, &[2, 4]).unwrap();
+        let _ = wgpu.silu_mul(&gate, &up, &mut out);
+        for error in [wgpu.read(&out).unwrap_err(), wgpu.write(&[1.0; 8], &mut out).unwrap_err()] {
+            let text = error.to_string();
+            assert!(text.contains("lost (fell off the bus); restart the process"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_device_that_is_gone_answers_with_an_error() {
+        let Some(context) = context() else { return };
+        let wgpu = Wgpu::new(Arc::clone(&context));
+        let mut tensor = wgpu.alloc(DType::Act, &[2, 4]).unwrap();
+        wgpu.write(&[1.0; 8], &mut tensor).unwrap();
+        context.device.destroy();
+        wgpu.read(&tensor).unwrap_err();
+    }
 }

@@ -6,19 +6,23 @@ use super::Wgpu;
 use super::batch::WgpuBatch;
 use super::launch::Launch;
 use super::paged::{PagedCache, expect_rows};
-use super::shader::{Shader, shader};
+use super::shader::{MATRICES, Shader, shader};
 use super::tensor::WgpuTensor;
 use crate::error::{Error, Result};
 use crate::fp8::IndexerPage;
 use crate::tensor::{DType, DeviceTensor};
 
 static SHADER: Shader = shader!("indexer_logits", after "fp8", "paged");
+static BY_MATRICES: Shader = shader!("indexer_logits_matrix", enabling MATRICES, after "fp8", "paged");
 
 /// Of a workgroup: lanes, keys, heads at once, rows where sequences have several.
 const LANES: u32 = 128;
 const KEYS: usize = 64;
 const HEADS: usize = 32;
 const ROWS: usize = 16;
+const ROWS_OF_MATRICES: usize = 64;
+/// Columns of a key that matrices take.
+const WIDTH: usize = 128;
 
 pub(super) fn indexer_logits(
     wgpu: &Wgpu,
@@ -75,17 +79,29 @@ pub(super) fn indexer_logits(
     if rows.is_empty() {
         return Ok(());
     }
-    let group_rows = if tokens > host.num_seqs() { ROWS } else { 1 };
+    let by_matrices = wgpu.context.has_matrices() && width == WIDTH;
+    let group_rows = match tokens > host.num_seqs() {
+        true if by_matrices => ROWS_OF_MATRICES,
+        true => ROWS,
+        false => 1,
+    };
     let ([a, b, c, d], windows) = cache.reads()?;
+    let mut constants = vec![("FP8", f64::from(fp8)), ("WINDOWS", windows)];
+    let shader = if by_matrices {
+        &BY_MATRICES
+    } else {
+        constants.push(("ROW_VECTORS", vectors as f64));
+        &SHADER
+    };
     for window in wgpu.windows(kernel, "logits", rows.len(), columns * 4)? {
         let (first, count) = (rows.start + window.start, window.len());
         let longest = (first..first + count).map(|t| host.visible(t)).max().unwrap_or(0);
         let (groups, blocks) = (count.div_ceil(group_rows), longest.div_ceil(KEYS));
         wgpu.launch(&Launch {
             kernel,
-            shader: &SHADER,
+            shader,
             entry: "main",
-            constants: &[("FP8", f64::from(fp8)), ("ROW_VECTORS", vectors as f64), ("WINDOWS", windows)],
+            constants: &constants,
             bindings: &[
                 batch.positions.reads(),
                 batch.seq_ids.reads(),

@@ -153,6 +153,12 @@ impl Wgpu {
                 )));
             }
         }
+        let most = self.context.limits.max_compute_workgroups_per_dimension;
+        if let Some(groups) = launch.groups.into_iter().find(|&groups| groups > most) {
+            return Err(refuse(format!(
+                "{groups} workgroups in a dimension, and the adapter has at most {most}; send fewer tokens at once"
+            )));
+        }
         let key = PipelineKey {
             shader: launch.shader.name,
             entry: launch.entry,
@@ -182,13 +188,7 @@ impl Wgpu {
                 })
             })
             .map_err(refuse)?;
-        self.recorder().record(&self.context, |encoder| {
-            // What is wrong with a pass is known when its encoder is finished: the label says whose it was.
-            let label = format!("{} ({})", launch.kernel, launch.shape);
-            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
-                label: Some(&label),
-                timestamp_writes: None,
-            });
+        self.recorder().launch(&self.context, |pass| {
             pass.set_pipeline(&pipeline.pipeline);
             pass.set_bind_group(0, &group, &[]);
             if !launch.params.is_empty() {

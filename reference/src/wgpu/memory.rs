@@ -98,7 +98,11 @@ impl Wgpu {
         Ok(WgpuTensor::new(dtype, shape, pooled))
     }
 
-    fn create(&self, size: u64, usage: wgpu::BufferUsages) -> std::result::Result<wgpu::Buffer, String> {
+    pub(super) fn create(
+        &self,
+        size: u64,
+        usage: wgpu::BufferUsages,
+    ) -> std::result::Result<wgpu::Buffer, String> {
         let usage = usage | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
         let descriptor = wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false };
         self.context.scoped(wgpu::ErrorFilter::OutOfMemory, || {

@@ -18,6 +18,7 @@ mod launch;
 mod layer_norm_rope;
 mod limits;
 mod linear;
+mod measure;
 mod memory;
 mod moe;
 mod paged;

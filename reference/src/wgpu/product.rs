@@ -8,7 +8,7 @@ use super::launch::Launch;
 use super::memory::element_bytes;
 use super::shader::{Shader, shader};
 use super::tensor::WgpuTensor;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::tensor::{DType, DeviceTensor};
 
 static DENSE: Shader = shader!("weights_dense", after "product");
@@ -20,6 +20,10 @@ const FEW_TOKENS: usize = 8;
 const FEW: usize = 16;
 /// Lanes of a feature in `few`.
 const LANES: usize = 32;
+/// Lanes of `one`, best first.
+const ONE_LANES: [usize; 3] = [128, 64, 32];
+/// Columns of INT4 that a lane of `one` has at a time.
+const QUAD: usize = 32;
 /// Columns that a tile has at a time.
 const TILE_COLUMNS: usize = 32;
 
@@ -86,7 +90,17 @@ impl Product<'_> {
         out: &mut WgpuTensor,
     ) -> Result<()> {
         let Self { kernel, x, tokens, heads, columns, rows_of_head, .. } = *self;
-        let few = tokens <= FEW;
+        let one = match self.weight {
+            Weight::Int4(weight)
+                if tokens == 1 && columns.is_multiple_of(QUAD) && weight.group_size.is_multiple_of(QUAD) =>
+            {
+                // All lanes have as many columns, if they can.
+                let quads = columns / QUAD;
+                let even = ONE_LANES.into_iter().find(|&lanes| quads.is_multiple_of(lanes));
+                Some(wgpu.workgroup(even.unwrap_or(ONE_LANES[0].min(quads))))
+            }
+            _ => None,
+        };
         let nothing = wgpu.nothing()?;
         let row_elements = match self.weight {
             Weight::Dense(_) => columns,
@@ -95,7 +109,10 @@ impl Product<'_> {
         let floats = out.dtype() == DType::Float;
         let of_all = self.features.len();
         let mut constants = vec![("FLOATS", floats.into()), ("GATHER", self.rows.is_some().into())];
-        let (entry, grid) = if few {
+        let (entry, grid) = if let Some(lanes) = one {
+            constants.push(("WORKGROUP", lanes.into()));
+            ("one", [features.len().div_ceil(4), 1])
+        } else if tokens <= FEW {
             let lanes = wgpu.workgroup(128);
             // A feature's lanes are no more than its chunks, and a workgroup has pairs of features.
             let of_feature = LANES.min(columns.div_ceil(8).next_power_of_two()).min(lanes as usize / 2);
@@ -162,15 +179,8 @@ impl Product<'_> {
         };
         let shape =
             format!("{tokens} tokens, {heads} heads, {columns} columns to {of_all} features, {words}");
-        let dimension = |groups: usize| {
-            let most = wgpu.context.limits.max_compute_workgroups_per_dimension;
-            u32::try_from(groups).ok().filter(|&groups| groups <= most).ok_or_else(|| Error::Launch {
-                kernel,
-                shape: shape.clone(),
-                message: format!("{groups} workgroups in a dimension, and the adapter has at most {most}; send fewer tokens at once"),
-            })
-        };
-        let groups = [dimension(grid[0])?, dimension(grid[1])?, dimension(heads)?];
+        // More than a word has is more than an adapter has.
+        let groups = [grid[0], grid[1], heads].map(|groups| u32::try_from(groups).unwrap_or(u32::MAX));
         wgpu.launch(&Launch {
             kernel,
             shader,

@@ -9,27 +9,50 @@ const SUBMITTED_AT_ONCE: usize = 256;
 /// Bytes on their way to the device at most: until they are there the host has them too.
 const WRITTEN_AT_ONCE: usize = 64 << 20;
 
-/// The command encoder of the launches since the last submission.
+/// The commands since the last submission.
 #[derive(Debug, Default)]
 pub(super) struct Recorder {
+    /// Launches follow each other in one pass: between passes a device idles for longer than a small kernel takes.
+    pass: Option<wgpu::ComputePass<'static>>,
     encoder: Option<wgpu::CommandEncoder>,
-    launches: usize,
+    commands: usize,
     /// Bytes since the last submission.
     written: usize,
 }
 
 impl Recorder {
-    /// Adds to the commands.
+    /// Adds a launch.
+    pub(super) fn launch(
+        &mut self,
+        context: &WgpuContext,
+        launch: impl FnOnce(&mut wgpu::ComputePass<'static>),
+    ) -> Result<()> {
+        let pass = match self.pass.take() {
+            Some(pass) => pass,
+            None => self.encoder(context).begin_compute_pass(&Default::default()).forget_lifetime(),
+        };
+        launch(self.pass.insert(pass));
+        self.count(context)
+    }
+
+    /// Adds other commands.
     pub(super) fn record(
         &mut self,
         context: &WgpuContext,
         commands: impl FnOnce(&mut wgpu::CommandEncoder),
     ) -> Result<()> {
-        let encoder =
-            self.encoder.get_or_insert_with(|| context.device.create_command_encoder(&Default::default()));
-        commands(encoder);
-        self.launches += 1;
-        if self.launches < SUBMITTED_AT_ONCE { Ok(()) } else { self.submit(context) }
+        self.pass = None;
+        commands(self.encoder(context));
+        self.count(context)
+    }
+
+    fn encoder(&mut self, context: &WgpuContext) -> &mut wgpu::CommandEncoder {
+        self.encoder.get_or_insert_with(|| context.device.create_command_encoder(&Default::default()))
+    }
+
+    fn count(&mut self, context: &WgpuContext) -> Result<()> {
+        self.commands += 1;
+        if self.commands < SUBMITTED_AT_ONCE { Ok(()) } else { self.submit(context) }
     }
 
     /// Whether nothing waits for the next submission.
@@ -50,9 +73,11 @@ impl Recorder {
 
     /// Hands what was recorded to the device; does not wait.
     pub(super) fn submit(&mut self, context: &WgpuContext) -> Result<()> {
-        (self.launches, self.written) = (0, 0);
+        (self.commands, self.written) = (0, 0);
+        self.pass = None;
+        let encoder = self.encoder.take();
         context.check()?;
-        let Some(encoder) = self.encoder.take() else { return Ok(()) };
+        let Some(encoder) = encoder else { return Ok(()) };
         context
             .scoped(wgpu::ErrorFilter::Validation, || context.queue.submit([encoder.finish()]))
             .map_err(|message| refuse(format!("a launch was refused: {message}")))?;

@@ -9,8 +9,10 @@ use crate::tensor::{DType, DeviceTensor};
 
 static SHADER: Shader = shader!("rms_norm");
 
-/// Lanes of a row: each has several pairs of columns of a row of a model.
+/// Lanes of a row.
 const LANES: usize = 256;
+/// Vectors of eight columns that a lane keeps.
+const KEPT: usize = 4;
 
 pub(super) fn rms_norm(
     wgpu: &Wgpu,
@@ -65,12 +67,15 @@ fn launch(
         Some(residual) => (true, residual.writes()),
         None => (false, nothing.unused()),
     };
+    let lanes = wgpu.workgroup(LANES.min(width / 2));
+    let wide = width.is_multiple_of(8) && width <= 8 * KEPT * lanes as usize;
     wgpu.launch(&Launch {
         kernel,
         shader: &SHADER,
         entry: "main",
         constants: &[
-            ("WORKGROUP", wgpu.workgroup(LANES.min(width / 2)).into()),
+            ("WORKGROUP", lanes.into()),
+            ("WIDE", wide.into()),
             ("WEIGHT", weight.weight_type()),
             ("FLOATS", f64::from(x.dtype() == DType::Float)),
             ("RESIDUAL", f64::from(adds)),

@@ -4,12 +4,17 @@ const PRELUDE: &str = include_str!("../../shaders/prelude.wgsl");
 const REDUCE_SUBGROUPS: &str = include_str!("../../shaders/reduce_subgroups.wgsl");
 const REDUCE_PLAIN: &str = include_str!("../../shaders/reduce_plain.wgsl");
 
+/// What multiplies matrices.
+pub(super) const MATRICES: &str = "enable f16;\nenable wgpu_cooperative_matrix;\n";
+
 /// A file of `shaders/`.
 #[derive(Debug)]
 pub(super) struct Shader {
     /// The file's name.
     pub(super) name: &'static str,
     pub(super) source: &'static str,
+    /// What of the language is switched on.
+    pub(super) enables: &'static str,
     /// The files that go before it: names and sources.
     pub(super) after: &'static [(&'static str, &'static str)],
 }
@@ -20,13 +25,18 @@ macro_rules! shader {
         $crate::wgpu::shader::Shader {
             name: $name,
             source: include_str!(concat!("../../shaders/", $name, ".wgsl")),
+            enables: "",
             after: &[],
         }
     };
     ($name:literal, after $($before:literal),+) => {
+        $crate::wgpu::shader::shader!($name, enabling "", after $($before),+)
+    };
+    ($name:literal, enabling $enables:expr, after $($before:literal),+) => {
         $crate::wgpu::shader::Shader {
             name: $name,
             source: include_str!(concat!("../../shaders/", $name, ".wgsl")),
+            enables: $enables,
             after: &[$(($before, include_str!(concat!("../../shaders/", $before, ".wgsl")))),+],
         }
     };
@@ -48,7 +58,7 @@ impl Shader {
     /// The whole source: the prelude, the reductions, the kernel, with `edits` made.
     pub(super) fn with_prelude(&self, subgroups: bool, edits: &[Edit]) -> Result<String, String> {
         let reduce = if subgroups { REDUCE_SUBGROUPS } else { REDUCE_PLAIN };
-        let mut whole = String::new();
+        let mut whole = self.enables.to_owned();
         let files = [("prelude", PRELUDE), ("reduce", reduce)].into_iter().chain(self.after.iter().copied());
         for (name, source) in files.chain([(self.name, self.source)]) {
             let mut source = source.to_owned();

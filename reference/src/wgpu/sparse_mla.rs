@@ -4,13 +4,14 @@ use super::Wgpu;
 use super::batch::WgpuBatch;
 use super::launch::Launch;
 use super::paged::PagedCache;
-use super::shader::{Shader, shader};
+use super::shader::{MATRICES, Shader, shader};
 use super::tensor::WgpuTensor;
 use crate::error::Result;
 use crate::fp8::MlaRow;
 use crate::tensor::{DType, DeviceTensor};
 
 static SHADER: Shader = shader!("sparse_mla", after "fp8", "paged");
+static BY_MATRICES: Shader = shader!("sparse_mla_matrix", enabling MATRICES, after "fp8", "paged");
 static MERGE: Shader = shader!("sparse_mla_merge");
 
 /// Of a workgroup: lanes, heads, rows at once.
@@ -21,14 +22,19 @@ const KEYS: usize = 16;
 /// Columns of a latent at most: two words of a lane.
 const COLUMNS: usize = 4 * LANES as usize;
 
+/// Columns of a latent that matrices take, and of a row at most.
+const LATENT: usize = 512;
+const WIDTH: usize = 576;
+
 /// Workgroups that fill a large GPU: with fewer the selection is split.
 const ENOUGH: usize = 1024;
+const ENOUGH_OF_MATRICES: usize = 512;
 
 /// A split has at least so many rows, or what it leaves to merge is as much as it reads.
 const SPLIT: usize = 64;
 
 /// Lanes that merge a row.
-const MERGE_LANES: usize = 128;
+const MERGE_LANES: usize = 256;
 
 pub(super) fn sparse_mla(
     wgpu: &Wgpu,
@@ -68,8 +74,11 @@ pub(super) fn sparse_mla(
         return Ok(());
     }
 
+    let by_matrices =
+        wgpu.context.has_matrices() && rank == LATENT && width.is_multiple_of(64) && width <= WIDTH;
     let groups = tokens * heads.div_ceil(HEADS);
-    let splits = ENOUGH.div_ceil(groups).min(k / SPLIT).max(1);
+    let enough = if by_matrices { ENOUGH_OF_MATRICES } else { ENOUGH };
+    let splits = enough.div_ceil(groups).min(k / SPLIT).max(1);
     let split = k.div_ceil(splits).max(1).next_multiple_of(KEYS);
     // Rounding up may leave none for the last.
     let splits = k.div_ceil(split).max(1);
@@ -80,17 +89,19 @@ pub(super) fn sparse_mla(
         _ => wgpu.tensor(DType::Float, &[tokens * heads, splits, rank + 2])?,
     };
     let ([a, b, c, d], windows) = cache.reads()?;
+    let mut constants = vec![("FP8", f64::from(fp8)), ("ROW_VECTORS", vectors as f64), ("WINDOWS", windows)];
+    let shader = if by_matrices {
+        constants.push(("PARTS", if fp8 { 2048.0 } else { 1024.0 }));
+        &BY_MATRICES
+    } else {
+        constants.extend([("LATENT_VECTORS", (rank / 8) as f64), ("SCALES", scales as f64)]);
+        &SHADER
+    };
     wgpu.launch(&Launch {
         kernel,
-        shader: &SHADER,
+        shader,
         entry: "main",
-        constants: &[
-            ("FP8", f64::from(fp8)),
-            ("ROW_VECTORS", vectors as f64),
-            ("LATENT_VECTORS", (rank / 8) as f64),
-            ("SCALES", scales as f64),
-            ("WINDOWS", windows),
-        ],
+        constants: &constants,
         bindings: &[
             batch.seq_ids.reads(),
             batch.block_table.reads(),

@@ -62,15 +62,24 @@ pub fn with_small_bindings(bytes: u64, body: impl Fn(&Wgpu)) {
 
 /// What opens the adapter of `wgpu` again.
 pub fn same_adapter(wgpu: &Wgpu) -> WgpuOptions {
-    WgpuOptions { plain: !wgpu.context().has_subgroups(), ..options() }
+    let context = wgpu.context();
+    WgpuOptions { plain: !context.has_subgroups(), without_matrices: !context.has_matrices(), ..options() }
 }
 
-/// Whether the body sees `edit`, a fault in a shader.
+/// Whether the body sees `edit`, a fault in a shader; one of matrices is seen where the adapter has them.
 #[track_caller]
 pub fn catches<C: Contract>(edit: Edit) {
     let Some((_, context)) = adapters().first() else { return };
-    let plain = !context.has_subgroups();
-    let context = done(WgpuContext::open(&WgpuOptions { plain, edits: vec![edit.clone()], ..options() }));
+    let of_matrices = edit.shader.ends_with("_matrix");
+    if of_matrices && !context.has_matrices() {
+        return;
+    }
+    let context = done(WgpuContext::open(&WgpuOptions {
+        plain: !context.has_subgroups(),
+        without_matrices: !of_matrices,
+        edits: vec![edit.clone()],
+        ..options()
+    }));
     let reason = catch(&C::cases(), &|case| C::run(&Wgpu::new(Arc::clone(&context)), &case));
     let Some(reason) = reason else { panic!("nothing sees the fault {edit:?}") };
     for refusal in ["is not once in", "Shader", "validation"] {
@@ -78,7 +87,8 @@ pub fn catches<C: Contract>(edit: Edit) {
     }
 }
 
-/// The adapter of the tests, with subgroups where it has them and without: none where there is none, and where tests may leave it out.
+/// The adapter of the tests, with matrices and with subgroups where it has them, and without: none where there is none, and where tests
+/// may leave it out.
 pub fn adapters() -> &'static [(String, Arc<WgpuContext>)] {
     static OPENED: OnceLock<Vec<(String, Arc<WgpuContext>)>> = OnceLock::new();
     static TOLD: Once = Once::new();
@@ -87,8 +97,8 @@ pub fn adapters() -> &'static [(String, Arc<WgpuContext>)] {
     }
     OPENED.get_or_init(|| {
         let mut opened = Vec::new();
-        for plain in [false, true] {
-            match WgpuContext::open(&WgpuOptions { plain, ..options() }) {
+        for (plain, without_matrices) in [(false, false), (false, true), (true, true)] {
+            match WgpuContext::open(&WgpuOptions { plain, without_matrices, ..options() }) {
                 Ok(context) => opened.push((context.name(), context)),
                 Err(reason) => {
                     let message = format!("left out: the kernels in WGSL ({reason})");

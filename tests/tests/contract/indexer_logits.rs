@@ -65,7 +65,7 @@ impl Contract for IndexerLogits {
             batches(&[4, 64]).prop_map(|batch| (batch, true)),
         ];
         let rows = prop_oneof![2 => Just((0, 16)), 1 => (0..=16_usize, 0..=16_usize)];
-        let shape = select(&[(4_usize, 16_usize), (32, 128), (13, 48), (40, 32)][..]);
+        let shape = select(&[(4_usize, 16_usize), (32, 128), (13, 48), (40, 128)][..]);
         let weights = select(&[Values::Normal, Values::Ties, Values::Negative, Values::Zeros][..]);
         let keys = select(&[Values::Normal, Values::Ties, Values::Negative, Values::Outliers][..]);
         let values = (Values::any_of(&Values::ORDINARY), weights, keys);
@@ -160,6 +160,18 @@ fn planted_faults_are_seen() {
         ("position / params.page_size];", "(max(position, 1u) - 1u) / params.page_size];"),
     ] {
         contract::catches::<IndexerLogits>(Edit { shader: "indexer_logits", find, replace });
+    }
+    for (find, replace) in [
+        ("scale *= key_scale(slot);", "scale += 0.0 * key_scale(slot);"),
+        ("select(words, words.zwxy, word % 4u == 2u)", "words"),
+        (
+            "key_scales[lane.index] *= power(2u * TARGET - exponent);",
+            "key_scales[lane.index] *= power(2u * TARGET - exponent - 1u);",
+        ),
+        ("sum += unit * of_heads;", "sum = unit * of_heads;"),
+        ("let head = 16u * own_half + i;", "let head = i;"),
+    ] {
+        contract::catches::<IndexerLogits>(Edit { shader: "indexer_logits_matrix", find, replace });
     }
 }
 

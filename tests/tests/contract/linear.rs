@@ -119,7 +119,7 @@ fn planted_faults_are_seen() {
         ("product", "column += 32u", "column += 64u"),
         ("product", "dot(v, w[3])", "dot(v, w[2])"),
         ("product", "vec2(parts[at], parts[at + LANES])", "vec2(parts[at], parts[at])"),
-        ("weights_dense", "dense_half(words.w, 1u)", "dense_half(words.w, 0u)"),
+        ("prelude", "f16_pair(words.w)", "f16_pair(words.z)"),
         ("weights_dense", "weight[start / 4u + 1u]", "weight[start / 4u]"),
         ("weights_dense", "j < min(left, 8u)", "j < min(left, 7u)"),
     ] {

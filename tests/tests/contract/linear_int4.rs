@@ -27,8 +27,9 @@ impl Contract for LinearInt4 {
     type Case = Case;
 
     fn cases() -> impl Strategy<Value = Case> {
-        let tokens = select(&[0_usize, 1, 4, 8, 13, 17, 40][..]);
-        let dims = select(&[(64_usize, 32_usize), (256, 32), (256, 128), (200, 200), (96, 96)][..]);
+        let tokens = select(&[0_usize, 1, 1, 1, 4, 8, 13, 17, 40][..]);
+        let dims =
+            select(&[(64_usize, 32_usize), (256, 32), (256, 128), (1056, 32), (200, 200), (96, 96)][..]);
         let scales = select(&[DType::Bf16, DType::F16, DType::F32][..]);
         (tokens, dims, select(&[2_usize, 70, 24][..]), scales, any::<bool>(), any::<bool>(), any::<u64>())
             .prop_map(|(tokens, (columns, group_size), features, scales, zero_points, floats, seed)| Case {
@@ -90,6 +91,10 @@ fn planted_faults_are_seen() {
         ("weights_int4", "row & 7u", "row & 3u"),
         ("weights_int4", "return vec2(scale, 8.0);", "return vec2(scale, 7.0);"),
         ("weights_int4", "8u * chunk / params.group_size", "chunk / params.group_size"),
+        ("weights_int4", "PLACES = vec4(1.0, 16.0, 256.0,", "PLACES = vec4(1.0, 16.0, 255.0,"),
+        ("weights_int4", "32u * quad / params.group_size", "16u * quad / params.group_size"),
+        ("weights_int4", "products(words.w, zero, d)", "products(words.w, zero, c)"),
+        ("weights_int4", "sum.zw);", "sum.xy);"),
         ("prelude", "(4u * j)) & 0xfu", "(4u * j)) & 0x7u"),
     ] {
         contract::catches::<LinearInt4>(Edit { shader, find, replace });

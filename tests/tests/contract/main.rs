@@ -16,6 +16,7 @@ mod layer_norm_rope;
 mod linear;
 mod linear_int4;
 mod lm_head;
+mod measure;
 mod moe;
 mod products;
 mod qkv_norm_rope;

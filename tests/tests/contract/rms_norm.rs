@@ -53,7 +53,7 @@ impl Contract for RmsNorm {
     type Case = Case;
 
     fn cases() -> impl Strategy<Value = Case> {
-        let shape = (0..=9_usize, select(&[2_usize, 36, 264, 1096][..]));
+        let shape = (0..=9_usize, select(&[2_usize, 36, 264, 2184][..]));
         let weight = select(&[DType::Bf16, DType::F16, DType::F32][..]);
         let x = select(&[Rows::Acts, Rows::Floats, Rows::Residual][..]);
         let values = Values::any_of(&Values::ORDINARY);
@@ -113,9 +113,19 @@ fn agrees_with_the_oracle() {
 #[test]
 fn planted_faults_are_seen() {
     for (shader, find, replace) in [
-        ("rms_norm", "values.y);", "values.x);"),
+        ("rms_norm", "weight_at(column + 1u) * values.y", "weight_at(column + 1u) * values.x"),
         ("rms_norm", "+ params.eps)", ") + params.eps"),
-        ("rms_norm", "residual[i + 1u] += added.y", "residual[i + 1u] -= added.y"),
+        (
+            "rms_norm",
+            "values.low, residual[2u * v + 1u] + values.high",
+            "values.low, residual[2u * v + 1u] - values.high",
+        ),
+        (
+            "rms_norm",
+            "let v = lane.index + k * WORKGROUP;\n        if v < vectors {\n            let values",
+            "let v = lane.index + k * WORKGROUP;\n        if v < min(vectors, WORKGROUP) {\n            let values",
+        ),
+        ("rms_norm", "w.high * (kept[k].high * scale)", "w.low * (kept[k].high * scale)"),
         (
             "reduce",
             "i < lane.subgroups; i++) {\n        sum +=",

@@ -88,7 +88,8 @@ impl Case {
 
     /// How far an element may be from the oracle's: a score is off by what f32 sums of `width` products lose, its weight by the exponential
     /// of that and by its own rounding; some backends round weights to bf16, and what is relative to a maximum that
-    /// may lag by 2^8 underflows below 2^-118; the result is rounded to bf16.
+    /// may lag by 2^8 underflows below 2^-118, in halves below 2^-25; rows as halves lose what is below 2^-37 of the largest number of all;
+    /// the result is rounded to bf16.
     fn bounds(&self, q: &[f64], rows: &[Vec<f64>], places: &[i32], expected: &[f64]) -> Vec<f64> {
         let ((rank, _), width, batch) = (self.dims, self.width(), &self.batch.batch);
         let mut bounds = Vec::new();
@@ -110,6 +111,8 @@ impl Case {
             let total: f64 = scores.iter().map(|score| (score.0 - most).exp()).sum();
             let relative =
                 (2.0 * lost).exp_m1() + 2.0 * F32_UNIT * (self.k as f64 + 64.0) + (-8.0_f64).exp2();
+            let numbers = selected.iter().flat_map(|row| row.iter());
+            let largest_of_all = numbers.fold(0.0_f64, |largest, x| largest.max(x.abs()));
             for column in 0..rank {
                 let (mut weighted, mut largest, mut sizes) = (0.0, 0.0_f64, 0.0);
                 for (row, score) in selected.iter().zip(&scores) {
@@ -119,7 +122,9 @@ impl Case {
                 }
                 let out = expected[i * rank + column].abs();
                 // However wrong the weights are, the output lies among the values.
-                let underflow = sizes * (-118.0_f64).exp2() + f64::from(f32::MIN_POSITIVE);
+                let underflow = sizes * (-25.0_f64).exp2()
+                    + largest_of_all * (-37.0_f64).exp2()
+                    + f64::from(f32::MIN_POSITIVE);
                 let error = ((weighted + out) * relative).min(2.02 * largest) + underflow;
                 bounds.push(error + parity::half_ulp_bf16(out + error));
             }
@@ -210,10 +215,23 @@ fn planted_faults_are_seen() {
     }
     for (find, replace) in [
         // Splits are added up as if they were relative to the same score; the last is left out.
-        ("exp(parts[at + params.columns] - highest)", "1.0"),
-        ("var split = 0u; split < params.splits", "var split = 1u; split < params.splits"),
+        ("exp(parts[at] - highest)", "1.0"),
+        ("(c + d)", "c"),
+        ("i < params.splits);", "i + 1u < params.splits);"),
     ] {
         contract::catches::<SparseMla>(Edit { shader: "sparse_mla_merge", find, replace });
+    }
+    for (find, replace) in [
+        // Sums that were relative to a lower score.
+        ("factors[own_head] = factor * factor_of_all;", "factors[own_head] = factor_of_all;"),
+        ("total = total * factor + weight", "total = total + weight"),
+        ("select(0.0, exp(score - raised), there)", "exp(select(0.0, score, there) - raised)"),
+        // The codes' scales.
+        ("dot(of_subgroups(lane.index), scales[own_key])", "dot(of_subgroups(lane.index), scales[0])"),
+        ("f16(scaled.w)", "f16(scaled.z)"),
+        ("select(i, i + 1u, FP8 && i >= CODES)", "i"),
+    ] {
+        contract::catches::<SparseMla>(Edit { shader: "sparse_mla_matrix", find, replace });
     }
 }
 

@@ -1,0 +1,300 @@
+// `indexer_logits.wgsl` by matrices of 16 by 16 halves, where subgroups have 32 lanes: one workgroup 64 keys of one sequence and a few of its
+// tokens. `fp8.wgsl` and `paged.wgsl` go before it.
+//
+// Halves hold what bf16 has, but not as far: queries of a token, and keys, are brought near 2^13 by a power of two. What underflows is 2^-38 of
+// the largest. 8-bit codes are halves as they are. A subgroup keeps 16 keys.
+
+const KEYS: u32 = 64u;
+const HEADS: u32 = 32u;
+const LANES: u32 = 128u;
+const SUBGROUPS: u32 = 4u;
+// Columns of a key: eight matrices.
+const WIDTH: u32 = 128u;
+const ROW_VECTORS: u32 = 16u;
+// Of a row in vectors of four halves: rows lie in different banks.
+const STRIDE: u32 = 34u;
+// What the largest element has as its exponent, biased as in f32.
+const TARGET: u32 = 140u;
+
+override FP8: bool = false;
+
+struct Params {
+    // The chunk: its first row in the step, its rows, the columns of its logits.
+    first_row: u32,
+    rows: u32,
+    columns: u32,
+    heads: u32,
+    // Words of a row of queries, and of a row of the cache.
+    query_words: u32,
+    row_words: u32,
+    scale: f32,
+    page_size: u32,
+    window_pages: u32,
+    max_blocks: u32,
+    // Rows of a workgroup, and blocks of keys.
+    group_rows: u32,
+    blocks: u32,
+}
+
+var<immediate> params: Params;
+@group(0) @binding(0) var<storage, read> positions: array<u32>;
+@group(0) @binding(1) var<storage, read> seq_ids: array<u32>;
+@group(0) @binding(2) var<storage, read> block_table: array<u32>;
+@group(0) @binding(3) var<storage, read> q: array<vec4<u32>>;
+@group(0) @binding(4) var<storage, read> weights: array<f32>;
+@group(0) @binding(5) var<storage, read> cache_0: array<vec4<u32>>;
+@group(0) @binding(6) var<storage, read> cache_1: array<vec4<u32>>;
+@group(0) @binding(7) var<storage, read> cache_2: array<vec4<u32>>;
+@group(0) @binding(8) var<storage, read> cache_3: array<vec4<u32>>;
+@group(0) @binding(9) var<storage, read_write> logits: array<f32>;
+
+var<workgroup> keys: array<vec4<f16>, 2176>;
+var<workgroup> queries: array<vec4<f16>, 1088>;
+// Of a subgroup: the products of 32 heads and its 16 keys.
+var<workgroup> parts: array<f32, 2048>;
+var<workgroup> key_scales: array<f32, KEYS>;
+var<workgroup> slots: array<u32, KEYS>;
+var<workgroup> head_weights: array<f32, HEADS>;
+var<workgroup> exponents: array<u32, SUBGROUPS>;
+
+alias Left = coop_mat16x16<f16, A>;
+alias Right = coop_mat16x16<f16, B>;
+alias Sums = coop_mat16x16<f32, C>;
+
+fn cached(slot: u32, at: u32) -> vec4<u32> {
+    switch window_of(slot) {
+        case 1u: { return cache_1[at]; }
+        case 2u: { return cache_2[at]; }
+        case 3u: { return cache_3[at]; }
+        default: { return cache_0[at]; }
+    }
+}
+
+// Vector `v` of eight columns of a key, of 8 bits in the first two words.
+fn key_words(slot: u32, v: u32) -> vec4<u32> {
+    let own = in_window(slot);
+    if !FP8 {
+        return cached(slot, own * ROW_VECTORS + v);
+    }
+    // A page's codes and then its scales.
+    let word = own / params.page_size * params.page_size * (params.row_words + 1u)
+        + own % params.page_size * params.row_words + 2u * v;
+    let words = cached(slot, word / 4u);
+    // A word of 32 lies anywhere among four: an even number of them, for page_size is a multiple of 4.
+    return select(words, words.zwxy, word % 4u == 2u);
+}
+
+fn key_scale(slot: u32) -> f32 {
+    let own = in_window(slot);
+    let word = own / params.page_size * params.page_size * (params.row_words + 1u)
+        + params.page_size * params.row_words + own % params.page_size;
+    return bitcast<f32>(cached(slot, word / 4u)[word % 4u]);
+}
+
+// The largest exponent of eight columns, in its place in a word.
+fn largest(words: vec4<u32>) -> u32 {
+    let both = max(words & vec4(0x7f800000u), (words << vec4(16u)) & vec4(0x7f800000u));
+    return max(max(both.x, both.y), max(both.z, both.w));
+}
+
+// That of all lanes, as a number whose powers are numbers. All lanes call it.
+fn largest_of_all(exponent: u32, lane: Lane) -> u32 {
+    let own = subgroupMax(exponent);
+    if lane.place == 0u {
+        exponents[lane.subgroup] = own;
+    }
+    workgroupBarrier();
+    let all = max(max(exponents[0], exponents[1]), max(exponents[2], exponents[3])) >> 23u;
+    return clamp(all, TARGET - 120u, 254u);
+}
+
+// The power of two that brings `exponent` to TARGET; its inverse is that of `2 * TARGET - exponent`.
+fn power(exponent: u32) -> f32 {
+    return bitcast<f32>((127u + TARGET - exponent) << 23u);
+}
+
+fn four_codes(codes: u32) -> vec4<f16> {
+    return vec4<f16>(vec4(
+        fp8_decode(codes & 0xffu),
+        fp8_decode((codes >> 8u) & 0xffu),
+        fp8_decode((codes >> 16u) & 0xffu),
+        fp8_decode(codes >> 24u),
+    ));
+}
+
+// The keys of a block that the last of its rows sees, and their scales. All lanes call it.
+fn load_keys(seq: u32, first: u32, last: u32, lane: Lane) {
+    workgroupBarrier();
+    if lane.index < KEYS {
+        let position = first + lane.index;
+        var slot = HOLE;
+        if position <= last {
+            let page = block_table[seq * params.max_blocks + position / params.page_size];
+            slot = slot_of(page, position % params.page_size, params.page_size, params.window_pages);
+        }
+        slots[lane.index] = slot;
+        var scale = params.scale;
+        if FP8 && slot != HOLE {
+            scale *= key_scale(slot);
+        }
+        key_scales[lane.index] = scale;
+    }
+    workgroupBarrier();
+    var factor = 1.0;
+    if !FP8 {
+        var exponent = 0u;
+        for (var i = lane.index; i < KEYS * ROW_VECTORS; i += LANES) {
+            let slot = slots[i / ROW_VECTORS];
+            if slot != HOLE {
+                exponent = max(exponent, largest(key_words(slot, i % ROW_VECTORS)));
+            }
+        }
+        exponent = largest_of_all(exponent, lane);
+        factor = power(exponent);
+        if lane.index < KEYS {
+            key_scales[lane.index] *= power(2u * TARGET - exponent);
+        }
+    }
+    for (var i = lane.index; i < KEYS * ROW_VECTORS; i += LANES) {
+        let slot = slots[i / ROW_VECTORS];
+        var words = vec4(0u);
+        if slot != HOLE {
+            words = key_words(slot, i % ROW_VECTORS);
+        }
+        let at = i / ROW_VECTORS * STRIDE + 2u * (i % ROW_VECTORS);
+        if FP8 {
+            keys[at] = four_codes(words.x);
+            keys[at + 1u] = four_codes(words.y);
+        } else {
+            let values = eight_bf16(words);
+            keys[at] = vec4<f16>(values.low * factor);
+            keys[at + 1u] = vec4<f16>(values.high * factor);
+        }
+    }
+    workgroupBarrier();
+}
+
+fn query_words(t: u32, head: u32, v: u32) -> vec4<u32> {
+    if head >= params.heads {
+        return vec4(0u);
+    }
+    return q[(t * params.heads + head) * ROW_VECTORS + v];
+}
+
+fn put_query(i: u32, words: vec4<u32>, factor: f32) {
+    let at = i / ROW_VECTORS * STRIDE + 2u * (i % ROW_VECTORS);
+    let values = eight_bf16(words);
+    queries[at] = vec4<f16>(values.low * factor);
+    queries[at + 1u] = vec4<f16>(values.high * factor);
+}
+
+// Queries `first_head..first_head + HEADS` of a token, and their heads' weights. Returns what their products are to be multiplied by.
+fn load_queries(t: u32, first_head: u32, lane: Lane) -> f32 {
+    let head = first_head + lane.index / ROW_VECTORS;
+    let v = lane.index % ROW_VECTORS;
+    let a = query_words(t, head, v);
+    let b = query_words(t, head + 8u, v);
+    let c = query_words(t, head + 16u, v);
+    let d = query_words(t, head + 24u, v);
+    let exponent = largest_of_all(max(max(largest(a), largest(b)), max(largest(c), largest(d))), lane);
+    put_query(lane.index, a, power(exponent));
+    put_query(lane.index + LANES, b, power(exponent));
+    put_query(lane.index + 2u * LANES, c, power(exponent));
+    put_query(lane.index + 3u * LANES, d, power(exponent));
+    if lane.index < HEADS {
+        var weight = 0.0;
+        if first_head + lane.index < params.heads {
+            weight = weights[t * params.heads + first_head + lane.index];
+        }
+        head_weights[lane.index] = weight;
+    }
+    workgroupBarrier();
+    return power(2u * TARGET - exponent);
+}
+
+fn key_matrix(column: u32, lane: Lane) -> Right {
+    return coopLoad<Right>(&keys[16u * lane.subgroup * STRIDE + column / 4u], STRIDE);
+}
+
+fn query_matrix(head: u32, column: u32) -> Left {
+    return coopLoadT<Left>(&queries[head * STRIDE + column / 4u], STRIDE);
+}
+
+// `max(x, 0)` that keeps NaN.
+fn relu(x: f32) -> f32 {
+    return select(x, 0.0, x < 0.0);
+}
+
+@compute @workgroup_size(LANES)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, lane: Lane) {
+    // What is more than there are does the last one's work again: matrices want no lane to have left.
+    let row_groups = (params.rows + params.group_rows - 1u) / params.group_rows;
+    let number = min(flat(group, groups), row_groups * params.blocks - 1u);
+    let first_key = number % params.blocks * KEYS;
+    let first_row = number / params.blocks * params.group_rows;
+    let end_row = min(first_row + params.group_rows, params.rows);
+    // Of the sums over heads: two lanes of a subgroup have a key of it, and half of the heads each.
+    let own_key = lane.place % 16u;
+    let own_half = lane.place / 16u;
+    let key = 16u * lane.subgroup + own_key;
+    var loaded = HOLE;
+    var key_0 = Right();
+    var key_1 = Right();
+    var key_2 = Right();
+    var key_3 = Right();
+    var key_4 = Right();
+    var key_5 = Right();
+    var key_6 = Right();
+    var key_7 = Right();
+    for (var row = first_row; row < end_row; row++) {
+        let t = params.first_row + row;
+        let position = positions[t];
+        if position < first_key {
+            continue;
+        }
+        let seq = seq_ids[t];
+        if seq != loaded {
+            // The last row of a sequence in this group sees most.
+            var last = t;
+            for (var next = row + 1u; next < end_row && seq_ids[params.first_row + next] == seq; next++) {
+                last = params.first_row + next;
+            }
+            load_keys(seq, first_key, positions[last], lane);
+            loaded = seq;
+            key_0 = key_matrix(0u, lane);
+            key_1 = key_matrix(16u, lane);
+            key_2 = key_matrix(32u, lane);
+            key_3 = key_matrix(48u, lane);
+            key_4 = key_matrix(64u, lane);
+            key_5 = key_matrix(80u, lane);
+            key_6 = key_matrix(96u, lane);
+            key_7 = key_matrix(112u, lane);
+        }
+        var sum = 0.0;
+        for (var first_head = 0u; first_head < params.heads; first_head += HEADS) {
+            let unit = load_queries(t, first_head, lane);
+            for (var half = 0u; half < HEADS; half += 16u) {
+                var dots = coopMultiplyAdd(query_matrix(half, 0u), key_0, Sums());
+                dots = coopMultiplyAdd(query_matrix(half, 16u), key_1, dots);
+                dots = coopMultiplyAdd(query_matrix(half, 32u), key_2, dots);
+                dots = coopMultiplyAdd(query_matrix(half, 48u), key_3, dots);
+                dots = coopMultiplyAdd(query_matrix(half, 64u), key_4, dots);
+                dots = coopMultiplyAdd(query_matrix(half, 80u), key_5, dots);
+                dots = coopMultiplyAdd(query_matrix(half, 96u), key_6, dots);
+                dots = coopMultiplyAdd(query_matrix(half, 112u), key_7, dots);
+                coopStoreT(dots, &parts[512u * lane.subgroup + 16u * half], 16u);
+            }
+            workgroupBarrier();
+            var of_heads = 0.0;
+            for (var i = 0u; i < 16u; i++) {
+                let head = 16u * own_half + i;
+                of_heads += head_weights[head] * relu(parts[512u * lane.subgroup + 16u * head + own_key]);
+            }
+            sum += unit * of_heads;
+        }
+        sum += subgroupShuffleXor(sum, 16u);
+        if own_half == 0u && first_key + key <= position {
+            logits[row * params.columns + first_key + key] = sum * key_scales[key];
+        }
+    }
+}
