@@ -13,9 +13,10 @@ use dsa80_model::engine::Step;
 use dsa80_model::launch::{Device, LaunchOptions, launch};
 use dsa80_model::measure::greedy_step;
 use dsa80_model::runner::{Rank, RankParts};
-use dsa80_reference::wgpu::{Wgpu, WgpuCommunicator, WgpuContext};
+use dsa80_reference::wgpu::{Edit, Wgpu, WgpuCommunicator, WgpuContext, WgpuOptions};
 use dsa80_reference::{Batch, SequenceSlice};
 use dsa80_tests::fixture::{self, Fixture};
+use dsa80_tests::judge::{BF16_BOUND_OF_ONE_PROMPT, Bf16Distance};
 use dsa80_tests::layers::FirstLatents;
 use dsa80_tests::parity::contract;
 use dsa80_tests::prompt::{self, Run};
@@ -27,8 +28,7 @@ const PROMPTS: usize = 8;
 
 /// The adapter of the tests, and whether it is a GPU.
 fn adapter() -> Option<(&'static Arc<WgpuContext>, bool)> {
-    let (_, context) = contract::adapters().first()?;
-    Some((context, context.is_hardware()))
+    contract::contexts().next().map(|context| (context, context.is_hardware()))
 }
 
 /// Runs `body` on every fixture, with whether it is on a GPU.
@@ -79,7 +79,7 @@ fn every_layer_is_the_oracles_within_rounding() {
 
 #[test]
 fn without_subgroups_it_is_the_same_model() {
-    let Some((_, plain)) = contract::adapters().last() else { return };
+    let Some(plain) = contract::contexts().next_back() else { return };
     bodies::prompts_together(Wgpu::new(Arc::clone(plain)), &fixture("cases/int4_sym_g128"), PROMPTS);
 }
 
@@ -121,6 +121,25 @@ fn weights_larger_than_a_binding_are_the_same_weights() {
             assert!(run(Wgpu::new(Arc::clone(wgpu.context()))) == whole, "in windows and whole");
         }
     });
+}
+
+/// What these tests compare says something: a half of a shared expert is too far from HF, and rows of a window that count from the table's
+/// first are other rows.
+#[test]
+fn planted_faults_are_seen() {
+    let Some((context, _)) = adapter() else { return };
+    let fixture = fixture("default");
+    let run = |largest_binding, edits: &[Edit]| {
+        let same = contract::same_adapter(&Wgpu::new(Arc::clone(context)));
+        let options = WgpuOptions { largest_binding, edits: edits.to_vec(), ..same };
+        run(&mut judge::load(Wgpu::open(&options).unwrap(), &fixture, PAGE_SIZE).unwrap(), &fixture, 8)
+    };
+    let half = Edit { shader: "moe_sum", find: "sum += bf16_pair(", replace: "sum += 0.5 * bf16_pair(" };
+    let found = Bf16Distance::of(&fixture, "half an expert", &run(None, &[half]));
+    assert!(found.mean > BF16_BOUND_OF_ONE_PROMPT.mean, "{found:?}");
+    let rows = Edit { shader: "embed", find: "(row - params.first) * params", replace: "row * params" };
+    let [whole, cut] = [None, Some(SMALL_BINDING)].map(|bytes| run(bytes, std::slice::from_ref(&rows)));
+    assert!(whole != cut, "nothing was cut");
 }
 
 #[test]

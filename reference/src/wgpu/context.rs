@@ -46,7 +46,12 @@ pub struct WgpuContext {
     failure: Arc<OnceLock<String>>,
     submissions: AtomicUsize,
     waits: AtomicUsize,
+    /// Bytes that were written since the last wait for that.
+    written: AtomicUsize,
 }
+
+/// Bytes on their way to the device at most: until they are there the host has them too.
+const WRITTEN_AT_ONCE: usize = 64 << 20;
 
 /// How often the host has turned to the device since it was opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -152,6 +157,7 @@ impl WgpuContext {
             failure,
             submissions: AtomicUsize::default(),
             waits: AtomicUsize::default(),
+            written: AtomicUsize::default(),
         })
     }
 
@@ -195,6 +201,16 @@ impl WgpuContext {
 
     pub(super) fn count_submission(&self) {
         self.submissions.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Waits until what was written is there when it has become much.
+    pub(super) fn count_written(&self, bytes: usize) -> Result<()> {
+        if self.written.fetch_add(bytes, Ordering::Relaxed) + bytes < WRITTEN_AT_ONCE {
+            return Ok(());
+        }
+        self.written.store(0, Ordering::Relaxed);
+        self.queue.submit([]);
+        self.wait()
     }
 
     /// Waits for all that was submitted.

@@ -136,7 +136,7 @@ impl Wgpu {
             }
         });
         written.map_err(refuse)?;
-        recorder.has_written(&self.context, bytes.len())?;
+        self.context.count_written(bytes.len())?;
         self.context.check()
     }
 
@@ -254,5 +254,39 @@ impl Wgpu {
         let bytes = self.read_bytes_of(tensor)?;
         let elements = bytes.chunks_exact(size_of::<E>());
         Ok(elements.map(|bytes| widen(bytemuck::pod_read_unaligned(bytes))).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::Kernels;
+
+    /// Few bytes are recorded, many submitted: either way launches before a write have what was there, and those after it what was written.
+    #[test]
+    fn a_write_has_its_place_among_the_launches() {
+        let Ok(context) = WgpuContext::open(&WgpuOptions::default()) else {
+            assert!(std::env::var_os("DSA80_REQUIRE_ALL").is_none(), "no adapter");
+            return;
+        };
+        let wgpu = Wgpu::new(context);
+        for columns in [6, LARGE] {
+            let filled = |value| {
+                let mut tensor = wgpu.tensor(DType::Act, &[1, columns]).unwrap();
+                wgpu.write(&vec![value; columns], &mut tensor).unwrap();
+                tensor
+            };
+            let (gate, mut up) = (filled(10.0), filled(1.0));
+            let [mut before, mut after] = [0.0, 0.0].map(filled);
+            let turns = wgpu.context().turns();
+            wgpu.silu_mul(&gate, &up, &mut before).unwrap();
+            wgpu.write(&vec![2.0; columns], &mut up).unwrap();
+            wgpu.silu_mul(&gate, &up, &mut after).unwrap();
+            let submitted = wgpu.context().turns().submissions > turns.submissions;
+            assert_eq!(submitted, columns == LARGE, "{columns} columns");
+            for (out, expected) in [(&before, 10.0), (&after, 20.0)] {
+                assert!(wgpu.read(out).unwrap().iter().all(|&x| x == expected), "{columns} columns");
+            }
+        }
     }
 }

@@ -6,9 +6,6 @@ use crate::error::Result;
 /// Launches in one submission at most: a device that has nothing to do is waiting for the host.
 const SUBMITTED_AT_ONCE: usize = 256;
 
-/// Bytes on their way to the device at most: until they are there the host has them too.
-const WRITTEN_AT_ONCE: usize = 64 << 20;
-
 /// The commands since the last submission.
 #[derive(Debug, Default)]
 pub(super) struct Recorder {
@@ -16,8 +13,6 @@ pub(super) struct Recorder {
     pass: Option<wgpu::ComputePass<'static>>,
     encoder: Option<wgpu::CommandEncoder>,
     commands: usize,
-    /// Bytes since the last submission.
-    written: usize,
 }
 
 impl Recorder {
@@ -60,20 +55,9 @@ impl Recorder {
         self.encoder.is_none()
     }
 
-    /// Counts bytes that were written with nothing recorded before them, and waits until they are there when they have become many.
-    pub(super) fn has_written(&mut self, context: &WgpuContext, bytes: usize) -> Result<()> {
-        self.written += bytes;
-        if self.written < WRITTEN_AT_ONCE {
-            return Ok(());
-        }
-        self.written = 0;
-        context.queue.submit([]);
-        context.wait()
-    }
-
     /// Hands what was recorded to the device; does not wait.
     pub(super) fn submit(&mut self, context: &WgpuContext) -> Result<()> {
-        (self.commands, self.written) = (0, 0);
+        self.commands = 0;
         self.pass = None;
         let encoder = self.encoder.take();
         context.check()?;

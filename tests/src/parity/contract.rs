@@ -45,6 +45,12 @@ pub fn check<C: Contract>() {
     }
 }
 
+/// The ways through the WGSL kernels, the one with subgroups first, if there is one: none where there is no adapter, and tests may leave it
+/// out.
+pub fn contexts() -> impl DoubleEndedIterator<Item = &'static Arc<WgpuContext>> {
+    adapters().iter().map(|(_, context)| context)
+}
+
 /// Runs `body` once on every way through the WGSL kernels.
 pub fn on_wgpu(body: impl Fn(&Wgpu)) {
     for (_, context) in adapters() {
@@ -87,9 +93,8 @@ pub fn catches<C: Contract>(edit: Edit) {
     }
 }
 
-/// The adapter of the tests, with matrices and with subgroups where it has them, and without: none where there is none, and where tests
-/// may leave it out.
-pub fn adapters() -> &'static [(String, Arc<WgpuContext>)] {
+/// The adapter of the tests, with matrices and with subgroups where it has them, and without.
+fn adapters() -> &'static [(String, Arc<WgpuContext>)] {
     static OPENED: OnceLock<Vec<(String, Arc<WgpuContext>)>> = OnceLock::new();
     static TOLD: Once = Once::new();
     if !wanted("wgpu") {
