@@ -156,6 +156,86 @@ fn put_row(row: u32, i: u32, words: vec4<u32>, factor: f32) {
     }
 }
 
+// What a lane loads of a tile: every LANES-th vector of 16 bytes; and a row's scales.
+struct Rows {
+    a: vec4<u32>,
+    b: vec4<u32>,
+    c: vec4<u32>,
+    d: vec4<u32>,
+    e: vec4<u32>,
+    f: vec4<u32>,
+    g: vec4<u32>,
+    h: vec4<u32>,
+    i: vec4<u32>,
+    scales: vec4<u32>,
+}
+
+// Vector `i` of a tile; what lies behind its end is anything.
+fn quad(turn: u32, i: u32) -> vec4<u32> {
+    let within = min(i, KEYS * ROW_QUADS - 1u);
+    let slot = slots[turn + within / ROW_QUADS];
+    let words = row_quad(select(slot, 0u, slot == HOLE), within % ROW_QUADS);
+    return select(words, vec4(0u), slot == HOLE);
+}
+
+fn load_rows(turn: u32, lane: Lane) -> Rows {
+    var rows: Rows;
+    rows.a = quad(turn, lane.index);
+    rows.b = quad(turn, lane.index + LANES);
+    rows.c = quad(turn, lane.index + 2u * LANES);
+    rows.d = quad(turn, lane.index + 3u * LANES);
+    rows.e = quad(turn, lane.index + 4u * LANES);
+    if KEYS * ROW_QUADS > 5u * LANES {
+        rows.f = quad(turn, lane.index + 5u * LANES);
+        rows.g = quad(turn, lane.index + 6u * LANES);
+        rows.h = quad(turn, lane.index + 7u * LANES);
+        rows.i = quad(turn, lane.index + 8u * LANES);
+    }
+    if FP8 {
+        let slot = slots[turn + lane.index % KEYS];
+        let words = cached(select(slot, 0u, slot == HOLE), CODES);
+        rows.scales = select(words, vec4(0u), slot == HOLE);
+    }
+    return rows;
+}
+
+// The largest exponent of vector `i` of a tile, unless it is of codes.
+fn largest_of(words: vec4<u32>, i: u32) -> u32 {
+    return select(largest(words), 0u, FP8 && i % ROW_QUADS < CODES);
+}
+
+fn largest_of_rows(rows: Rows, lane: Lane) -> u32 {
+    let at = lane.index;
+    var most = max(largest_of(rows.a, at), largest_of(rows.b, at + LANES));
+    most = max(most, max(largest_of(rows.c, at + 2u * LANES), largest_of(rows.d, at + 3u * LANES)));
+    most = max(most, largest_of(rows.e, at + 4u * LANES));
+    if KEYS * ROW_QUADS > 5u * LANES {
+        most = max(most, max(largest_of(rows.f, at + 5u * LANES), largest_of(rows.g, at + 6u * LANES)));
+        most = max(most, max(largest_of(rows.h, at + 7u * LANES), largest_of(rows.i, at + 8u * LANES)));
+    }
+    return most;
+}
+
+fn put_quad(i: u32, words: vec4<u32>, factor: f32) {
+    if i < KEYS * ROW_QUADS {
+        put_row(i / ROW_QUADS, i % ROW_QUADS, words, factor);
+    }
+}
+
+fn put_rows(rows: Rows, factor: f32, lane: Lane) {
+    put_quad(lane.index, rows.a, factor);
+    put_quad(lane.index + LANES, rows.b, factor);
+    put_quad(lane.index + 2u * LANES, rows.c, factor);
+    put_quad(lane.index + 3u * LANES, rows.d, factor);
+    put_quad(lane.index + 4u * LANES, rows.e, factor);
+    if KEYS * ROW_QUADS > 5u * LANES {
+        put_quad(lane.index + 5u * LANES, rows.f, factor);
+        put_quad(lane.index + 6u * LANES, rows.g, factor);
+        put_quad(lane.index + 7u * LANES, rows.h, factor);
+        put_quad(lane.index + 8u * LANES, rows.i, factor);
+    }
+}
+
 // What the sums are multiplied by, while the exponents are those of the rows and of their scales; and its inverse.
 fn factor_of_sums(exponents: vec2<u32>) -> f32 {
     return select(power(exponents.x), bitcast<f32>((254u - exponents.y) << 23u), FP8);
@@ -268,26 +348,17 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
 
     let end = min(params.k, (split + 1u) * params.split);
     var turn = 0u;
-    if lane.index < KEYS {
+    if lane.index < 2u * KEYS {
         slots[lane.index] = selected(t, split * params.split + lane.index);
     }
+    workgroupBarrier();
+    var rows = load_rows(0u, lane);
     for (var first = split * params.split; first < end; first += KEYS) {
         workgroupBarrier();
-        var own = vec2(0u);
-        for (var i = lane.index; i < KEYS * ROW_QUADS; i += LANES) {
-            let slot = slots[turn + i / ROW_QUADS];
-            if slot != HOLE && !(FP8 && i % ROW_QUADS < CODES) {
-                own.x = max(own.x, largest(row_quad(slot, i % ROW_QUADS)));
-            }
-        }
+        var own = vec2(largest_of_rows(rows, lane), 0u);
         if FP8 && lane.index < KEYS {
-            let slot = slots[turn + lane.index];
-            var words = vec4(0u);
-            if slot != HOLE {
-                words = cached(slot, CODES);
-            }
-            scales[lane.index] = bitcast<vec4<f32>>(words);
-            own.y = max(max(words.x, words.y), max(words.z, words.w)) & 0x7f800000u;
+            scales[lane.index] = bitcast<vec4<f32>>(rows.scales);
+            own.y = max(max(rows.scales.x, rows.scales.y), max(rows.scales.z, rows.scales.w)) & 0x7f800000u;
         }
         let of_tile = largest_of_all(own, lane);
         if lane.index == 0u {
@@ -295,20 +366,15 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
         }
         let before = of_rows;
         of_rows = select(of_rows, of_tile, of_tile > of_rows + vec2(1u));
-        for (var i = lane.index; i < KEYS * ROW_QUADS; i += LANES) {
-            let slot = slots[turn + i / ROW_QUADS];
-            var words = vec4(0u);
-            if slot != HOLE {
-                words = row_quad(slot, i % ROW_QUADS);
-            }
-            put_row(i / ROW_QUADS, i % ROW_QUADS, words, power(of_rows.x));
-        }
+        put_rows(rows, power(of_rows.x), lane);
         let there = slots[turn + own_key] != HOLE;
+        workgroupBarrier();
         if lane.index < KEYS {
-            slots[(turn ^ KEYS) + lane.index] = selected(t, first + KEYS + lane.index);
+            slots[turn + lane.index] = selected(t, first + 2u * KEYS + lane.index);
         }
         turn ^= KEYS;
-        workgroupBarrier();
+        // They come while this tile is worked on.
+        rows = load_rows(turn, lane);
 
         var dots = Sums();
         if FP8 {
