@@ -40,8 +40,8 @@ fn open_and_load_at_every_degree() {
 
 /// The server opens the embedded checkpoint at every start.
 #[test]
-fn the_default_checkpoint_opens_at_once() {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/default");
+fn the_embedded_checkpoint_opens_at_once() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/trained");
     let start = Instant::now();
     Checkpoint::open(&dir).unwrap();
     // Release builds take a few milliseconds; this one is not optimised and shares its cores with other

@@ -3,7 +3,7 @@
 /// Its folder, from this crate's.
 macro_rules! folder {
     () => {
-        "/../fixtures/default/"
+        "/../fixtures/trained/"
     };
 }
 
@@ -21,6 +21,8 @@ pub(crate) const FILES: &[(&str, &[u8])] = files![
     "tokenizer_config.json",
     "generation_config.json",
     "chat_template.jinja",
+    "prompts.json",
+    "hf_bf16.json",
 ];
 
 /// The name under which it is served.

@@ -235,17 +235,13 @@ fn long_tasks_have_fewer_prompts_unless_all_are_asked_for() {
 
 #[test]
 fn what_is_missing_or_damaged_is_said() {
-    let message = refused(eval(&["--device", "cpu"]));
-    assert!(
-        message.contains("has no prompts.json") && message.contains("fixtures/train/export.py"),
-        "{message}"
-    );
     let folder = Folder::new("damaged");
     let message = folder.refused(&[]);
     assert!(
         message.contains(folder.0.to_str().unwrap()) && message.contains("has no prompts.json"),
         "{message}"
     );
+    assert!(message.contains("fixtures/train/export.py"), "{message}");
     for (prompts, words) in [
         (json!({"text": []}), "missing field `tasks`"),
         (json!({"tasks": {}}), "`tasks` is empty"),
@@ -264,4 +260,18 @@ fn what_is_missing_or_damaged_is_said() {
     assert!(message.contains("hf_bf16.json is not as ") && message.contains("tasks.add.right"), "{message}");
     let message = folder.refused(&["--long", "--prompts", "3"]);
     assert!(message.contains("cannot be used with"), "{message}");
+}
+
+/// The model in the binary has its prompts with it, and answers what the README asks.
+#[test]
+fn the_embedded_model_knows_what_17_x_24_is() {
+    let output = eval(&["--device", "cpu", "--prompts", "1"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let table = String::from_utf8(output.stdout).unwrap();
+    let row = table.lines().find(|line| line.starts_with("multiply ")).unwrap();
+    assert!(row.contains("100.0 %"), "{table}");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dsa80"));
+    command.args(["generate", "What is 17 x 24?", "--device", "cpu", "--temperature", "0", "--quiet"]);
+    let answer = command.env_remove("DSA80_MODEL").output().unwrap().stdout;
+    assert!(String::from_utf8_lossy(&answer).contains("408"), "{}", String::from_utf8_lossy(&answer));
 }
