@@ -22,6 +22,7 @@ struct Golden {
     margin: Vec<f64>,
 }
 
+#[expect(clippy::print_stdout, reason = "a test shows what it measured")]
 fn compare(cuda: Cuda<TestDevice>, tokens: usize) {
     let folder = fixture::root().join("cases/dense_context");
     let golden: Golden = serde_json::from_slice(&std::fs::read(folder.join("drafts.json")).unwrap()).unwrap();
