@@ -42,13 +42,29 @@ fn dense(weight: &HostLinear) -> &HostTensor {
     tensor
 }
 
-/// As of a backend that copies from any memory.
+/// As of a backend that copies from any memory and has as much as is asked for.
 #[derive(Debug)]
-struct Ordinary;
+struct Plenty;
 
-impl HostMemory for Ordinary {
-    fn alloc(&self, _: usize) -> Option<Box<dyn HostBlock>> {
-        None
+struct Words(Vec<u64>, usize);
+
+impl HostMemory for Plenty {
+    fn alloc(&self, bytes: usize) -> Option<Box<dyn HostBlock>> {
+        Some(Box::new(Words(vec![0; bytes.div_ceil(8)], bytes)))
+    }
+}
+
+impl HostBlock for Words {
+    fn size(&self) -> usize {
+        self.1
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.0)[..self.1]
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.0)[..self.1]
     }
 }
 
@@ -83,7 +99,7 @@ fn ranks_read_their_bytes_and_as_fast_as_files_are_read() {
 
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(16);
     // The second reading is into the memory of the first.
-    let _lending = buffers::lend_from(Arc::new(Ordinary));
+    let _lending = buffers::lend_from(Arc::new(Plenty));
     let load = || {
         let started = Instant::now();
         let layer = checkpoint.load_layer(0, Shard::WHOLE).unwrap();
