@@ -153,6 +153,11 @@ impl Default for Expansion {
 }
 
 impl Expansion {
+    /// Steps of `tokens` token rows or more, whatever their context is up to [`longest`](Self::longest): for measurements.
+    pub fn starting_at(tokens: usize) -> Self {
+        Self { tokens, context_of_token: usize::MAX, ..Self::default() }
+    }
+
     /// Whether a step of this batch, whose tokens select up to `k` positions each, is less work.
     pub fn pays(&self, batch: &Batch, k: usize) -> bool {
         let (tokens, context) = (batch.num_tokens(), batch.max_context_len);

@@ -8,7 +8,7 @@ use crate::linear_many::{self, LinearTile};
 use crate::router::Choice;
 use crate::rows::WEIGHTS;
 use crate::tensor::CudaTensor;
-use crate::tile::{Cost, Tile, refuse};
+use crate::tile::{Cost, Tile, refuse, require_shared};
 
 const KERNEL: &str = "linear";
 
@@ -361,6 +361,8 @@ impl<'a, D: Device> Product<'a, D> {
             swiglu: self.swiglu,
             routes: choice.map(Choice::variant),
         };
+        // What chooses experts has more than the tile was asked about.
+        require_shared(tile, tile.shared_bytes(variant), limits)?;
         // No block has rows of both weights.
         let features =
             if beside > 0 { self.features.next_multiple_of(tile.features()) } else { self.features };

@@ -85,6 +85,24 @@ fn drafts_from_caches_in_8_bits() {
     assert_eq!(wrong(&golden, &drafts, 0.3), 0);
 }
 
+/// Behind a token that is drawn nothing is drafted: the layer would need that token.
+#[test]
+fn tokens_that_are_drawn_have_no_drafts() {
+    let checkpoint = Checkpoint::open(&folder()).unwrap().with_draft_layer().unwrap();
+    let options = LaunchOptions { device: Device::Cpu, ..LaunchOptions::default() };
+    let engine = launch(&Arc::new(checkpoint), &options).unwrap();
+    let request = Request { prompt: golden().tokens, max_tokens: 3, logprobs: Some(1), ..Request::default() };
+    let (mut events, mut drawn) = (engine.submit(request).unwrap(), 0);
+    while let Some(event) = events.next_blocking() {
+        if let Event::Token { logprobs, .. } = event {
+            assert_eq!(logprobs.unwrap().draft, None);
+            drawn += 1;
+        }
+    }
+    engine.shutdown(Duration::ZERO);
+    assert_eq!(drawn, 3);
+}
+
 #[test]
 fn a_model_that_is_loaded_without_the_layer_drafts_nothing() {
     let options = LaunchOptions { device: Device::Cpu, ..LaunchOptions::default() };

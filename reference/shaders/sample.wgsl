@@ -262,7 +262,8 @@ fn draw(start: u32, request: u32, cut: vec3<u32>, depth: Wide, lane: u32) -> u32
         }
     }
     most = workgroup_max_of(most, lane);
-    var chosen = vec3(0u);
+    // Token 0 has to do where a device's logarithms are so poor that nobody is near `most`: never one outside the vocabulary.
+    var chosen = vec3(0u, 0u, ~0u);
     for (var id = lane; id < params.vocab; id += WORKGROUP) {
         let at = place_of(start, id);
         if below(at, cut) {

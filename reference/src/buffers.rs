@@ -132,7 +132,8 @@ impl Lenders {
             if let Some(block) = source.alloc(bytes) {
                 return Some(block);
             }
-            match self.lock().as_mut().and_then(Lender::surplus) {
+            let surplus = self.lock().as_mut().and_then(Lender::surplus);
+            match surplus {
                 Some(surplus) => drop(surplus),
                 None => return Some(Box::new(Words::new(bytes))),
             }
@@ -233,6 +234,7 @@ mod tests {
 
     impl Drop for OfTwo {
         fn drop(&mut self) {
+            assert!(LENDERS.0.try_lock().is_ok(), "freed while others wait");
             self.1.fetch_sub(1, Ordering::Relaxed);
         }
     }
@@ -323,7 +325,7 @@ mod tests {
             let place = match slabs.take(bytes) {
                 Some(place) => place,
                 None => {
-                    let length = bytes.max(SLAB);
+                    let length = Slabs::taken_by(bytes)?.max(SLAB);
                     if !slabs.has_room(length) {
                         return None;
                     }

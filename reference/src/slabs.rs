@@ -43,6 +43,11 @@ impl Slabs {
         self.bytes.saturating_add(bytes) <= self.most
     }
 
+    /// What so many bytes take of a slab: whole pages. None where that is more than there can be.
+    pub fn taken_by(bytes: usize) -> Option<usize> {
+        bytes.max(1).checked_next_multiple_of(ALIGNMENT)
+    }
+
     /// A slab of `bytes`, all free, and its number.
     pub fn add(&mut self, bytes: usize) -> usize {
         let number = self.next;
@@ -54,7 +59,7 @@ impl Slabs {
 
     /// The first free place of so many bytes.
     pub fn take(&mut self, bytes: usize) -> Option<Place> {
-        let bytes = bytes.max(1).checked_next_multiple_of(ALIGNMENT)?;
+        let bytes = Self::taken_by(bytes)?;
         let (number, offset) = self.slabs.iter().find_map(|(&number, (_, free))| {
             free.iter().find(|(_, len)| **len >= bytes).map(|(&offset, _)| (number, offset))
         })?;
@@ -109,8 +114,14 @@ mod tests {
         assert!(first == a && !slabs.give_back(first));
         assert!(slabs.give_back(b), "all of it is free");
         assert!(slabs.bytes() == 0 && slabs.take(1).is_none());
-        assert_eq!(slabs.add(8 * ALIGNMENT), 1);
-        assert_eq!(slabs.take(8 * ALIGNMENT).unwrap().slab, 1);
+        assert!(slabs.take(usize::MAX).is_none());
+        // A slab for what is no whole number of pages holds it.
+        let odd = 40 * ALIGNMENT + 1;
+        let slab = slabs.add(Slabs::taken_by(odd).unwrap());
+        let place = slabs.take(odd).unwrap();
+        assert!(place.slab == slab && slabs.give_back(place));
+        assert_eq!(slabs.add(8 * ALIGNMENT), 2);
+        assert_eq!(slabs.take(8 * ALIGNMENT).unwrap().slab, 2);
         assert!(slabs.take(usize::MAX).is_none());
     }
 

@@ -1,4 +1,4 @@
-//! `dsa80 bench` on the CPU, with the default model's config: what it prints, what it writes, what it refuses.
+//! `dsa80 bench` on the CPU, with the config of the fixture `default`: what it prints, what it writes, what it refuses.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 

@@ -1,4 +1,4 @@
-//! `dsa80 eval` on the default model, whose own best tokens are the right answers: what it prints, what it writes, what it refuses.
+//! `dsa80 eval` on the fixture `default`, whose own best tokens are the right answers: what it prints, what it writes, what it refuses.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
@@ -73,7 +73,7 @@ fn refused(output: Output) -> String {
     String::from_utf8(output.stderr).unwrap()
 }
 
-/// The default model, asked directly.
+/// The fixture, asked directly.
 struct Asked {
     text: TextModel,
     engine: EngineHandle,
@@ -249,15 +249,27 @@ fn what_is_missing_or_damaged_is_said() {
         (json!({"tasks": {"add": [["1 + 1"]]}}), "prompt 0 of `add` has 1 parts"),
         (json!({"tasks": {"add": [["1 + 1", 2]]}}), "tasks.add: [0][1]: invalid type: integer"),
         (json!({"tasks": {"add": [["1", "2"]]}, "text": [["a"]]}), "prompt 0 of `text` has 1 parts"),
+        (json!({"tasks": {"add": [["1", "2"], ["1 + 1", ""]]}}), "prompt 1 of `add`: part 1 is empty"),
+        (json!({"tasks": {"add": [["", "2"]]}}), "prompt 0 of `add`: part 0 is empty"),
     ] {
         folder.write("prompts.json", &prompts);
         let message = folder.refused(&[]);
         assert!(message.contains("prompts.json is not as ") && message.contains(words), "{message}");
     }
     folder.write("prompts.json", &json!({"tasks": {"add": [["1", "2"]]}}));
-    folder.write("hf_bf16.json", &json!({"tasks": {"add": {"right": 1}}}));
+    for (reference, words) in [
+        (json!({"tasks": {"add": {"right": 1}}}), "tasks.add.right"),
+        (json!({"tasks": {"add": {"right": "1?"}}}), "tasks.add.right is \"1?\", expected a 0 or a 1"),
+        (json!({"tasks": {"add": {"right": ""}}}), "tasks.add.right is \"\""),
+        (json!({}), "missing field `tasks`"),
+    ] {
+        folder.write("hf_bf16.json", &reference);
+        let message = folder.refused(&[]);
+        assert!(message.contains("hf_bf16.json is not as ") && message.contains(words), "{message}");
+    }
+    std::fs::write(folder.0.join("hf_bf16.json"), "{\"tasks\": {}} x").unwrap();
     let message = folder.refused(&[]);
-    assert!(message.contains("hf_bf16.json is not as ") && message.contains("tasks.add.right"), "{message}");
+    assert!(message.contains("trailing characters"), "{message}");
     let message = folder.refused(&["--long", "--prompts", "3"]);
     assert!(message.contains("cannot be used with"), "{message}");
 }
@@ -269,7 +281,8 @@ fn the_embedded_model_knows_what_17_x_24_is() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let table = String::from_utf8(output.stdout).unwrap();
     let row = table.lines().find(|line| line.starts_with("multiply ")).unwrap();
-    assert!(row.contains("100.0 %"), "{table}");
+    let cells: Vec<_> = row.split_whitespace().collect();
+    assert_eq!(cells[3..5], ["100.0", "%"], "{table}");
     let mut command = Command::new(env!("CARGO_BIN_EXE_dsa80"));
     command.args(["generate", "What is 17 x 24?", "--device", "cpu", "--temperature", "0", "--quiet"]);
     let answer = command.env_remove("DSA80_MODEL").output().unwrap().stdout;

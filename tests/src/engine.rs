@@ -26,7 +26,7 @@ pub fn options() -> LaunchOptions {
     LaunchOptions { device: device(), ..LaunchOptions::default() }
 }
 
-/// The checkpoint that is served by default.
+/// The checkpoint in `fixtures/default`, which answers gibberish.
 ///
 /// # Errors
 /// A damaged or missing file, by name.
@@ -34,7 +34,7 @@ pub fn default_checkpoint() -> Result<Arc<Checkpoint>> {
     Ok(Arc::new(Checkpoint::open(&fixture::root().join("default"))?))
 }
 
-/// Starts an engine over the default checkpoint.
+/// Starts an engine over the checkpoint in `fixtures/default`.
 ///
 /// # Errors
 /// Whatever the launch reports.

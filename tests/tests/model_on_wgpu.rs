@@ -5,7 +5,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::time::Duration;
 
 use dsa80_model::checkpoint::Checkpoint;
@@ -19,6 +19,7 @@ use dsa80_tests::fixture::{self, Fixture};
 use dsa80_tests::judge::{BF16_BOUND_OF_ONE_PROMPT, Bf16Distance};
 use dsa80_tests::layers::FirstLatents;
 use dsa80_tests::parity::contract;
+use dsa80_tests::parity::devices::tell;
 use dsa80_tests::prompt::{self, Run};
 use dsa80_tests::{bodies, judge};
 
@@ -28,7 +29,17 @@ const PROMPTS: usize = 8;
 
 /// The adapter of the tests, and whether it is a GPU.
 fn adapter() -> Option<(&'static Arc<WgpuContext>, bool)> {
-    contract::contexts().next().map(|context| (context, context.is_hardware()))
+    static TOLD: Once = Once::new();
+    let context = contract::contexts().next()?;
+    if !context.is_hardware() {
+        let name = context.name();
+        TOLD.call_once(|| {
+            tell(&format!(
+                "left out: most prompts, pieces and fixtures of the model in WGSL ({name} is a CPU; a GPU runs all)"
+            ));
+        });
+    }
+    Some((context, context.is_hardware()))
 }
 
 /// Runs `body` on every fixture, with whether it is on a GPU.

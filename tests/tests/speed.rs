@@ -1,4 +1,4 @@
-//! The default model is quick enough to talk to, even in the build that tests use.
+//! The model that is served by default is quick enough to talk to, even in the build that tests use.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
@@ -6,10 +6,13 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use dsa80_model::checkpoint::Checkpoint;
 use dsa80_model::engine::{
     Engine, EngineHandle, EngineOptions, Event, Request, Sampled, Step, StepError, StepLimits, StepModel,
 };
-use dsa80_tests::engine::{options, start};
+use dsa80_model::launch::launch;
+use dsa80_tests::engine::options;
+use dsa80_tests::fixture;
 
 /// Tokens a second over `streams` requests at once, from the moment when all of them have their first token.
 fn decode_rate(engine: &EngineHandle, streams: usize, tokens: usize) -> f64 {
@@ -34,7 +37,8 @@ fn decode_rate(engine: &EngineHandle, streams: usize, tokens: usize) -> f64 {
 /// Three tries, because other work may share the machine.
 #[test]
 fn the_default_model_decodes_at_conversational_speed() {
-    let engine = start(&options()).unwrap();
+    let checkpoint = Arc::new(Checkpoint::open(&fixture::root().join("trained")).unwrap());
+    let engine = launch(&checkpoint, &options()).unwrap();
     for (streams, tokens, least) in [(1, 128, 100.0), (8, 64, 200.0)] {
         let rates: Vec<f64> = (0..3).map(|_| decode_rate(&engine, streams, tokens)).collect();
         let best = rates.iter().copied().fold(0.0, f64::max);

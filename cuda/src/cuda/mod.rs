@@ -1,12 +1,13 @@
 //! The CUDA backend: every kernel of the contract by its launcher, with the tiles that are pinned for the device.
 //!
 //! This file holds the backend and hands each method to its launcher; `memory.rs` moves tensors, `chosen.rs` chooses tiles, `scratch.rs`
-//! keeps what launches share.
+//! and `workspaces.rs` keep what launches share.
 
 mod chosen;
 mod group;
 mod memory;
 mod scratch;
+mod workspaces;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -20,7 +21,7 @@ use dsa80_reference::{
 use self::chosen::Chosen;
 pub use self::group::{Between, GpuOfRank, RankOnGpu};
 pub(crate) use self::memory::{alloc, upload};
-use self::scratch::Grown;
+use self::workspaces::Scratch;
 use crate::absorb::{absorb_output, absorb_query};
 use crate::batch::CudaBatch;
 use crate::device::Device;
@@ -31,9 +32,9 @@ use crate::indexer_logits::indexer_logits;
 use crate::int4::PackedInt4;
 use crate::latent_rope::{LatentRopeDims, latent_rope};
 use crate::layer_norm_rope::layer_norm_rope;
-use crate::linear::{LinearTiles, LinearWorkspace, linear};
+use crate::linear::linear;
 use crate::linear_and_router::linear_and_router;
-use crate::linear_int4::{LinearInt4Tiles, LinearInt4Workspace, linear_int4, swiglu_int4};
+use crate::linear_int4::{linear_int4, swiglu_int4};
 use crate::linear_split::linear_split;
 use crate::lm_head::lm_head;
 use crate::moe::{Experts, MoeWorkspace, moe};
@@ -50,7 +51,7 @@ use crate::sample::{SampleWorkspace, sample};
 use crate::sample_plan::SamplePlan;
 use crate::silu_mul::silu_mul;
 use crate::sources::Sources;
-use crate::sparse_mla::{SparseMlaDims, SparseMlaTiles, SparseMlaWorkspace, sparse_mla, sparse_mla_output};
+use crate::sparse_mla::{sparse_mla, sparse_mla_output};
 use crate::swiglu::{SwiGlu, swiglu, swiglu_and_linear};
 use crate::tensor::CudaTensor;
 use crate::tiles::Tiles;
@@ -66,34 +67,6 @@ pub struct Cuda<D: Device = Gpu> {
     chosen: Chosen,
     expansion: Expansion,
     scratch: Scratch<D>,
-}
-
-/// The workspaces, by what their sizes depend on: nothing, or the sizes that the kernel's `Workspace::alloc` takes.
-#[derive(Debug)]
-struct Scratch<D: Device> {
-    top_k: Grown<TopKWorkspace<D>, 0>,
-    sparse_mla: Grown<SparseMlaWorkspace<D>, 4>,
-    expanded_mla: Grown<ExpandedMlaWorkspace<D>, 7>,
-    linear: Grown<LinearWorkspace<D>, 0>,
-    linear_int4: Grown<LinearInt4Workspace<D>, 0>,
-    moe_int4: Grown<MoeInt4Workspace<D>, 5>,
-    moe: Grown<MoeWorkspace<D>, 3>,
-    sample: Grown<SampleWorkspace<D>, 3>,
-}
-
-impl<D: Device> Default for Scratch<D> {
-    fn default() -> Self {
-        Self {
-            top_k: Grown::default(),
-            sparse_mla: Grown::default(),
-            expanded_mla: Grown::default(),
-            linear: Grown::default(),
-            linear_int4: Grown::default(),
-            moe_int4: Grown::default(),
-            moe: Grown::default(),
-            sample: Grown::default(),
-        }
-    }
 }
 
 /// What a GPU must be: the kernels are written for sm_80.
@@ -154,46 +127,6 @@ impl<D: Device> Cuda<D> {
     /// The device, without the backend.
     pub fn into_device(self) -> D {
         self.device
-    }
-
-    /// Launches a dense product, whose workspace serves any size.
-    fn with_linear(
-        &self,
-        launch: impl FnOnce(&LinearTiles, &LinearWorkspace<D>) -> Result<()>,
-    ) -> Result<()> {
-        let tiles = self.chosen.linear();
-        let alloc = |[]: [usize; 0]| LinearWorkspace::alloc(&self.device, &tiles);
-        self.scratch.linear.with([], alloc, |workspace| launch(&tiles, workspace))
-    }
-
-    /// Launches attention of queries over selected rows.
-    fn with_sparse_mla(
-        &self,
-        q: &CudaTensor<D>,
-        topk_indices: &CudaTensor<D>,
-        kv_lora_rank: usize,
-        launch: impl FnOnce(&SparseMlaTiles, &SparseMlaWorkspace<D>) -> Result<()>,
-    ) -> Result<()> {
-        let dims = SparseMlaDims { kv_lora_rank, rope: dim(q, 2).saturating_sub(kv_lora_rank) };
-        let tiles = self.chosen.sparse_mla(dims);
-        self.scratch.sparse_mla.with(
-            [dim(q, 0), dim(q, 1), dim(topk_indices, 1), kv_lora_rank],
-            |[tokens, heads, k, kv_lora_rank]| {
-                let dims = SparseMlaDims { kv_lora_rank, ..dims };
-                SparseMlaWorkspace::alloc(&self.device, &tiles, dims, tokens, heads, k)
-            },
-            |workspace| launch(&tiles, workspace),
-        )
-    }
-
-    /// Launches a product with an INT4 weight, whose workspace serves any size.
-    fn with_linear_int4(
-        &self,
-        launch: impl FnOnce(&LinearInt4Tiles, &LinearInt4Workspace<D>) -> Result<()>,
-    ) -> Result<()> {
-        let tiles = self.chosen.linear_int4();
-        let alloc = |[]: [usize; 0]| LinearInt4Workspace::alloc(&self.device, &tiles);
-        self.scratch.linear_int4.with([], alloc, |workspace| launch(&tiles, workspace))
     }
 }
 

@@ -95,7 +95,7 @@ impl Cut {
     /// A slab that has room for so many bytes, within the limit; the one after it is begun, as far as there will be room for it.
     fn add(&mut self, context: &Arc<CudaContext>, bytes: usize) -> Option<()> {
         let begun = self.next.take().and_then(|slab| slab.join().ok()).flatten();
-        let length = bytes.max(SLAB);
+        let length = Slabs::taken_by(bytes)?.max(SLAB);
         let slab = match begun.filter(|_| length == SLAB) {
             Some(begun) => begun,
             // One that was begun and is too small has gone back by now.

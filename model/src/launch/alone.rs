@@ -91,6 +91,7 @@ struct Request<'a> {
 
 impl<'a> Request<'a> {
     fn on_cpu(self) -> Result<Alone, LaunchError> {
+        self.refuse_expansion()?;
         check_cpu_cache(self.options)?;
         let bytes = self.options.kv_cache_bytes.unwrap_or(CPU_CACHE_BYTES * self.options.tp);
         let memory = CacheMemory { bytes, act_bytes: size_of::<f32>() };
@@ -102,6 +103,16 @@ impl<'a> Request<'a> {
             .collect();
         let ranks = self.group(parts, true).load(self.weights, &limits, INDEX_LOGITS, size_of::<f32>())?;
         Ok(Alone { ranks, between: self.between("threads"), gpu: None })
+    }
+
+    /// Only the CUDA kernels expand.
+    fn refuse_expansion(self) -> Result<(), LaunchError> {
+        match self.measurement.expand_from {
+            Some(tokens) => Err(LaunchError::Options(format!(
+                "--expand-from {tokens}: only the CUDA kernels expand attention, and the device is not cuda; leave it out"
+            ))),
+            None => Ok(()),
+        }
     }
 
     fn group<K: Kernels>(self, parts: Vec<RankParts<K>>, own_collectives: bool) -> Group<'a, K> {
@@ -171,6 +182,7 @@ impl Request<'_> {
     }
 
     fn on_adapter(self, context: &wgpu::Opened) -> Result<Alone, LaunchError> {
+        self.refuse_expansion()?;
         tracing::info!("device: wgpu, {}", context.name());
         let limits = wgpu::settle(context, self.checkpoint.config(), self.options)?;
         let group = self.group(wgpu::parts(context, self.measurement.live), true);
@@ -273,7 +285,7 @@ mod gpus {
             }
             let expanding = |RankParts { kernels, communicator }: OnGpu| {
                 let kernels = match measurement.expand_from {
-                    Some(tokens) => kernels.with_expansion(Expansion { tokens, ..Expansion::default() }),
+                    Some(tokens) => kernels.with_expansion(Expansion::starting_at(tokens)),
                     None => kernels,
                 };
                 RankParts { kernels, communicator }

@@ -251,18 +251,28 @@ mod tests {
 
         let glm = Checkpoint::from_static_dummy(&[("config.json", GLM_5_2.as_bytes())], 0).unwrap();
         let glm = Arc::new(glm);
-        for most in [1024, 8192, 32768] {
+        for (most, max_model_len) in [(1024, 1 << 17), (8192, 1 << 17), (32768, 1 << 17), (2048, 8192)] {
             let options = LaunchOptions {
                 tp: 8,
                 max_num_batched_tokens: most,
-                max_model_len: Some(1 << 17),
+                max_model_len: Some(max_model_len),
                 ..LaunchOptions::default()
             };
             let Rehearsed { mut model, allocated, .. } = Rehearsed::new(a100(), &glm, &options).unwrap();
             let warm = allocated.bytes();
+            let (pages, token_ids): (Vec<u32>, _) = ((0..64).collect(), vec![1; most / 2]);
+            let slice = SequenceSlice {
+                token_ids: &token_ids[..token_ids.len().min(4096)],
+                computed_len: 0,
+                pages: &pages,
+            };
+            let step = greedy_step(Batch::new(64, &vec![slice; 2]).unwrap(), [0]);
+            model.step(Arc::new(step)).unwrap();
+            let grown = allocated.bytes() - warm;
+            assert_eq!(grown, 0, "two chunks together, up to {most}: {grown} bytes");
             for tokens in [1, 100, 1024, 1280, 4096, 5000, 8192, 10_000, 16_384, 20_000, 32_768] {
                 for computed in [0, 2000, 6000, 30_000, 98_304] {
-                    if tokens > most {
+                    if tokens > most || computed + tokens > max_model_len {
                         continue;
                     }
                     let pages: Vec<u32> = (0..(computed + tokens).div_ceil(64) as u32).collect();

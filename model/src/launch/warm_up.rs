@@ -38,10 +38,18 @@ pub(super) fn warm_up(
         begin();
         warm_up_step(model, &limits, 1, context - tokens, tokens)?;
     }
-    // It may be shorter than the first of those above.
-    if let Some(chunk) = turns.chunk.filter(|&chunk| chunk < limits.max_batch_tokens.min(context)) {
-        begin();
-        warm_up_step(model, &limits, 1, 0, chunk)?;
+    if let Some(chunk) = turns.chunk {
+        // It may be shorter than the first of those above.
+        if chunk < limits.max_batch_tokens.min(context) {
+            begin();
+            warm_up_step(model, &limits, 1, 0, chunk)?;
+        }
+        // Chunks of several sequences do not take that way, however short their contexts are.
+        let each = (limits.max_batch_tokens / 2).min(context);
+        if limits.max_batch_seqs > 1 && each > 0 {
+            begin();
+            warm_up_step(model, &limits, 2, context - each, each)?;
+        }
     }
     for sequences in up_to(limits.max_batch_seqs) {
         begin();

@@ -330,8 +330,9 @@ impl<K: Kernels> Rank<K> {
             self.kernels.sample(&ws.logits, &vec![UNASKED; rows.len()], &mut ws.sampled)?;
             let drafts = self.kernels.read_index(&ws.sampled.token_ids)?;
             let scored = sampled[chunk * LOGIT_ROWS..].iter_mut().map(|sampled| &mut sampled.logprobs);
-            for (scored, draft) in scored.zip(drafts) {
-                if let Some(scored) = scored {
+            for ((scored, draft), target) in scored.zip(drafts).zip(targets) {
+                // Behind a token that was drawn just now the layer would have needed that token.
+                if let Some(scored) = scored.as_mut().filter(|_| target.forced.is_some()) {
                     scored.draft = Some(draft as u32);
                 }
             }

@@ -264,7 +264,7 @@ impl WgpuContext {
         };
         let module = self.scoped(wgpu::ErrorFilter::Validation, || {
             // What was edited may do anything.
-            if self.edits.is_empty() {
+            if self.edits.is_empty() && is_robust(self.info.backend) {
                 self.trusted(descriptor)
             } else {
                 self.device.create_shader_module(descriptor)
@@ -280,7 +280,7 @@ impl WgpuContext {
     fn trusted(&self, descriptor: wgpu::ShaderModuleDescriptor<'_>) -> wgpu::ShaderModule {
         // SAFETY: the sources are this crate's. Their loops are bounded by sizes, they index arrays of workgroups and of lanes by constants and
         // by places below the sizes that launchers give, and divide by sizes that launchers refuse to be zero. Accesses to buffers stay
-        // robust: that is the device's, not the module's.
+        // robust: where the caller takes this way (`is_robust`), that is the device's, not the module's.
         unsafe {
             self.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked())
         }
@@ -328,6 +328,14 @@ impl WgpuContext {
     }
 }
 
+/// Whether accesses out of a buffer are the device's to catch, with or without a module's own checks. Metal has no such thing.
+fn is_robust(backend: wgpu::Backend) -> bool {
+    matches!(backend, wgpu::Backend::Vulkan | wgpu::Backend::Dx12)
+}
+
+/// What `*_matrix.wgsl` have in a workgroup's memory, rounded up: `sparse_mla_matrix` takes the most, some 38 KiB for 8-bit rows.
+const MATRICES_SHARED: u32 = 40 << 10;
+
 /// What `*_matrix.wgsl` need.
 const MATRICES: wgpu::Features =
     wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(wgpu::Features::SHADER_F16);
@@ -336,6 +344,7 @@ const MATRICES: wgpu::Features =
 fn has_matrices(adapter: &wgpu::Adapter, info: &wgpu::AdapterInfo) -> bool {
     use wgpu::CooperativeScalarType::{F16, F32};
     adapter.features().contains(MATRICES)
+        && adapter.limits().max_compute_workgroup_storage_size >= MATRICES_SHARED
         && (info.subgroup_min_size, info.subgroup_max_size) == (32, 32)
         && adapter.cooperative_matrix_properties().iter().any(|of| {
             (of.m_size, of.n_size, of.k_size) == (16, 16, 16) && (of.ab_type, of.cr_type) == (F16, F32)
@@ -397,22 +406,38 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 #[cfg(test)]
+impl WgpuContext {
+    /// The first adapter; `None`, which is said, where there is none and tests may leave it out.
+    pub(super) fn of_tests() -> Option<Arc<Self>> {
+        use std::io::Write as _;
+
+        match Self::open(&WgpuOptions::default()) {
+            Ok(context) => Some(context),
+            Err(reason) => {
+                assert!(std::env::var_os("DSA80_REQUIRE_ALL").is_none(), "{reason}");
+                let _ = writeln!(std::io::stderr(), "left out: a test on an adapter ({reason})");
+                None
+            }
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::kernels::Kernels;
     use crate::tensor::DType;
     use crate::wgpu::Wgpu;
 
-    /// The first adapter; `None` where there is none.
-    fn context() -> Option<Arc<WgpuContext>> {
-        let context = WgpuContext::open(&WgpuOptions::default()).ok();
-        assert!(context.is_some() || std::env::var_os("DSA80_REQUIRE_ALL").is_none(), "no adapter");
-        context
+    #[test]
+    fn modules_keep_their_checks_where_nothing_else_has_any() {
+        assert!(is_robust(wgpu::Backend::Vulkan) && is_robust(wgpu::Backend::Dx12));
+        assert!(!is_robust(wgpu::Backend::Metal) && !is_robust(wgpu::Backend::Gl));
     }
 
     #[test]
     fn a_lost_device_is_an_error_of_all_that_follows() {
-        let Some(context) = context() else { return };
+        let Some(context) = WgpuContext::of_tests() else { return };
         let wgpu = Wgpu::new(Arc::clone(&context));
         let (gate, mut out) =
             (wgpu.alloc(DType::Act, &[2, 4]).unwrap(), wgpu.alloc(DType::Act, &[2, 4]).unwrap());
@@ -430,7 +455,7 @@ mod tests {
 
     #[test]
     fn a_device_that_is_gone_answers_with_an_error() {
-        let Some(context) = context() else { return };
+        let Some(context) = WgpuContext::of_tests() else { return };
         let wgpu = Wgpu::new(Arc::clone(&context));
         let mut tensor = wgpu.alloc(DType::Act, &[2, 4]).unwrap();
         wgpu.write(&[1.0; 8], &mut tensor).unwrap();

@@ -28,11 +28,10 @@ pub struct Prompts {
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
 pub struct Reference {
     /// By task.
-    #[serde(default)]
     pub tasks: BTreeMap<String, ReferenceTask>,
     /// Of all the held-back text.
     pub text_perplexity: Option<f64>,
-    /// By task, how often the MTP layer's draft was what the model itself said next.
+    /// By task, how often the MTP layer's draft was what the model itself said next, in bf16 in the trainer: transformers leaves it out.
     #[serde(default)]
     pub draft_acceptance: BTreeMap<String, f64>,
 }
@@ -87,6 +86,11 @@ impl Prompts {
                     conversations[index].len()
                 ));
             }
+            let empty = |parts: &Conversation| parts.iter().position(String::is_empty);
+            let first = conversations.iter().enumerate().find_map(|(at, parts)| Some((at, empty(parts)?)));
+            if let Some((index, part)) = first {
+                return Err(format!("prompt {index} of `{name}`: part {part} is empty, expected text"));
+            }
         }
         if self.tasks.is_empty() { Err("`tasks` is empty, expected at least one".into()) } else { Ok(()) }
     }
@@ -99,7 +103,21 @@ impl Reference {
     /// It cannot be read, or is not what is expected.
     pub fn read(checkpoint: &Checkpoint) -> Result<Option<Self>, EvalError> {
         let Some(bytes) = checkpoint.file(REFERENCE)? else { return Ok(None) };
-        parse(checkpoint.name(), REFERENCE, &bytes).map(Some)
+        let reference: Self = parse(checkpoint.name(), REFERENCE, &bytes)?;
+        reference.check().map_err(|problem| damaged(checkpoint.name(), REFERENCE, problem))?;
+        Ok(Some(reference))
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let odd = |task: &ReferenceTask| {
+            task.right.is_empty() || task.right.chars().any(|digit| !matches!(digit, '0' | '1'))
+        };
+        match self.tasks.iter().find(|(_, task)| odd(task)) {
+            Some((name, task)) => {
+                Err(format!("tasks.{name}.right is {:?}, expected a 0 or a 1 for each prompt", task.right))
+            }
+            None => Ok(()),
+        }
     }
 }
 
@@ -112,7 +130,10 @@ impl ReferenceTask {
 
 fn parse<T: DeserializeOwned>(folder: &str, file: &'static str, bytes: &[u8]) -> Result<T, EvalError> {
     let reader = &mut serde_json::Deserializer::from_slice(bytes);
-    serde_path_to_error::deserialize(reader).map_err(|error| damaged(folder, file, error.to_string()))
+    let value = serde_path_to_error::deserialize(&mut *reader)
+        .map_err(|error| damaged(folder, file, error.to_string()))?;
+    reader.end().map_err(|error| damaged(folder, file, error.to_string()))?;
+    Ok(value)
 }
 
 fn damaged(folder: &str, file: &'static str, problem: String) -> EvalError {

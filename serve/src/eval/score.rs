@@ -63,7 +63,7 @@ pub enum EvalError {
         source: Box<EvalError>,
     },
     /// A prompt that the engine refuses.
-    #[error("the engine does not take a prompt: {0}")]
+    #[error("the engine does not take a prompt")]
     Submit(#[from] SubmitError),
     /// The engine has failed.
     #[error("the engine has failed: {0}")]
@@ -167,6 +167,8 @@ impl Encoded {
             reply.loss -= f64::from(score.logprob);
             reply.said += 1;
         }
+        // Text that the tokenizer makes nothing of is no answer.
+        reply.right &= reply.said > 0;
         reply
     }
 }
@@ -221,5 +223,7 @@ mod tests {
         assert_eq!(encoded.judge(&scores), Reply { right: false, accepted: 2, ..reply });
         scores[2] = scored(3, None);
         assert_eq!(encoded.judge(&scores), Reply { right: false, drafted: 1, accepted: 1, ..reply });
+        let silent = Encoded { ids: vec![1, 2], said: vec![false; 2] };
+        assert!(!silent.judge(&[None, scored(2, None)]).right, "nothing is said");
     }
 }

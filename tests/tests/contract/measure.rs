@@ -1,6 +1,7 @@
 //! What times are measured by.
 
 use dsa80_reference::{DType, Kernels};
+use dsa80_tests::parity::devices::tell;
 use dsa80_tests::parity::{Values, contract};
 
 #[test]
@@ -29,8 +30,14 @@ fn more_work_takes_the_device_longer() {
         let (_, mut to) = contract::output(wgpu, DType::Float, &[512, 1024]);
         let mut seconds =
             |times: usize| wgpu.device_seconds(|| (0..times).try_for_each(|_| wgpu.copy(&from, &mut to)));
-        seconds(1).unwrap();
-        let (Some(one), Some(many)) = (seconds(1).unwrap(), seconds(64).unwrap()) else { return };
+        // The least of several: other work may share the machine.
+        let mut least = |times| {
+            (0..5).map(|_| seconds(times).unwrap()).min_by(|a, b| a.partial_cmp(b).unwrap()).flatten()
+        };
+        let (Some(one), Some(many)) = (least(1), least(64)) else {
+            let name = wgpu.context().name();
+            return tell(&format!("left out: how long the device takes ({name} has no timestamps)"));
+        };
         assert!(one > 0.0 && many > 4.0 * one, "{one} and {many} s");
     });
 }

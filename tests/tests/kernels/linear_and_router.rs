@@ -29,7 +29,7 @@ struct Case {
 fn cases() -> impl Strategy<Value = Case> {
     let tokens = prop_oneof![1..=8_usize, 17..=20_usize, 33..=36_usize];
     let experts = select(vec![((40, 1, 1), DType::F32), ((16, 4, 2), DType::Bf16)]);
-    let sizes = (1..=40_usize, 1..=70_usize, 1..=8_usize);
+    let sizes = (1..=300_usize, 1..=70_usize, 1..=8_usize);
     (tokens, 1..=20_usize, any::<bool>(), sizes, experts, any::<bool>(), any::<u64>()).prop_map(
         |(tokens, routed, alike, (columns, features, k), (experts, bias), floats, seed)| Case {
             tokens: (tokens, if alike { tokens } else { routed }),
@@ -106,6 +106,9 @@ fn planted_faults_are_seen() {
         ("if (block < routing_blocks) {", "if (block <= routing_blocks) {"),
         ("    block -= routing_blocks;\n", ""),
         ("routing::route(block, logits", "routing::route(block + 1, logits"),
+        // Parts and arrivals of the blocks that only choose.
+        ("static_cast<int64_t>(block) * splits", "static_cast<int64_t>(blockIdx.x) * splits"),
+        ("atomicAdd(arrivals + block, 1u)", "atomicAdd(arrivals + blockIdx.x, 1u)"),
     ] {
         let fault = Fault { file: "linear_few.cu", find, replace };
         parity::catches(fault, cases(), run);

@@ -79,5 +79,13 @@ fn steps_of_two_ranks_of_eight_are_timed_with_and_without_their_collectives() {
         for us in [&times.step_us, &times.device_us, &times.alone_us] {
             assert!(us.len() == 2 && us.iter().all(|&us| us > 0.0), "{new} new: {times:?}");
         }
+        for collective in ["all_reduce", "all_gather"] {
+            let mut kernels = times.kernels.iter().filter(|kernel| kernel.name.starts_with(collective));
+            assert!(kernels.next().is_some(), "{new} new: no {collective} in {times:?}");
+        }
+        assert!(
+            times.kernels.iter().all(|kernel| kernel.us.iter().all(|&us| us > 0.0)),
+            "{new} new: {times:?}"
+        );
     }
 }

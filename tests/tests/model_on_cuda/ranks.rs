@@ -185,6 +185,9 @@ fn ranks_that_share_a_gpu_are_as_far_from_hf_as_hf_in_bf16() {
 /// GPUs that reach each other, for as many ranks as there can be.
 fn groups_of_gpus() -> impl Iterator<Item = (usize, impl Fn(usize) -> Option<TestDevice>)> {
     let count = devices::gpus().len();
+    for ranks in [2, 4, 8].into_iter().filter(|&ranks| count > 1 && ranks > count) {
+        devices::tell(&format!("left out: {ranks} ranks on a GPU each (there are {count})"));
+    }
     [2, 4, 8].into_iter().filter(move |&ranks| ranks <= count).map(|ranks| {
         let gpus = Mutex::new(Vec::new());
         let next = move |rank| {

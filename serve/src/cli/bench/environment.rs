@@ -1,5 +1,7 @@
 //! Where and of what results are.
 
+use std::path::Path;
+
 use dsa80_model::measure::GpuFacts;
 use serde::{Deserialize, Serialize};
 
@@ -11,7 +13,7 @@ pub(in crate::cli) struct Environment {
     /// The commit, where it was given.
     pub(in crate::cli) git: Option<String>,
     pub(in crate::cli) date: String,
-    /// The command line, without the secrets in it.
+    /// The command line, without the secrets in it, and of files their names alone.
     pub(in crate::cli) command: String,
     pub(in crate::cli) cpu: String,
     /// Threads that the CPU runs at once for this process.
@@ -28,7 +30,7 @@ impl Environment {
             dsa80: env!("CARGO_PKG_VERSION").to_owned(),
             git: git.map(str::to_owned),
             date: jiff::Timestamp::now().strftime("%Y-%m-%d %H:%M UTC").to_string(),
-            command: format!("dsa80 {}", without_secrets(arguments).join(" ")),
+            command: format!("dsa80 {}", without_folders(without_secrets(arguments)).join(" ")),
             cpu: field("/proc/cpuinfo", "model name").unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
             cpu_threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
             host_memory_bytes: field("/proc/meminfo", "MemTotal").and_then(|text| kibibytes(&text)),
@@ -76,6 +78,21 @@ fn without_secrets(arguments: Vec<String>) -> Vec<String> {
     arguments.into_iter().map(shown).collect()
 }
 
+/// Where a file lies is not for a file that is passed on either.
+fn without_folders(arguments: Vec<String>) -> Vec<String> {
+    let shown = |argument: String| {
+        let (option, path) = match argument.split_once('=') {
+            Some((option, path)) if option.starts_with("--") => (format!("{option}="), path),
+            _ => (String::new(), argument.as_str()),
+        };
+        match (path.starts_with('/'), Path::new(path).file_name()) {
+            (true, Some(name)) => format!("{option}{}", name.display()),
+            _ => argument,
+        }
+    };
+    arguments.into_iter().map(shown).collect()
+}
+
 /// What stands after `name` and a colon in one of the kernel's tables.
 pub(super) fn field(path: &str, name: &str) -> Option<String> {
     let text = std::fs::read_to_string(path).ok()?;
@@ -104,6 +121,17 @@ mod tests {
         assert_eq!(
             shown,
             "bench serve --api-key *** --api-key=*** --base-url http://***@host:80 --json x.json"
+        );
+    }
+
+    #[test]
+    fn a_command_line_keeps_no_folders() {
+        let line =
+            "bench step --json /a/b/c.json --model=/models/glm --base-url http://host:80/v1 --tp 8 d/e.json";
+        let shown = without_folders(line.split(' ').map(str::to_owned).collect()).join(" ");
+        assert_eq!(
+            shown,
+            "bench step --json c.json --model=glm --base-url http://host:80/v1 --tp 8 d/e.json"
         );
     }
 

@@ -156,6 +156,7 @@ impl Projection {
             .gpu
             .as_ref()
             .and_then(|gpu| Some(Reaches { read_gb_s: gpu.read_gb_s?, mma_tflop_s: gpu.mma_tflop_s? }));
+        let has_ceilings = measured.is_some();
         let (kind, source) = match args.gpu.reaches() {
             Some((kind, source)) => (kind, source.to_owned()),
             None => (measured.unwrap_or(NOTHING), "the GPU that was measured".to_owned()),
@@ -177,7 +178,7 @@ impl Projection {
                 args.step.display()
             ),
         };
-        if step.environment.gpu.is_none() && (args.bandwidth.is_some() || args.mma.is_some()) {
+        if !has_ceilings && (args.bandwidth.is_some() || args.mma.is_some()) {
             bail!(
                 "--bandwidth and --mma carry over from what was measured, and {} has no ceilings",
                 args.step.display()
@@ -358,6 +359,9 @@ fn of_sums(step: &StepReport, costs: &CollectiveCosts<'_>, ranks: usize) -> Vec<
             group.name, group.placement
         ),
     ];
+    if columns == 0 && tp > 1 {
+        lines.push("what ranks gather in a layer (of q_a and kv_a) is left out: the steps' file does not say how many columns".to_owned());
+    }
     if ranks != tp {
         lines.push(format!(
             "the sums were measured between {ranks} ranks, not {tp}: as if that made no difference"

@@ -107,8 +107,21 @@ impl Endpoint {
     /// Waits as long as the server says that it is not ready yet (503), for no more than `limit`.
     pub(super) async fn wait(&self, limit: Duration) -> anyhow::Result<()> {
         let started = Instant::now();
+        let mut told = false;
         loop {
-            let asked = if limit.is_zero() { None } else { self.models().await.ok() };
+            let asked = if limit.is_zero() {
+                None
+            } else {
+                let left = limit.saturating_sub(started.elapsed()).max(POLL);
+                match tokio::time::timeout(left, self.models()).await {
+                    Ok(asked) => asked.ok(),
+                    Err(_) => bail!(
+                        "GET {}/v1/models: no answer after {:.0} s; --wait SECONDS waits longer",
+                        self.root,
+                        started.elapsed().as_secs_f64()
+                    ),
+                }
+            };
             // Who cannot be asked is told of by what follows.
             let Some((url, status, body)) = asked.filter(|asked| asked.1 == StatusCode::SERVICE_UNAVAILABLE)
             else {
@@ -121,7 +134,8 @@ impl Endpoint {
                     waited.as_secs_f64()
                 );
             }
-            if waited < POLL {
+            if !told {
+                told = true;
                 tracing::warn!(
                     "the server is not ready ({said}); waiting for it, {} s at most",
                     limit.as_secs()
