@@ -18,13 +18,24 @@ static_assert(rms::VECTORS * Vector<2, VECTOR>::CELL_WORDS <= SLOT_WORDS, "a slo
 
 using Elements = Vector<2, VECTOR>;
 
+DEVICE bool has(int chunk) { return rms::column(chunk) < WIDTH; }
+
 // A thread's vector of a row of a slot.
 DEVICE int cell(int row, int chunk) { return row * rms::VECTORS + chunk * THREADS + static_cast<int>(threadIdx.x); }
 
-// Its vector of a row in memory.
-DEVICE int64_t place(int64_t row, int chunk) { return row * rms::VECTORS + chunk * THREADS + threadIdx.x; }
+// One other rank's part of the next row fits the registers beside that of this one; those of more do not.
+constexpr bool AHEAD = TWO_SHOTS && RANKS == 2;
 
-DEVICE bool has(int chunk) { return rms::column(chunk) < WIDTH; }
+struct Other {
+    Elements x[rms::CHUNKS];
+
+    DEVICE void take(const Channel& channel, int row) {
+#pragma unroll
+        for (int chunk = 0; chunk < rms::CHUNKS; ++chunk) {
+            if (has(chunk)) x[chunk].take(channel.slot(channel.own, 1 - channel.rank), cell(row, chunk));
+        }
+    }
+};
 
 // What a rank's rows are, and what becomes of them.
 struct Rows {
@@ -35,19 +46,25 @@ struct Rows {
     float eps;
     int turn;
 
-    // Sums row `row` of this rank, which is in `current`, with the others' in row `of_slot` of its slots, and norms it to `words`.
-    DEVICE void norm(rms::Shared& shared, const Channel& channel, rms::Row& current, int64_t row, int of_slot,
-                     uint32_t (&words)[rms::CHUNKS][rms::WORDS]) {
+    // Sums this rank's row `current` with the others' in row `of_slot` of its slots; of two ranks the other's is in `other` already.
+    DEVICE void sum(const Channel& channel, rms::Row& current, const Other& other, int of_slot) const {
 #pragma unroll
         for (int chunk = 0; chunk < rms::CHUNKS; ++chunk) {
             if (!has(chunk)) continue;
-            Elements own;
+            Elements sum, own;
 #pragma unroll
             for (int i = 0; i < rms::WORDS; ++i) own.words[i] = current.x[chunk][i];
-            const Elements sum = Sum<false, VECTOR>::over_ranks(channel, own, cell(of_slot, chunk));
+            if constexpr (AHEAD)
+                sum = Sum<false, VECTOR>::of({channel.rank == 0 ? own : other.x[chunk], channel.rank == 0 ? other.x[chunk] : own});
+            else
+                sum = Sum<false, VECTOR>::over_ranks(channel, own, cell(of_slot, chunk));
 #pragma unroll
             for (int i = 0; i < rms::WORDS; ++i) current.x[chunk][i] = sum.words[i];
         }
+    }
+
+    // Norms `current`, which is row `row`, to `words`.
+    DEVICE void norm(rms::Shared& shared, const rms::Row& current, int64_t row, uint32_t (&words)[rms::CHUNKS][rms::WORDS]) {
         rms::norm_row(current, row * WIDTH, residual, w, eps, shared.squares[turn], words);
         turn ^= 1;
 #pragma unroll
@@ -75,44 +92,77 @@ all_reduce_norm(BY_RANK(const void*, x), BY_RANK(float*, residual), BY_RANK(cons
 
     Rows own = {of_rank(all_x, rank), of_rank(all_residual, rank), of_rank(all_out, rank), {}, eps, 0};
     rms::load_weight(of_rank(all_weight, rank), own.w);
-    const int64_t chunk_rows = static_cast<int64_t>(segment) * (TWO_SHOTS ? RANKS : 1);
-    for (int64_t start = blockIdx.x * chunk_rows; start < rows; start += gridDim.x * chunk_rows) {
-        channel.next();
-        // The rows that this rank norms, of which the first is under way while the ranks meet.
-        const int64_t first = start + (TWO_SHOTS ? static_cast<int64_t>(rank) * segment : 0);
-        const int count = at_most(rows - first, segment);
-        rms::Row current = {};
-        if (count > 0) rms::load_row(current, own.x, own.residual, first * WIDTH);
-
-#pragma unroll
-        for (int step = 1; step < (TWO_SHOTS ? RANKS : 2); ++step) {
-            const int keeper = (rank + step) % RANKS;
-            const int64_t from = start + (TWO_SHOTS ? static_cast<int64_t>(keeper) * segment : 0);
-            const int pushed = at_most(rows - from, segment);
+    if constexpr (!TWO_SHOTS) {
+        const int stride = static_cast<int>(gridDim.x) * segment;
+        for (int first = static_cast<int>(blockIdx.x) * segment; first < rows; first += stride) {
+            channel.next();
+            const int count = at_most(rows - first, segment);
+            // The first row is under way while the ranks meet.
+            rms::Row current = {};
+            rms::load_row(current, own.x, own.residual, static_cast<int64_t>(first) * WIDTH);
 #pragma unroll 4
-            for (int row = 0; row < pushed; ++row) {
+            for (int row = 0; row < count; ++row) {
 #pragma unroll
                 for (int chunk = 0; chunk < rms::CHUNKS; ++chunk) {
                     if (!has(chunk)) continue;
                     Elements x;
-                    x.load(own.x, place(from + row, chunk));
-                    if constexpr (TWO_SHOTS)
-                        x.push(channel.slot(of_rank(workspaces, keeper), rank), cell(row, chunk));
-                    else
-                        x.push_to_others(channel, workspaces, cell(row, chunk));
+                    x.load(own.x, static_cast<int64_t>(first) * rms::VECTORS + cell(row, chunk));
+                    x.push_to_others(channel, workspaces, cell(row, chunk));
                 }
             }
+            if (!channel.meet(workspaces)) return;
+            for (int row = 0; row < count; ++row) {
+                rms::Row next = {};
+                if (row + 1 < count) rms::load_row(next, own.x, own.residual, static_cast<int64_t>(first + row + 1) * WIDTH);
+                own.sum(channel, current, {}, row);
+                uint32_t words[rms::CHUNKS][rms::WORDS];
+                own.norm(shared, current, first + row, words);
+                current = next;
+            }
         }
-        if (!channel.meet(workspaces)) return;
+    } else {
+        const int shares = static_cast<int>(gridDim.x) * RANKS, share = (rows + shares - 1) / shares;
+        const int start = static_cast<int>(blockIdx.x) * share * RANKS;
+        // A part of the rows of a rank's share, in this exchange.
+        const auto from = [&](int of, int done) { return start + of * share + done; };
+        const auto size = [&](int of, int done, int most) {
+            return at_most(rows - from(of, done), share - done < most ? share - done : most);
+        };
+        // Channels are out of step, so that links are busy while one waits.
+        int most = share > segment ? (segment * (1 + static_cast<int>(blockIdx.x) % 4) + 3) / 4 : segment;
+        for (int done = 0; done < share; done += most, most = segment) {
+            channel.next();
+            // The rows that this rank norms, of which the first is under way while the ranks meet.
+            const int first = from(rank, done);
+            const int count = size(rank, done, most);
+            rms::Row current = {};
+            if (count > 0) rms::load_row(current, own.x, own.residual, static_cast<int64_t>(first) * WIDTH);
 
-        Channel normed = channel;
-        normed.next();
-        for (int row = 0; row < count; ++row) {
-            rms::Row next = {};
-            if (row + 1 < count) rms::load_row(next, own.x, own.residual, (first + row + 1) * WIDTH);
-            uint32_t words[rms::CHUNKS][rms::WORDS];
-            own.norm(shared, channel, current, first + row, row, words);
-            if constexpr (TWO_SHOTS) {
+            for (int step = 1; step < RANKS; ++step) {
+                const int keeper = (rank + step) % RANKS;
+                const int64_t pushed = static_cast<int64_t>(from(keeper, done)) * rms::VECTORS;
+                uint32_t* slot = channel.slot(of_rank(workspaces, keeper), rank);
+                in_batches<Elements>(
+                    size(keeper, done, most) * rms::VECTORS, [&](Elements& x, int i) { x.load(own.x, pushed + i); },
+                    [&](const Elements& x, int i) { x.push(slot, i); });
+            }
+            if (!channel.meet(workspaces)) return;
+
+            Channel normed = channel;
+            normed.next();
+            Other other = {};
+            if (AHEAD && count > 0) other.take(channel, 0);
+            for (int row = 0; row < count; ++row) {
+                own.sum(channel, current, other, row);
+                // Under way while this one is normed.
+                rms::Row next = {};
+                Other next_other = {};
+                if (row + 1 < count) {
+                    rms::load_row(next, own.x, own.residual, static_cast<int64_t>(first + row + 1) * WIDTH);
+                    if constexpr (AHEAD) next_other.take(channel, row + 1);
+                }
+                uint32_t words[rms::CHUNKS][rms::WORDS];
+                own.norm(shared, current, first + row, words);
 #pragma unroll
                 for (int chunk = 0; chunk < rms::CHUNKS; ++chunk) {
                     if (!has(chunk)) continue;
@@ -121,27 +171,17 @@ all_reduce_norm(BY_RANK(const void*, x), BY_RANK(float*, residual), BY_RANK(cons
                     for (int i = 0; i < rms::WORDS; ++i) x.words[i] = words[chunk][i];
                     x.push_to_others(normed, workspaces, cell(row, chunk));
                 }
+                current = next, other = next_other;
             }
-            current = next;
-        }
-        if constexpr (TWO_SHOTS) {
             channel.next();
             if (!channel.meet(workspaces)) return;
             for (int step = 1; step < RANKS; ++step) {
                 const int keeper = (rank + step) % RANKS;
-                const int64_t from = start + static_cast<int64_t>(keeper) * segment;
-                const int of_keeper = at_most(rows - from, segment);
+                const int64_t kept = static_cast<int64_t>(from(keeper, done)) * rms::VECTORS;
                 const uint32_t* slot = channel.slot(channel.own, keeper);
-#pragma unroll 4
-                for (int row = 0; row < of_keeper; ++row) {
-#pragma unroll
-                    for (int chunk = 0; chunk < rms::CHUNKS; ++chunk) {
-                        if (!has(chunk)) continue;
-                        Elements x;
-                        x.take(slot, cell(row, chunk));
-                        x.store(own.out, place(from + row, chunk));
-                    }
-                }
+                in_batches<Elements>(
+                    size(keeper, done, most) * rms::VECTORS, [&](Elements& x, int i) { x.take(slot, i); },
+                    [&](const Elements& x, int i) { x.store(own.out, kept + i); });
             }
         }
     }

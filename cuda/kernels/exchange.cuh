@@ -139,6 +139,25 @@ struct Vector {
     }
 };
 
+// Vectors of a thread that are under way together. Loads must be written in front of stores: they may be to the same place.
+constexpr int BATCH = THREADS <= 512 ? (RANKS == 2 ? 4 : 2) : RANKS == 2 ? 2 : 1;
+
+// Loads and stores `count` vectors of the block.
+template <typename Elements, typename Load, typename Store>
+DEVICE void in_batches(int count, Load load, Store store) {
+    for (int first = threadIdx.x; first < count; first += BATCH * THREADS) {
+        Elements x[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            if (first + i * THREADS < count) load(x[i], first + i * THREADS);
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            if (first + i * THREADS < count) store(x[i], first + i * THREADS);
+        }
+    }
+}
+
 // A sum over ranks: in f32, in rank order, rounded once.
 template <bool FLOAT, int COUNT>
 struct Sum {
@@ -169,19 +188,26 @@ struct Sum {
         return x;
     }
 
-    // Of a vector of which this rank has `own`; the others' are at `index` of its slots.
-    DEVICE static Elements over_ranks(const Channel& channel, const Elements& own, int index) {
-        Elements parts[RANKS];
+    // A vector of every rank: this rank has `own`, and the others' are at `index` of its slots.
+    DEVICE static void take_all(const Channel& channel, const Elements& own, int index, Elements (&parts)[RANKS]) {
 #pragma unroll
         for (int source = 0; source < RANKS; ++source) {
-            if (source == channel.rank)
-                parts[source] = own;
-            else
-                parts[source].take(channel.slot(channel.own, source), index);
+            Elements part = own;
+            if (source != channel.rank) part.take(channel.slot(channel.own, source), index);
+            parts[source] = part;
         }
+    }
+
+    DEVICE static Elements of(const Elements (&parts)[RANKS]) {
         Sum sum;
 #pragma unroll
         for (int source = 0; source < RANKS; ++source) sum.add(parts[source], source == 0);
         return sum.rounded();
+    }
+
+    DEVICE static Elements over_ranks(const Channel& channel, const Elements& own, int index) {
+        Elements parts[RANKS];
+        take_all(channel, own, index, parts);
+        return of(parts);
     }
 };

@@ -127,7 +127,7 @@ impl Tile for AllReduceTile {
     fn candidates(shots: Shots, limits: &Limits) -> Vec<Self> {
         let tiles = [128, 256, 512]
             .into_iter()
-            .flat_map(|threads| [16, 32, 64].map(|blocks| Self { threads, blocks }));
+            .flat_map(|threads| [16, 32, 64, 128].map(|blocks| Self { threads, blocks }));
         tiles.filter(|tile| tile.validate(shots, limits).is_ok()).collect()
     }
 

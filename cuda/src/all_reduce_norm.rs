@@ -92,7 +92,7 @@ impl Tile for AllReduceNormTile {
 
     fn candidates(dims: AllReduceNormDims, limits: &Limits) -> Vec<Self> {
         let tiles =
-            [1, 2].into_iter().flat_map(|vectors| [16, 32, 64].map(|blocks| Self { vectors, blocks }));
+            [1, 2].into_iter().flat_map(|vectors| [16, 32, 64, 128].map(|blocks| Self { vectors, blocks }));
         tiles.filter(|tile| tile.validate(dims, limits).is_ok()).collect()
     }
 

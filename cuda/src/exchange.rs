@@ -27,7 +27,7 @@ pub struct ExchangeDims {
 }
 
 impl ExchangeDims {
-    /// 64 channels, and slots for 128 KiB of all ranks together: workspaces of 16 MiB.
+    /// 128 channels, and slots for 128 KiB of all ranks together: workspaces of 32 MiB.
     ///
     /// # Errors
     /// More ranks, or fewer, than the kernels are written for.
@@ -37,7 +37,7 @@ impl ExchangeDims {
             let found = ranks.to_string();
             return Err(Error::Value { kernel: "all_reduce", name: "ranks", expected, found });
         }
-        Ok(Self { ranks, channels: 64, slot_bytes: (128 * 1024 / ranks).next_multiple_of(16) })
+        Ok(Self { ranks, channels: 128, slot_bytes: (128 * 1024 / ranks).next_multiple_of(16) })
     }
 
     /// Words of a workspace in front of the slots.
@@ -196,7 +196,7 @@ mod tests {
     #[test]
     fn slots_are_dealt_to_blocks_that_have_work() {
         let dims = ExchangeDims::new(8).unwrap();
-        assert_eq!(dims.workspace_bytes(), 4 * 608 + (16 << 20));
+        assert_eq!(dims.workspace_bytes(), 4 * 1184 + (32 << 20));
         // One token of 6144 bf16, 32 of them, and 2048.
         assert_eq!(deal(dims, 768, 16, [128, 64, 1]), Dealt { blocks: 6, segment: 128 });
         assert_eq!(deal(dims, 32 * 768, 16, [512, 64, 8]), Dealt { blocks: 6, segment: 512 });

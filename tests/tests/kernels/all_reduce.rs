@@ -36,20 +36,31 @@ struct Case {
     /// Of each rank, launch by launch on the same workspaces.
     lengths: Vec<usize>,
     blocks: usize,
+    slot_bytes: usize,
     values: Values,
     seed: u64,
 }
 
 fn cases(variants: &'static [Variant]) -> impl Strategy<Value = Case> {
     let values = Values::any_of(&Values::ORDINARY);
-    // Several exchanges of a block: a slot has 64 bytes.
-    let lengths = proptest::collection::vec(0..80_usize, 1..5);
-    (select(variants), lengths, 1..4_usize, values, any::<u64>())
-        .prop_map(|(variant, lengths, blocks, values, seed)| Case { variant, lengths, blocks, values, seed })
+    // Several exchanges of a block, or several vectors of a thread.
+    let sizes = select(&[(80_usize, 64_usize), (800, 2048)][..]).prop_flat_map(|(longest, slot_bytes)| {
+        (proptest::collection::vec(0..longest, 1..5), Just(slot_bytes))
+    });
+    (select(variants), sizes, 1..4_usize, values, any::<u64>()).prop_map(
+        |(variant, (lengths, slot_bytes), blocks, values, seed)| Case {
+            variant,
+            lengths,
+            blocks,
+            slot_bytes,
+            values,
+            seed,
+        },
+    )
 }
 
-fn exchange(device: &TestDevice, ranks: usize, first_rank: usize) -> Exchange<Buffer> {
-    let dims = ExchangeDims { ranks, channels: 2, slot_bytes: 64 };
+fn exchange(device: &TestDevice, ranks: usize, slot_bytes: usize, first_rank: usize) -> Exchange<Buffer> {
+    let dims = ExchangeDims { ranks, channels: 2, slot_bytes };
     let workspaces = (0..ranks).map(|_| exchange::alloc_workspace(device, dims).unwrap()).collect();
     Exchange { dims, workspaces, first_rank, patience: Duration::from_secs(60) }
 }
@@ -137,11 +148,11 @@ fn gather(
 
 /// The three collectives in turn on the same workspaces.
 fn run(device: &TestDevice, case: Case) {
-    let Case { variant, ref lengths, blocks, ref values, seed } = case;
+    let Case { variant, ref lengths, blocks, slot_bytes, ref values, seed } = case;
     let dtype = variant.dtype;
     let tile = AllReduceTile { threads: 32, blocks };
     parity::twice(device, || {
-        let exchange = exchange(device, variant.ranks, 0);
+        let exchange = exchange(device, variant.ranks, slot_bytes, 0);
         let mut bytes = Vec::new();
         for (launch, length) in lengths.iter().enumerate() {
             let length = length * variant.step;
@@ -179,11 +190,7 @@ fn planted_faults_are_seen() {
         // Flags go up before all threads have pushed.
         ("exchange.cuh", "        __syncthreads();\n        const int other", "        const int other"),
         // Another order on every rank.
-        (
-            "exchange.cuh",
-            "sum.add(parts[source], source == 0)",
-            "sum.add(parts[(source + rank_of(channel)) % RANKS], source == 0)",
-        ),
+        ("exchange.cuh", "parts[source] = part;", "parts[(source + channel.rank) % RANKS] = part;"),
         // Everybody's columns where the first rank's belong, and the second tensor's rows as long as the first one's.
         ("all_gather.cu", "* RANKS + source) * width", "* RANKS + 0) * width"),
         ("all_gather.cu", "width = next ? next_columns : columns;", "width = columns;"),
@@ -193,9 +200,16 @@ fn planted_faults_are_seen() {
             "return left < count ? static_cast<int>(left > 0 ? left : 0) : count;",
             "return count;",
         ),
+        // Sums where the parts of the next piece lie; shares that run over; of a thread's vectors only the first.
+        ("all_reduce.cu", "x.take(slot, HALF + i)", "x.take(slot, i)"),
+        ("all_reduce.cu", "of_rank < vectors ? of_rank : vectors", "vectors"),
+        (
+            "exchange.cuh",
+            "for (int i = 0; i < BATCH; ++i) {\n            if (first + i * THREADS < count) store",
+            "for (int i = 0; i < 1; ++i) {\n            if (first + i * THREADS < count) store",
+        ),
     ] {
-        let replace = replace.replace("rank_of(channel)", "channel.rank");
-        let fault = Fault { file, find, replace: &replace };
+        let fault = Fault { file, find, replace };
         parity::catches(fault, cases(&VARIANTS[1..2]), run);
     }
 }
@@ -266,7 +280,7 @@ fn a_rank_that_does_not_come_is_named_and_one_that_gives_up_ends_the_wait() {
         let variant = Variant { ranks: 2, dtype: DType::Float, step: 1 };
         let tile = AllReduceTile { threads: 32, blocks: 1 };
         let (data, _) = tensors(device, variant, &[5], &Values::Normal, 1);
-        let mut exchange = exchange(device, 2, 0);
+        let mut exchange = exchange(device, 2, 64, 0);
         exchange.patience = Duration::from_millis(50);
         let reason = |exchange: &Exchange<Buffer>| {
             exchange::failure(device, &exchange.workspaces[0], exchange.patience).unwrap().unwrap()
@@ -278,7 +292,7 @@ fn a_rank_that_does_not_come_is_named_and_one_that_gives_up_ends_the_wait() {
         all_reduce_in(Shots::Two, device, &tile, &exchange, &data[..1]).unwrap();
         assert!(reason(&exchange).contains("rank 1"));
 
-        let mut given_up = self::exchange(device, 2, 0);
+        let mut given_up = self::exchange(device, 2, 64, 0);
         given_up.patience = Duration::from_secs(1000);
         exchange::abort(device, &given_up.workspaces[0]).unwrap();
         all_reduce_in(Shots::One, device, &tile, &given_up, &data[..1]).unwrap();
@@ -289,7 +303,7 @@ fn a_rank_that_does_not_come_is_named_and_one_that_gives_up_ends_the_wait() {
 #[test]
 fn misfits_are_named() {
     parity::small_cases(|device| {
-        let exchange = exchange(device, 2, 1);
+        let exchange = exchange(device, 2, 64, 1);
         let tile = AllReduceTile { threads: 32, blocks: 1 };
         let tensor = |dtype, shape: &[usize]| parity::poisoned(device, "data", dtype, shape);
         let act = |shape: &[usize]| tensor(DType::Act, shape);

@@ -156,7 +156,14 @@ fn planted_faults_are_seen() {
     for (find, replace) in [
         // Rows of the next slot; of another row's residual.
         ("cell(of_slot, chunk)", "cell(0, chunk)"),
-        ("(first + row + 1) * WIDTH", "(first + row) * WIDTH"),
+        (
+            "count) rms::load_row(next, own.x, own.residual, static_cast<int64_t>(first + row + 1)",
+            "count) rms::load_row(next, own.x, own.residual, static_cast<int64_t>(first + row)",
+        ),
+        (
+            "    rms::load_row(next, own.x, own.residual, static_cast<int64_t>(first + row + 1)",
+            "    rms::load_row(next, own.x, own.residual, static_cast<int64_t>(first + row)",
+        ),
         // The sum is not rounded, so to say: only this rank's part is normed.
         ("current.x[chunk][i] = sum.words[i]", "current.x[chunk][i] = own.words[i]"),
         // What was normed goes to the slots of the first exchange, which are still read.
@@ -164,8 +171,10 @@ fn planted_faults_are_seen() {
         // The next row's sums of squares are written where this one's are read.
         ("        turn ^= 1;\n", ""),
         // Rows of the wrong keeper.
-        ("x.store(own.out, place(from + row, chunk));", "x.store(own.out, place(start + row, chunk));"),
-        ("const int count = at_most(rows - first, segment);", "const int count = segment;"),
+        ("kept = static_cast<int64_t>(from(keeper, done))", "kept = static_cast<int64_t>(from(rank, done))"),
+        ("const int count = size(rank, done, most);", "const int count = most;"),
+        // A share's first piece, again and again.
+        ("start + of * share + done;", "start + of * share;"),
     ] {
         let fault = Fault { file: "all_reduce_norm.cu", find, replace };
         parity::catches(fault, cases(&VARIANTS[1..2]), run);
