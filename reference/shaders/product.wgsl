@@ -8,6 +8,9 @@ override GATHER: bool = false;
 override LANES: u32 = 32u;
 override TOKENS: u32 = 8u;
 override PARTS: u32 = 512u;
+// Of `one`: the vectors of a lane, and whether all lanes have as many.
+override STEPS: u32 = 1u;
+override EVEN: bool = false;
 // Of `tiles`: the root of the workgroup, and nine times its fourfold.
 override SIDE: u32 = 8u;
 override TILE: u32 = 288u;
@@ -46,13 +49,18 @@ fn x_at(i: u32) -> f32 {
     return bf16_of(x[i / 8u][(i / 2u) & 3u], i);
 }
 
-// Columns `8 * chunk..8 * chunk + 8` of a token, zeros after the last.
-fn inputs(token: u32, head: u32, chunk: u32) -> Eight {
+// Where a token begins.
+fn start_of(token: u32, head: u32) -> u32 {
     var t = min(token, params.tokens - 1u);
     if GATHER {
         t = min(u32(rows[t]), params.x_rows - 1u);
     }
-    let start = t * params.x_token + head * params.x_head + 8u * chunk;
+    return t * params.x_token + head * params.x_head;
+}
+
+// Columns `8 * chunk..8 * chunk + 8` of a token, zeros after the last.
+fn inputs(token: u32, head: u32, chunk: u32) -> Eight {
+    let start = start_of(token, head) + 8u * chunk;
     let left = params.columns - min(8u * chunk, params.columns);
     if left >= 8u && (start & 7u) == 0u {
         return eight_bf16(x[start / 8u]);

@@ -4,6 +4,8 @@ override SCALE: u32 = BF16;
 override ZEROS: bool = false;
 // Groups are whole chunks of eight columns.
 override WHOLE: bool = true;
+// Of `one`: vectors of 32 columns of a group.
+override GROUP_QUADS: u32 = 1u;
 
 @group(0) @binding(4) var<storage, read> scales: array<u32>;
 @group(0) @binding(5) var<storage, read> zero_points: array<u32>;
@@ -46,19 +48,25 @@ const MASKS = vec4(0xfu, 0xf0u, 0xf00u, 0xf000u);
 const PLACES = vec4(1.0, 16.0, 256.0, 4096.0);
 const INTEGER = 8388608.0;
 
-// The products of a word of weights without their scale, each times its place; `zero` is that of each place with `INTEGER`.
-fn products(word: u32, zero: vec4<f32>, v: Eight) -> vec4<f32> {
+// The products of a word of weights without their scale, each times its place, added to `sums`; `zero` is that of each place with `INTEGER`.
+fn products(word: u32, zero: vec4<f32>, v: Eight, sums: vec4<f32>) -> vec4<f32> {
     let low = bitcast<vec4<f32>>((vec4(word) & MASKS) | vec4(0x4b000000u)) - zero;
     let high = bitcast<vec4<f32>>((vec4(word >> 16u) & MASKS) | vec4(0x4b000000u)) - zero;
-    return fma(low, v.low, high * v.high);
+    return fma(low, v.low, fma(high, v.high, sums));
 }
 
 // Those of 32 columns, with their scale.
-fn products_of_quad(words: vec4<u32>, of_group: vec2<f32>, a: Eight, b: Eight, c: Eight, d: Eight) -> f32 {
-    let zero = INTEGER + of_group.y * PLACES;
-    let four = (products(words.x, zero, a) + products(words.y, zero, b))
-        + (products(words.z, zero, c) + products(words.w, zero, d));
-    return of_group.x * dot(four, 1.0 / PLACES);
+fn products_of_quad(words: vec4<u32>, scale: f32, zero_point: f32, v: array<Eight, 4>) -> f32 {
+    let zero = INTEGER + zero_point * PLACES;
+    var four = products(words.x, zero, v[0], vec4(0.0));
+    four = products(words.y, zero, v[1], four);
+    four = products(words.z, zero, v[2], four);
+    four = products(words.w, zero, v[3], four);
+    return scale * dot(four, 1.0 / PLACES);
+}
+
+fn scale_at(i: u32) -> f32 {
+    return weight_of(SCALE, scales[weight_word(SCALE, i)], i);
 }
 
 // One token, and groups of whole vectors of four words: all lanes go over the columns of four features, 32 at a time.
@@ -66,24 +74,41 @@ fn products_of_quad(words: vec4<u32>, of_group: vec2<f32>, a: Eight, b: Eight, c
 fn one(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
     // Those behind the last are the last.
     let features = min(vec4(4u * group.x) + vec4(0u, 1u, 2u, 3u), vec4(params.features - 1u));
-    let rows = features + params.row;
-    let scale_rows = rows + params.scale_row;
     let quads = params.columns / 32u;
+    let starts = (features + params.row) * quads;
+    let rows = features + params.row + params.scale_row;
+    let scale_starts = rows * params.groups;
+    // Four rows have their zero points in two words at most.
+    let zero_starts = vec2(rows.x / 8u, rows.w / 8u) * params.groups;
+    let in_first = rows / 8u == vec4(rows.x / 8u);
+    let shifts = 4u * (rows & vec4(7u));
     var sums = vec4(0.0);
-    for (var quad = lane.index; quad < quads; quad += WORKGROUP) {
-        let first = weight[rows.x * quads + quad];
-        let second = weight[rows.y * quads + quad];
-        let third = weight[rows.z * quads + quad];
-        let fourth = weight[rows.w * quads + quad];
-        let a = eight_bf16(x[4u * quad]);
-        let b = eight_bf16(x[4u * quad + 1u]);
-        let c = eight_bf16(x[4u * quad + 2u]);
-        let d = eight_bf16(x[4u * quad + 3u]);
-        let at = 32u * quad / params.group_size;
-        sums.x += products_of_quad(first, of_group(scale_rows.x, at), a, b, c, d);
-        sums.y += products_of_quad(second, of_group(scale_rows.y, at), a, b, c, d);
-        sums.z += products_of_quad(third, of_group(scale_rows.z, at), a, b, c, d);
-        sums.w += products_of_quad(fourth, of_group(scale_rows.w, at), a, b, c, d);
+    for (var step = 0u; step < STEPS; step++) {
+        let quad = step * WORKGROUP + lane.index;
+        if EVEN || quad < quads {
+            let first = weight[starts.x + quad];
+            let second = weight[starts.y + quad];
+            let third = weight[starts.z + quad];
+            let fourth = weight[starts.w + quad];
+            let v = array(
+                eight_bf16(x[4u * quad]),
+                eight_bf16(x[4u * quad + 1u]),
+                eight_bf16(x[4u * quad + 2u]),
+                eight_bf16(x[4u * quad + 3u]),
+            );
+            let at = quad / GROUP_QUADS;
+            var zeros = vec4(8.0);
+            if ZEROS {
+                let words = select(vec4(zero_points[zero_starts.y + at]), vec4(zero_points[zero_starts.x + at]), in_first);
+                zeros = vec4<f32>((words >> shifts) & vec4(15u));
+            }
+            sums += vec4(
+                products_of_quad(first, scale_at(scale_starts.x + at), zeros.x, v),
+                products_of_quad(second, scale_at(scale_starts.y + at), zeros.y, v),
+                products_of_quad(third, scale_at(scale_starts.z + at), zeros.z, v),
+                products_of_quad(fourth, scale_at(scale_starts.w + at), zeros.w, v),
+            );
+        }
     }
     let sum = workgroup_sum_of_four(sums, lane);
     if lane.index == 0u {

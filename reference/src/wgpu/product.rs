@@ -22,7 +22,8 @@ const FEW: usize = 16;
 const LANES: usize = 32;
 /// Lanes of `one`, best first.
 const ONE_LANES: [usize; 3] = [128, 64, 32];
-/// Columns of INT4 that a lane of `one` has at a time.
+/// Columns that a lane of `one` has at a time: dense ones, and of INT4.
+const EIGHT: usize = 8;
 const QUAD: usize = 32;
 /// Columns that a tile has at a time.
 const TILE_COLUMNS: usize = 32;
@@ -90,17 +91,11 @@ impl Product<'_> {
         out: &mut WgpuTensor,
     ) -> Result<()> {
         let Self { kernel, x, tokens, heads, columns, rows_of_head, .. } = *self;
-        let one = match self.weight {
-            Weight::Int4(weight)
-                if tokens == 1 && columns.is_multiple_of(QUAD) && weight.group_size.is_multiple_of(QUAD) =>
-            {
-                // All lanes have as many columns, if they can.
-                let quads = columns / QUAD;
-                let even = ONE_LANES.into_iter().find(|&lanes| quads.is_multiple_of(lanes));
-                Some(wgpu.workgroup(even.unwrap_or(ONE_LANES[0].min(quads))))
-            }
-            _ => None,
+        let (of_lane, of_group) = match self.weight {
+            Weight::Dense(_) => (EIGHT, EIGHT),
+            Weight::Int4(weight) => (QUAD, weight.group_size),
         };
+        let one = tokens == 1 && columns.is_multiple_of(of_lane) && of_group.is_multiple_of(of_lane);
         let nothing = wgpu.nothing()?;
         let row_elements = match self.weight {
             Weight::Dense(_) => columns,
@@ -109,8 +104,19 @@ impl Product<'_> {
         let floats = out.dtype() == DType::Float;
         let of_all = self.features.len();
         let mut constants = vec![("FLOATS", floats.into()), ("GATHER", self.rows.is_some().into())];
-        let (entry, grid) = if let Some(lanes) = one {
-            constants.push(("WORKGROUP", lanes.into()));
+        let (entry, grid) = if one {
+            // All lanes have as many columns, if they can.
+            let vectors = columns / of_lane;
+            let even = ONE_LANES.into_iter().find(|&lanes| vectors.is_multiple_of(lanes));
+            let lanes = wgpu.workgroup(even.unwrap_or(ONE_LANES[0].min(vectors)));
+            constants.extend([
+                ("WORKGROUP", f64::from(lanes)),
+                ("STEPS", vectors.div_ceil(lanes as usize) as f64),
+                ("EVEN", vectors.is_multiple_of(lanes as usize).into()),
+            ]);
+            if let Weight::Int4(weight) = self.weight {
+                constants.push(("GROUP_QUADS", (weight.group_size / QUAD) as f64));
+            }
             ("one", [features.len().div_ceil(4), 1])
         } else if tokens <= FEW {
             let lanes = wgpu.workgroup(128);

@@ -80,7 +80,8 @@ fn planted_faults_are_seen() {
         ("absorb_query", "n < NOPE; n++", "n < NOPE - 1u; n++"),
         ("absorb_query", "a * turn.x - b", "a * turn.x + b"),
         ("absorb_query", "min(TOKENS, params.tokens - first)", "min(TOKENS - 1u, params.tokens - first)"),
-        ("product", "+ head * params.x_head +", "+"),
+        ("product", "+ head * params.x_head;", ";"),
+        ("weights_dense", "features + group.z * params.rows_of_head", "features"),
     ] {
         contract::catches::<Absorb>(Edit { shader, find, replace });
     }

@@ -28,7 +28,7 @@ impl Contract for Linear {
     type Case = Case;
 
     fn cases() -> impl Strategy<Value = Case> {
-        let tokens = select(&[0_usize, 1, 2, 5, 8, 11, 16, 17, 40, 70][..]);
+        let tokens = select(&[0_usize, 1, 1, 1, 2, 5, 8, 11, 16, 17, 40, 70][..]);
         let columns = select(&[8_usize, 36, 90, 264, 800][..]);
         let features = select(vec![vec![2], vec![70], vec![64, 6], vec![12, 50, 8]]);
         let weight = select(&[DType::Bf16, DType::F16, DType::F32][..]);
@@ -122,6 +122,9 @@ fn planted_faults_are_seen() {
         ("prelude", "f16_pair(words.w)", "f16_pair(words.z)"),
         ("weights_dense", "weight[start / 4u + 1u]", "weight[start / 4u]"),
         ("weights_dense", "j < min(left, 8u)", "j < min(left, 7u)"),
+        ("weights_dense", "weight[2u * i + 1u]", "weight[2u * i]"),
+        ("weights_dense", "product_of(d, v)", "product_of(c, v)"),
+        ("weights_dense", "chunk < vectors", "chunk + 1u < vectors"),
     ] {
         contract::catches::<Linear>(Edit { shader, find, replace });
     }

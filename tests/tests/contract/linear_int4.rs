@@ -84,6 +84,14 @@ fn odd_shapes_agree_in_wgsl() {
     }
 }
 
+/// Bindings of six rows: four that are worked on together have their zero points in two words.
+#[test]
+fn zero_points_of_two_words_agree_in_wgsl() {
+    let format = Format { scales: DType::Bf16, group_size: 32, zero_points: true };
+    let case = Case { tokens: 1, columns: 64, features: 30, format, floats: false, seed: 5 };
+    contract::with_small_bindings(6 * 32, |wgpu| LinearInt4::run(wgpu, &case));
+}
+
 #[test]
 fn planted_faults_are_seen() {
     for (shader, find, replace) in [
@@ -92,8 +100,10 @@ fn planted_faults_are_seen() {
         ("weights_int4", "return vec2(scale, 8.0);", "return vec2(scale, 7.0);"),
         ("weights_int4", "8u * chunk / params.group_size", "chunk / params.group_size"),
         ("weights_int4", "PLACES = vec4(1.0, 16.0, 256.0,", "PLACES = vec4(1.0, 16.0, 255.0,"),
-        ("weights_int4", "32u * quad / params.group_size", "16u * quad / params.group_size"),
-        ("weights_int4", "products(words.w, zero, d)", "products(words.w, zero, c)"),
+        ("weights_int4", "quad / GROUP_QUADS", "quad / (2u * GROUP_QUADS)"),
+        ("weights_int4", "products(words.w, zero, v[3], four)", "products(words.w, zero, v[2], four)"),
+        ("weights_int4", "(rows & vec4(7u))", "(rows & vec4(3u))"),
+        ("weights_int4", "quad < quads", "quad + 1u < quads"),
         ("weights_int4", "sum.zw);", "sum.xy);"),
         ("prelude", "(4u * j)) & 0xfu", "(4u * j)) & 0x7u"),
     ] {
