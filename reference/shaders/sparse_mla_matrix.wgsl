@@ -353,6 +353,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     }
     workgroupBarrier();
     var rows = load_rows(0u, lane);
+    // Two tiles ahead: where a row lies is known by loads that wait for each other.
+    var ahead = selected(t, split * params.split + 2u * KEYS + own_key);
     for (var first = split * params.split; first < end; first += KEYS) {
         workgroupBarrier();
         var own = vec2(largest_of_rows(rows, lane), 0u);
@@ -370,8 +372,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
         let there = slots[turn + own_key] != HOLE;
         workgroupBarrier();
         if lane.index < KEYS {
-            slots[turn + lane.index] = selected(t, first + 2u * KEYS + lane.index);
+            slots[turn + lane.index] = ahead;
         }
+        ahead = selected(t, first + 3u * KEYS + own_key);
         turn ^= KEYS;
         // They come while this tile is worked on.
         rows = load_rows(turn, lane);
@@ -407,7 +410,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
         let weight = select(0.0, exp(score - raised), there);
         total = total * factor + weight;
         let factor_of_all = factor_of_sums(of_rows) * unit_of_sums(before);
-        let changes = factor_of_all != 1.0 || raised != reference;
+        // Before the first tile there is nothing to rescale.
+        let changes = first != split * params.split && (factor_of_all != 1.0 || raised != reference);
         reference = raised;
         if FP8 {
             let scaled = weight * (scales[own_key] * factor_of_sums(of_rows));

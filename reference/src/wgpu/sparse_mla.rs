@@ -28,7 +28,7 @@ const WIDTH: usize = 576;
 
 /// Workgroups that fill a large GPU: with fewer the selection is split.
 const ENOUGH: usize = 1024;
-const ENOUGH_OF_MATRICES: usize = 512;
+const ENOUGH_OF_MATRICES: usize = 256;
 
 /// A split has at least so many rows, or what it leaves to merge is as much as it reads.
 const SPLIT: usize = 64;
