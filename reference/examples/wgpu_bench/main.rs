@@ -20,8 +20,11 @@ use dsa80_reference::{DType, Error, Kernels, Result};
 
 use self::cases::{Case, Step};
 
-/// Runs of a case, of which the best counts.
-const RUNS: usize = 3;
+/// Seconds of runs after the last that was faster than all before, until the fastest counts: a GPU that had nothing to do has slowed its
+/// clock, down to a fifth, and raises it under load.
+const STEADY: f64 = 0.5;
+/// A run is faster than another if it takes such a share of its time at most.
+const FASTER: f64 = 0.98;
 /// Seconds that a run takes about.
 const RUN: f64 = 0.01;
 /// Calls of a run at most.
@@ -94,14 +97,18 @@ fn seconds(wgpu: &Wgpu, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
     Ok(started.elapsed().as_secs_f64())
 }
 
-/// Seconds of a call: the best of several runs of as many calls as make a run long enough.
+/// Seconds of a call: the best of the runs, of as many calls as make a run long enough.
 fn seconds_of_call(wgpu: &Wgpu, mut call: impl FnMut() -> Result<()>) -> Result<f64> {
     call()?;
     let once = seconds(wgpu, &mut call)?;
     let calls = ((RUN / once) as usize).clamp(1, CALLS);
-    let mut best = f64::INFINITY;
-    for _ in 0..RUNS {
-        best = best.min(seconds(wgpu, || (0..calls).try_for_each(|_| call()))? / calls as f64);
+    let (mut best, mut faster) = (f64::INFINITY, Instant::now());
+    while faster.elapsed().as_secs_f64() < STEADY {
+        let seconds = seconds(wgpu, || (0..calls).try_for_each(|_| call()))? / calls as f64;
+        if seconds < FASTER * best {
+            faster = Instant::now();
+        }
+        best = best.min(seconds);
     }
     Ok(best)
 }
