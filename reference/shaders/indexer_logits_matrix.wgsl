@@ -122,6 +122,25 @@ fn four_codes(codes: u32) -> vec4<f16> {
     ));
 }
 
+// Vector `i` of a block: zeros where there is no key.
+fn key_vector(i: u32) -> vec4<u32> {
+    let slot = slots[i / ROW_VECTORS];
+    let words = key_words(select(slot, 0u, slot == HOLE), i % ROW_VECTORS);
+    return select(words, vec4(0u), slot == HOLE);
+}
+
+fn put_key(i: u32, words: vec4<u32>, factor: f32) {
+    let at = i / ROW_VECTORS * STRIDE + 2u * (i % ROW_VECTORS);
+    if FP8 {
+        keys[at] = four_codes(words.x);
+        keys[at + 1u] = four_codes(words.y);
+    } else {
+        let values = eight_bf16(words);
+        keys[at] = vec4<f16>(values.low * factor);
+        keys[at + 1u] = vec4<f16>(values.high * factor);
+    }
+}
+
 // The keys of a block that the last of its rows sees, and their scales. All lanes call it.
 fn load_keys(seq: u32, first: u32, last: u32, lane: Lane) {
     workgroupBarrier();
@@ -140,37 +159,33 @@ fn load_keys(seq: u32, first: u32, last: u32, lane: Lane) {
         key_scales[lane.index] = scale;
     }
     workgroupBarrier();
+    // All of a lane's vectors are on their way at once.
+    let a = key_vector(lane.index);
+    let b = key_vector(lane.index + LANES);
+    let c = key_vector(lane.index + 2u * LANES);
+    let d = key_vector(lane.index + 3u * LANES);
+    let e = key_vector(lane.index + 4u * LANES);
+    let f = key_vector(lane.index + 5u * LANES);
+    let g = key_vector(lane.index + 6u * LANES);
+    let h = key_vector(lane.index + 7u * LANES);
     var factor = 1.0;
     if !FP8 {
-        var exponent = 0u;
-        for (var i = lane.index; i < KEYS * ROW_VECTORS; i += LANES) {
-            let slot = slots[i / ROW_VECTORS];
-            if slot != HOLE {
-                exponent = max(exponent, largest(key_words(slot, i % ROW_VECTORS)));
-            }
-        }
-        exponent = largest_of_all(exponent, lane);
+        let first_half = max(max(largest(a), largest(b)), max(largest(c), largest(d)));
+        let second_half = max(max(largest(e), largest(f)), max(largest(g), largest(h)));
+        let exponent = largest_of_all(max(first_half, second_half), lane);
         factor = power(exponent);
         if lane.index < KEYS {
             key_scales[lane.index] *= power(2u * TARGET - exponent);
         }
     }
-    for (var i = lane.index; i < KEYS * ROW_VECTORS; i += LANES) {
-        let slot = slots[i / ROW_VECTORS];
-        var words = vec4(0u);
-        if slot != HOLE {
-            words = key_words(slot, i % ROW_VECTORS);
-        }
-        let at = i / ROW_VECTORS * STRIDE + 2u * (i % ROW_VECTORS);
-        if FP8 {
-            keys[at] = four_codes(words.x);
-            keys[at + 1u] = four_codes(words.y);
-        } else {
-            let values = eight_bf16(words);
-            keys[at] = vec4<f16>(values.low * factor);
-            keys[at + 1u] = vec4<f16>(values.high * factor);
-        }
-    }
+    put_key(lane.index, a, factor);
+    put_key(lane.index + LANES, b, factor);
+    put_key(lane.index + 2u * LANES, c, factor);
+    put_key(lane.index + 3u * LANES, d, factor);
+    put_key(lane.index + 4u * LANES, e, factor);
+    put_key(lane.index + 5u * LANES, f, factor);
+    put_key(lane.index + 6u * LANES, g, factor);
+    put_key(lane.index + 7u * LANES, h, factor);
     workgroupBarrier();
 }
 
