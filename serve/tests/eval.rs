@@ -207,10 +207,15 @@ fn a_models_own_answers_are_right_and_a_planted_one_is_not() {
 }
 
 #[test]
-fn ranks_caches_in_8_bits_and_fewer_prompts() {
+fn ranks_caches_in_8_bits_a_short_queue_and_fewer_prompts() {
     let (folder, perplexity) = judged("ranks");
     let (_, two) = folder.results(&["--tp", "2", "--prompts", "3"]);
     assert_eq!((&task(&two, "own")["right"], &two["tp"]), (&json!("111"), &json!(2)));
+    let (_, queue_of_one) = folder.results(&["--max-queued-requests", "1"]);
+    assert_eq!(
+        (&task(&queue_of_one, "own")["right"], &task(&queue_of_one, "also")["right"]),
+        (&json!("1111"), &json!("1111"))
+    );
     let (_, eight) = folder.results(&["--kv-cache-dtype", "fp8", "--long"]);
     assert_eq!((&task(&eight, "own")["prompts"], &eight["kv_cache_dtype"]), (&json!(4), &json!("fp8")));
     let found = eight["text"]["perplexity"].as_f64().unwrap();

@@ -1,5 +1,7 @@
 //! Replies under teacher forcing: given every token before, is the right one the model's best?
 
+use std::collections::VecDeque;
+
 use dsa80_model::checkpoint::CheckpointError;
 use dsa80_model::engine::{EngineHandle, Event, EventStream, Request, SubmitError, TokenLogprobs};
 
@@ -179,12 +181,28 @@ impl Encoded {
 /// One that the engine refuses, being too long for it, say; or the engine fails.
 pub fn score(model: &ServedModel, conversations: &Conversations) -> Result<Vec<Reply>, EvalError> {
     let mut replies = Vec::with_capacity(conversations.0.len());
-    for some in conversations.0.chunks(AT_ONCE) {
-        let running = some.iter().map(|encoded| encoded.submit(&model.engine));
-        let running: Vec<EventStream> = running.collect::<Result<_, SubmitError>>()?;
-        for (encoded, events) in some.iter().zip(running) {
-            replies.push(encoded.judge(&scores(events, encoded.ids.len())?));
+    let mut running: VecDeque<(&Encoded, EventStream)> = VecDeque::with_capacity(AT_ONCE);
+    let judged = |(encoded, events): (&Encoded, EventStream)| {
+        scores(events, encoded.ids.len()).map(|scores| encoded.judge(&scores))
+    };
+    for encoded in &conversations.0 {
+        if running.len() == AT_ONCE {
+            replies.extend(running.pop_front().map(judged).transpose()?);
         }
+        let events = loop {
+            match encoded.submit(&model.engine) {
+                // A short queue is for fewer at once.
+                Err(full @ SubmitError::QueueFull { .. }) => {
+                    let first = running.pop_front().ok_or(full)?;
+                    replies.push(judged(first)?);
+                }
+                submitted => break submitted?,
+            }
+        };
+        running.push_back((encoded, events));
+    }
+    for rest in running {
+        replies.push(judged(rest)?);
     }
     Ok(replies)
 }
