@@ -18,15 +18,15 @@ struct Params {
 }
 
 var<immediate> params: Params;
-@group(0) @binding(0) var<storage, read> q: array<u32>;
+@group(0) @binding(0) var<storage, read> q: array<ActPair>;
 @group(0) @binding(1) var<storage, read> kv_b: array<u32>;
 @group(0) @binding(2) var<storage, read> cos_sin: array<vec2<f32>>;
-@group(0) @binding(3) var<storage, read_write> out: array<u32>;
+@group(0) @binding(3) var<storage, read_write> out: array<ActPair>;
 
 var<workgroup> queries: array<f32, QUERIES>;
 
 fn q_at(i: u32) -> f32 {
-    return bf16_of(q[i / 2u], i);
+    return act_of(q[i / 2u], i);
 }
 
 fn kv_b_at(i: u32) -> f32 {
@@ -56,7 +56,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
         }
         for (var t = 0u; t < min(TOKENS, params.tokens - first); t++) {
             let row = (first + t) * params.heads + head;
-            out[row * out_words + column / 2u] = pack_bf16(sums[t].x, sums[t].y);
+            out[row * out_words + column / 2u] = pack_act(sums[t]);
         }
     } else if column < params.rank + params.rope {
         let pair = (column - params.rank) / 2u;
@@ -66,7 +66,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
             let a = q_at(i);
             let b = q_at(i + 1u);
             let turn = cos_sin[t * (params.rope / 2u) + pair];
-            out[row * out_words + column / 2u] = pack_bf16(a * turn.x - b * turn.y, b * turn.x + a * turn.y);
+            out[row * out_words + column / 2u] = pack_act(vec2(a * turn.x - b * turn.y, b * turn.x + a * turn.y));
         }
     }
 }

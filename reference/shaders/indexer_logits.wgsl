@@ -1,14 +1,16 @@
 // One workgroup a block of keys of one sequence and a few of its tokens. `fp8.wgsl` and `paged.wgsl` go before it.
 //
-// Keys and queries are handled in vectors of eight columns, as bf16: of 8-bit keys the codes, which bf16 holds exactly; their scale, which
-// is positive, comes last. A lane has eight keys and two heads of thirty-two; what the heads of a key give is added up in their order.
+// Keys and queries are handled in vectors of eight columns, as activations: of 8-bit keys the codes, which bf16 holds exactly; their scale,
+// which is positive, comes last. A lane has every eighth key and two heads of thirty-two; what the heads of a key give is added up in their order.
 
-const KEYS: u32 = 64u;
+// Keys of a block: as many as there is room for, at most 64.
+override KEYS: u32 = 64u;
 const HEADS: u32 = 32u;
 const LANES: u32 = 128u;
 // Keys of a lane are so far apart.
 const KEY_LANES: u32 = 8u;
 const HEAD_LANES: u32 = 16u;
+override LANE_KEYS: u32 = KEYS / KEY_LANES;
 
 override FP8: bool = false;
 // Vectors of a row, the last one filled up with zeros; and with one more, so that rows lie in different banks.
@@ -23,8 +25,8 @@ struct Params {
     rows: u32,
     columns: u32,
     heads: u32,
-    // Words of a row of queries, and of a row of the cache.
-    query_words: u32,
+    // Pairs of a row of queries, and words of a row of the cache.
+    query_pairs: u32,
     row_words: u32,
     scale: f32,
     page_size: u32,
@@ -39,7 +41,7 @@ var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read> positions: array<u32>;
 @group(0) @binding(1) var<storage, read> seq_ids: array<u32>;
 @group(0) @binding(2) var<storage, read> block_table: array<u32>;
-@group(0) @binding(3) var<storage, read> q: array<u32>;
+@group(0) @binding(3) var<storage, read> q: array<ActPair>;
 @group(0) @binding(4) var<storage, read> weights: array<f32>;
 @group(0) @binding(5) var<storage, read> cache_0: array<u32>;
 @group(0) @binding(6) var<storage, read> cache_1: array<u32>;
@@ -47,8 +49,8 @@ var<immediate> params: Params;
 @group(0) @binding(8) var<storage, read> cache_3: array<u32>;
 @group(0) @binding(9) var<storage, read_write> logits: array<f32>;
 
-var<workgroup> keys: array<vec4<u32>, TILE_VECTORS>;
-var<workgroup> queries: array<vec4<u32>, QUERY_VECTORS>;
+var<workgroup> keys: array<ActEight, TILE_VECTORS>;
+var<workgroup> queries: array<ActEight, QUERY_VECTORS>;
 var<workgroup> key_scales: array<f32, KEYS>;
 var<workgroup> slots: array<u32, KEYS>;
 // Of lanes of heads and keys.
@@ -68,18 +70,23 @@ fn page_start(slot: u32) -> u32 {
     return slot / params.page_size * params.page_size * (params.row_words + 1u);
 }
 
-// Word `i` of a key as bf16, zeros behind its last.
-fn key_word(slot: u32, i: u32) -> u32 {
-    if i >= params.query_words {
-        return 0u;
+// Pair `i` of a key, zeros behind its last.
+fn key_pair(slot: u32, i: u32) -> ActPair {
+    if i >= params.query_pairs {
+        return ActPair();
     }
     let own = in_window(slot);
     if !FP8 {
-        return cached(window_of(slot), own * params.row_words + i);
+        let word = own * params.row_words + ACT_WORDS * i;
+        let first = cached(window_of(slot), word);
+        if ACT_WORDS == 1u {
+            return act_of_words(first, first);
+        }
+        return act_of_words(first, cached(window_of(slot), word + 1u));
     }
     let at = page_start(own) + own % params.page_size * params.row_words + i / 2u;
     let codes = cached(window_of(slot), at) >> (16u * (i % 2u));
-    return pack_bf16(fp8_decode(codes & 0xffu), fp8_decode((codes >> 8u) & 0xffu));
+    return pack_act(vec2(fp8_decode(codes & 0xffu), fp8_decode((codes >> 8u) & 0xffu)));
 }
 
 // The keys of a block that the last of its rows sees, and their scales.
@@ -105,24 +112,24 @@ fn load_keys(seq: u32, first: u32, last: u32, lane: u32) {
     for (var i = lane; i < KEYS * ROW_VECTORS; i += LANES) {
         let slot = slots[i / ROW_VECTORS];
         let v = i % ROW_VECTORS;
-        var vector = vec4(0u);
+        var vector = ActEight();
         if slot != HOLE {
-            vector = vec4(
-                key_word(slot, 4u * v),
-                key_word(slot, 4u * v + 1u),
-                key_word(slot, 4u * v + 2u),
-                key_word(slot, 4u * v + 3u),
+            vector = ActEight(
+                key_pair(slot, 4u * v),
+                key_pair(slot, 4u * v + 1u),
+                key_pair(slot, 4u * v + 2u),
+                key_pair(slot, 4u * v + 3u),
             );
         }
         keys[i / ROW_VECTORS * STRIDE + v] = vector;
     }
 }
 
-fn query_word(row: u32, head: u32, i: u32) -> u32 {
-    if i >= params.query_words || head >= params.heads {
-        return 0u;
+fn query_pair(row: u32, head: u32, i: u32) -> ActPair {
+    if i >= params.query_pairs || head >= params.heads {
+        return ActPair();
     }
-    return q[(row * params.heads + head) * params.query_words + i];
+    return q[(row * params.heads + head) * params.query_pairs + i];
 }
 
 // `max(x, 0)` that keeps NaN.
@@ -164,7 +171,7 @@ fn main(
             loaded = seq;
         }
         var sums: array<f32, 8>;
-        for (var j = 0u; j < 8u; j++) {
+        for (var j = 0u; j < LANE_KEYS; j++) {
             sums[j] = 0.0;
         }
         for (var first_head = 0u; first_head < params.heads; first_head += HEADS) {
@@ -172,30 +179,24 @@ fn main(
             for (var i = lane; i < HEADS * ROW_VECTORS; i += LANES) {
                 let h = first_head + i / ROW_VECTORS;
                 let v = i % ROW_VECTORS;
-                queries[i / ROW_VECTORS * STRIDE + v] = vec4(
-                    query_word(t, h, 4u * v),
-                    query_word(t, h, 4u * v + 1u),
-                    query_word(t, h, 4u * v + 2u),
-                    query_word(t, h, 4u * v + 3u),
+                queries[i / ROW_VECTORS * STRIDE + v] = ActEight(
+                    query_pair(t, h, 4u * v),
+                    query_pair(t, h, 4u * v + 1u),
+                    query_pair(t, h, 4u * v + 2u),
+                    query_pair(t, h, 4u * v + 3u),
                 );
             }
             workgroupBarrier();
             var dots: array<vec2<f32>, 8>;
-            for (var j = 0u; j < 8u; j++) {
+            for (var j = 0u; j < LANE_KEYS; j++) {
                 dots[j] = vec2(0.0);
             }
             for (var v = 0u; v < ROW_VECTORS; v++) {
-                let a = queries[head * STRIDE + v];
-                let b = queries[(head + 1u) * STRIDE + v];
-                let a_low = bitcast<vec4<f32>>(a << vec4(16u));
-                let a_high = bitcast<vec4<f32>>(a & vec4(0xffff0000u));
-                let b_low = bitcast<vec4<f32>>(b << vec4(16u));
-                let b_high = bitcast<vec4<f32>>(b & vec4(0xffff0000u));
-                for (var j = 0u; j < 8u; j++) {
-                    let k = keys[(key + KEY_LANES * j) * STRIDE + v];
-                    let low = bitcast<vec4<f32>>(k << vec4(16u));
-                    let high = bitcast<vec4<f32>>(k & vec4(0xffff0000u));
-                    dots[j] += vec2(dot(a_low, low) + dot(a_high, high), dot(b_low, low) + dot(b_high, high));
+                let a = act_eight(queries[head * STRIDE + v]);
+                let b = act_eight(queries[(head + 1u) * STRIDE + v]);
+                for (var j = 0u; j < LANE_KEYS; j++) {
+                    let k = act_eight(keys[(key + KEY_LANES * j) * STRIDE + v]);
+                    dots[j] += vec2(dot(a.low, k.low) + dot(a.high, k.high), dot(b.low, k.low) + dot(b.high, k.high));
                 }
             }
             var weight = vec2(0.0);
@@ -206,11 +207,11 @@ fn main(
             if first_head + head + 1u < params.heads {
                 weight.y = weights[of_row + first_head + head + 1u];
             }
-            for (var j = 0u; j < 8u; j++) {
+            for (var j = 0u; j < LANE_KEYS; j++) {
                 sums[j] += weight.x * relu(dots[j].x) + weight.y * relu(dots[j].y);
             }
         }
-        for (var j = 0u; j < 8u; j++) {
+        for (var j = 0u; j < LANE_KEYS; j++) {
             parts[head / 2u * KEYS + key + KEY_LANES * j] = sums[j];
         }
         workgroupBarrier();

@@ -17,10 +17,10 @@ struct Params {
 
 var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read> slot_mapping: array<i32>;
-@group(0) @binding(1) var<storage, read> x: array<u32>;
+@group(0) @binding(1) var<storage, read> x: array<ActPair>;
 @group(0) @binding(2) var<storage, read> weight: array<u32>;
 @group(0) @binding(3) var<storage, read> cos_sin: array<vec2<f32>>;
-@group(0) @binding(4) var<storage, read_write> cache: array<u32>;
+@group(0) @binding(4) var<storage, read_write> cache: array<ActPair>;
 
 fn weight_at(i: u32) -> f32 {
     return weight_of(WEIGHT, weight[weight_word(WEIGHT, i)], i);
@@ -42,18 +42,18 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     let out = slot * words;
     var sum = 0.0;
     for (var word = lane.index; word < params.rank / 2u; word += WORKGROUP) {
-        let pair = bf16_pair(x[start + word]);
+        let pair = act_pair(x[start + word]);
         sum += dot(pair, pair);
     }
     let scale = 1.0 / sqrt(workgroup_sum(sum, lane) / f32(params.rank) + params.eps);
     for (var word = lane.index; word < words; word += WORKGROUP) {
-        var pair = bf16_pair(x[start + word]);
+        var pair = act_pair(x[start + word]);
         if word < params.rank / 2u {
             pair = vec2(weight_at(2u * word), weight_at(2u * word + 1u)) * (pair * scale);
         } else {
             let turn = cos_sin[t * (params.rope / 2u) + word - params.rank / 2u];
             pair = vec2(pair.x * turn.x - pair.y * turn.y, pair.y * turn.x + pair.x * turn.y);
         }
-        cache[out + word] = pack_bf16(pair.x, pair.y);
+        cache[out + word] = pack_act(pair);
     }
 }

@@ -19,11 +19,11 @@ struct Params {
 
 var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read> slot_mapping: array<i32>;
-@group(0) @binding(1) var<storage, read> x: array<u32>;
+@group(0) @binding(1) var<storage, read> x: array<ActPair>;
 @group(0) @binding(2) var<storage, read> weight: array<u32>;
 @group(0) @binding(3) var<storage, read> bias: array<u32>;
 @group(0) @binding(4) var<storage, read> cos_sin: array<vec2<f32>>;
-@group(0) @binding(5) var<storage, read_write> cache: array<u32>;
+@group(0) @binding(5) var<storage, read_write> cache: array<ActPair>;
 
 var<workgroup> columns: array<f32, WIDTH>;
 
@@ -55,23 +55,23 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     let start = t * (WIDTH / 2u);
     var sum = 0.0;
     for (var word = lane.index; word < WIDTH / 2u; word += WORKGROUP) {
-        let pair = bf16_pair(x[start + word]);
+        let pair = act_pair(x[start + word]);
         sum += pair.x + pair.y;
     }
     let mean = workgroup_sum(sum, lane) / f32(WIDTH);
     var squares = 0.0;
     for (var word = lane.index; word < WIDTH / 2u; word += WORKGROUP) {
-        let off = bf16_pair(x[start + word]) - mean;
+        let off = act_pair(x[start + word]) - mean;
         squares += dot(off, off);
     }
     let scale = 1.0 / sqrt(workgroup_sum(squares, lane) / f32(WIDTH) + params.eps);
     for (var column = lane.index; column < WIDTH; column += WORKGROUP) {
-        let off = bf16_of(x[start + column / 2u], column) - mean;
+        let off = act_of(x[start + column / 2u], column) - mean;
         let scaled = weight_of(WEIGHT, weight[weight_word(WEIGHT, column)], column) * (off * scale);
-        columns[column] = round_bf16(scaled + weight_of(BIAS, bias[weight_word(BIAS, column)], column));
+        columns[column] = round_act(scaled + weight_of(BIAS, bias[weight_word(BIAS, column)], column));
     }
     workgroupBarrier();
     for (var word = lane.index; word < WIDTH / 2u; word += WORKGROUP) {
-        cache[slot * (WIDTH / 2u) + word] = pack_bf16(rotated(t, 2u * word), rotated(t, 2u * word + 1u));
+        cache[slot * (WIDTH / 2u) + word] = pack_act(vec2(rotated(t, 2u * word), rotated(t, 2u * word + 1u)));
     }
 }

@@ -47,8 +47,8 @@ var<immediate> params: Params;
 @group(0) @binding(2) var<storage, read> table: array<u32>;
 @group(0) @binding(3) var<storage, read> weights: array<vec4<u32>>;
 // Rows of the tokens, or of the pairs.
-@group(0) @binding(4) var<storage, read> x: array<u32>;
-// Of the pairs: bf16, or floats.
+@group(0) @binding(4) var<storage, read> x: array<ActPair>;
+// Of the pairs: activations, or floats.
 @group(0) @binding(5) var<storage, read_write> out: array<u32>;
 
 var<workgroup> rows: array<vec4<f32>, 1152>;
@@ -189,10 +189,10 @@ fn main(
                 let pair = sorted[item.first + p];
                 let row = select(pair, pair / params.top_k, GATE_UP) * (params.columns / 2u);
                 if column < params.columns {
-                    values = vec4(bf16_pair(x[row + column / 2u]), values.zw);
+                    values = vec4(act_pair(x[row + column / 2u]), values.zw);
                 }
                 if column + 2u < params.columns {
-                    values = vec4(values.xy, bf16_pair(x[row + column / 2u + 1u]));
+                    values = vec4(values.xy, act_pair(x[row + column / 2u + 1u]));
                 }
             }
             let within = i % (CHUNK / 4u);
@@ -217,10 +217,10 @@ fn main(
         return;
     }
     let at = sorted[item.first + p] * params.features + column;
-    if GATE_UP {
-        out[at / 2u] = pack_bf16(both.x, both.y);
-    } else {
+    if !GATE_UP || ACT_WORDS == 2u {
         out[at] = bitcast<u32>(both.x);
         out[at + 1u] = bitcast<u32>(both.y);
+    } else {
+        out[at / 2u] = pack_bf16(both.x, both.y);
     }
 }

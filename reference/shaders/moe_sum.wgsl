@@ -15,8 +15,8 @@ var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read> topk_ids: array<u32>;
 @group(0) @binding(1) var<storage, read> topk_weights: array<f32>;
 @group(0) @binding(2) var<storage, read> parts: array<vec2<f32>>;
-@group(0) @binding(3) var<storage, read> shared_out: array<u32>;
-@group(0) @binding(4) var<storage, read_write> out: array<u32>;
+@group(0) @binding(3) var<storage, read> shared_out: array<ActPair>;
+@group(0) @binding(4) var<storage, read_write> out: array<ActPair>;
 
 @compute @workgroup_size(WORKGROUP)
 fn main(
@@ -36,7 +36,7 @@ fn main(
         }
     }
     if SHARED {
-        sum += bf16_pair(shared_out[i]);
+        sum += act_pair(shared_out[i]);
     }
-    out[i] = pack_bf16(sum.x, sum.y);
+    out[i] = pack_act(sum);
 }

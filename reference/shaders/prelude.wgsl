@@ -28,10 +28,6 @@ fn bf16_bits(x: f32) -> u32 {
     return select(rounded, (bits >> 16u) | 0x40u, (bits & 0x7fffffffu) > 0x7f800000u);
 }
 
-fn round_bf16(x: f32) -> f32 {
-    return bitcast<f32>(bf16_bits(x) << 16u);
-}
-
 fn pack_bf16(low: f32, high: f32) -> u32 {
     return bf16_bits(low) | (bf16_bits(high) << 16u);
 }
@@ -64,12 +60,6 @@ fn eight_f16(words: vec4<u32>) -> Eight {
 
 fn f16_pair(word: u32) -> vec2<f32> {
     return vec2(f16_of_bits(word & 0xffffu), f16_of_bits(word >> 16u));
-}
-
-fn pack_eight(values: Eight) -> vec4<u32> {
-    let low = values.low;
-    let high = values.high;
-    return vec4(pack_bf16(low.x, low.y), pack_bf16(low.z, low.w), pack_bf16(high.x, high.y), pack_bf16(high.z, high.w));
 }
 
 // Which word holds element `i` of a weight of type `dtype`.

@@ -36,7 +36,7 @@ struct Params {
 }
 
 var<immediate> params: Params;
-@group(0) @binding(0) var<storage, read> x: array<vec4<u32>>;
+@group(0) @binding(0) var<storage, read> x: array<ActEight>;
 @group(0) @binding(1) var<storage, read> rows: array<i32>;
 @group(0) @binding(2) var<storage, read_write> out: array<u32>;
 @group(0) @binding(3) var<storage, read> weight: array<vec4<u32>>;
@@ -46,7 +46,7 @@ var<workgroup> x_tile: array<vec4<f32>, TILE>;
 var<workgroup> weight_tile: array<vec4<f32>, TILE>;
 
 fn x_at(i: u32) -> f32 {
-    return bf16_of(x[i / 8u][(i / 2u) & 3u], i);
+    return act_of(x[i / 8u][(i / 2u) & 3u], i);
 }
 
 // Where a token begins.
@@ -63,7 +63,7 @@ fn inputs(token: u32, head: u32, chunk: u32) -> Eight {
     let start = start_of(token, head) + 8u * chunk;
     let left = params.columns - min(8u * chunk, params.columns);
     if left >= 8u && (start & 7u) == 0u {
-        return eight_bf16(x[start / 8u]);
+        return act_eight(x[start / 8u]);
     }
     var eight = Eight(vec4(0.0), vec4(0.0));
     for (var j = 0u; j < min(left, 4u); j++) {

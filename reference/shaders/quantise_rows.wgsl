@@ -1,9 +1,9 @@
-// One workgroup a token: a row of bf16 into the token's slot of an 8-bit cache. `fp8.wgsl` goes before it.
+// One workgroup a token: a row of activations into the token's slot of an 8-bit cache. `fp8.wgsl` goes before it.
 
-// MLA's rows: columns that share scales in groups, then rotary ones as they are. Else the indexer's: one scale, behind the page's codes.
+// MLA's rows: columns that share scales in groups, then rotary ones in bf16. Else the indexer's: one scale, behind the page's codes.
 override MLA: bool = true;
 
-// Words of columns that share a scale.
+// Pairs of columns that share a scale.
 const GROUP_WORDS: u32 = 64u;
 
 struct Params {
@@ -21,23 +21,23 @@ struct Params {
 
 var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read> slot_mapping: array<i32>;
-@group(0) @binding(1) var<storage, read> rows: array<u32>;
+@group(0) @binding(1) var<storage, read> rows: array<ActPair>;
 @group(0) @binding(2) var<storage, read_write> cache: array<u32>;
 
-// The largest magnitude of words.
+// The largest magnitude of pairs; NaN is above all.
 fn largest_of(first: u32, end: u32) -> f32 {
     var largest = 0u;
     for (var i = first; i < end; i++) {
-        let word = rows[i] & 0x7fff7fffu;
-        largest = max(largest, max(word >> 16u, word & 0xffffu));
+        let pair = bitcast<vec2<u32>>(act_pair(rows[i])) & vec2(0x7fffffffu);
+        largest = max(largest, max(pair.x, pair.y));
     }
-    return bitcast<f32>(largest << 16u);
+    return bitcast<f32>(largest);
 }
 
-// The codes of the four columns of two words from `i` on.
+// The codes of the four columns of two pairs from `i` on.
 fn codes_of(i: u32, scale: f32) -> u32 {
-    let low = bf16_pair(rows[i]);
-    let high = bf16_pair(rows[i + 1u]);
+    let low = act_pair(rows[i]);
+    let high = act_pair(rows[i + 1u]);
     return fp8_quantise(low.x, scale) | fp8_quantise(low.y, scale) << 8u
         | fp8_quantise(high.x, scale) << 16u | fp8_quantise(high.y, scale) << 24u;
 }
@@ -83,7 +83,7 @@ fn main(
     for (var i = rotary + lane; i < out + params.row_words; i += WORKGROUP) {
         var word = 0u;
         if i - rotary < params.rope / 2u {
-            word = rows[start + words + i - rotary];
+            word = act_as_bf16(rows[start + words + i - rotary]);
         }
         cache[i] = word;
     }

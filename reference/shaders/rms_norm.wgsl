@@ -21,7 +21,7 @@ var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read> x: array<vec4<u32>>;
 @group(0) @binding(1) var<storage, read_write> residual: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read> weight: array<vec4<u32>>;
-@group(0) @binding(3) var<storage, read_write> out: array<vec4<u32>>;
+@group(0) @binding(3) var<storage, read_write> out: array<ActEight>;
 
 fn x_word(i: u32) -> u32 {
     return x[i / 4u][i % 4u];
@@ -46,10 +46,12 @@ fn residual_pair(i: u32) -> vec2<f32> {
 
 // Vector `v` of x, or of the residual stream once x is added to it.
 fn eight(v: u32) -> Eight {
+    var values: Eight;
     if FLOATS {
-        return Eight(bitcast<vec4<f32>>(x[2u * v]), bitcast<vec4<f32>>(x[2u * v + 1u]));
+        values = Eight(bitcast<vec4<f32>>(x[2u * v]), bitcast<vec4<f32>>(x[2u * v + 1u]));
+    } else {
+        values = eight_bf16(x[v]);
     }
-    var values = eight_bf16(x[v]);
     if RESIDUAL {
         values = Eight(residual[2u * v] + values.low, residual[2u * v + 1u] + values.high);
         residual[2u * v] = values.low;
@@ -90,7 +92,9 @@ fn wide(row: u32, lane: Lane) {
         let v = lane.index + k * WORKGROUP;
         if v < vectors {
             let w = weights(v);
-            out[row * vectors + v] = pack_eight(Eight(w.low * (kept[k].low * scale), w.high * (kept[k].high * scale)));
+            let low = w.low * (kept[k].low * scale);
+            let high = w.high * (kept[k].high * scale);
+            out[row * vectors + v] = ActEight(pack_act(low.xy), pack_act(low.zw), pack_act(high.xy), pack_act(high.zw));
         }
     }
 }
@@ -117,7 +121,7 @@ fn narrow(row: u32, lane: Lane) {
             values = residual_pair(i);
         }
         values *= scale;
-        out[i / 8u][i / 2u % 4u] = pack_bf16(weight_at(column) * values.x, weight_at(column + 1u) * values.y);
+        out[i / 8u][i / 2u % 4u] = pack_act(vec2(weight_at(column) * values.x, weight_at(column + 1u) * values.y));
     }
 }
 

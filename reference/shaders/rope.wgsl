@@ -13,7 +13,7 @@ struct Params {
 }
 
 var<immediate> params: Params;
-@group(0) @binding(0) var<storage, read_write> x: array<u32>;
+@group(0) @binding(0) var<storage, read_write> x: array<ActPair>;
 @group(0) @binding(1) var<storage, read> cos_sin: array<vec2<f32>>;
 
 var<workgroup> columns: array<f32, DIM>;
@@ -38,14 +38,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     let t = head / params.heads;
     let start = head * params.width + params.offset;
     for (var column = lane.index; column < DIM; column += WORKGROUP) {
-        columns[column] = bf16_of(x[(start + column) / 2u], start + column);
+        columns[column] = act_of(x[(start + column) / 2u], start + column);
     }
     workgroupBarrier();
     // Words that have a rotary column; the head has whole words.
     let words = (start + DIM + 1u) / 2u - start / 2u;
     for (var word = lane.index; word < words; word += WORKGROUP) {
         let i = start / 2u + word;
-        var pair = bf16_pair(x[i]);
+        var pair = act_pair(x[i]);
         // Wraps below `start`.
         let column = 2u * i - start;
         if column < DIM {
@@ -54,6 +54,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
         if column + 1u < DIM {
             pair.y = rotated(t, column + 1u);
         }
-        x[i] = pack_bf16(pair.x, pair.y);
+        x[i] = pack_act(pair);
     }
 }

@@ -10,7 +10,7 @@ struct Params {
 var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read> gate: array<u32>;
 @group(0) @binding(1) var<storage, read> up: array<u32>;
-@group(0) @binding(2) var<storage, read_write> out: array<u32>;
+@group(0) @binding(2) var<storage, read_write> out: array<ActPair>;
 
 fn silu(x: vec2<f32>) -> vec2<f32> {
     return x / (1.0 + exp(-x));
@@ -29,5 +29,5 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     } else {
         product = silu(bf16_pair(gate[word])) * bf16_pair(up[word]);
     }
-    out[word] = pack_bf16(product.x, product.y);
+    out[word] = pack_act(product);
 }

@@ -1,20 +1,23 @@
 // One workgroup a token, eight heads and a share of the token's selected rows: online softmax, block after block of rows.
 // `fp8.wgsl` and `paged.wgsl` go before it.
 //
-// A row is handled in vectors of eight columns, as bf16: of an 8-bit cache the codes, which bf16 holds exactly, and their scales beside
-// them. Scores: a lane has four rows, two heads and every eighth vector. Values: a lane has two words of columns, and all heads.
+// A row is handled in vectors of eight columns, as activations: of an 8-bit cache the codes, which bf16 holds exactly, and their scales
+// beside them. Scores: a lane has every fourth row, two heads and every eighth vector. Values: a lane has two words of columns, and all heads.
 
 const HEADS: u32 = 8u;
-const KEYS: u32 = 16u;
+// Rows at once: as many as there is room for, at most 16.
+override KEYS: u32 = 16u;
 const LANES: u32 = 128u;
 const SLICES: u32 = 8u;
 // Of a slice in `parts`: lanes that write together then hit different banks.
-const PART_STRIDE: u32 = HEADS * KEYS + 1u;
+override PART_STRIDE: u32 = HEADS * KEYS + 1u;
 // Codes that share a scale, in vectors.
 const GROUP_VECTORS: u32 = 16u;
 const LOWEST: f32 = -0x1p127f;
 
 override FP8: bool = false;
+// Queries wait in the workgroup's memory.
+override STAGED: bool = true;
 // Vectors of a row, and of a latent; scales of a row.
 override ROW_VECTORS: u32 = 1u;
 override LATENT_VECTORS: u32 = 1u;
@@ -42,7 +45,7 @@ var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read> seq_ids: array<u32>;
 @group(0) @binding(1) var<storage, read> block_table: array<u32>;
 @group(0) @binding(2) var<storage, read> topk_indices: array<i32>;
-@group(0) @binding(3) var<storage, read> q: array<vec4<u32>>;
+@group(0) @binding(3) var<storage, read> q: array<ActEight>;
 @group(0) @binding(4) var<storage, read> cache_0: array<vec4<u32>>;
 @group(0) @binding(5) var<storage, read> cache_1: array<vec4<u32>>;
 @group(0) @binding(6) var<storage, read> cache_2: array<vec4<u32>>;
@@ -50,8 +53,8 @@ var<immediate> params: Params;
 // The result or, of several splits, floats: each head's sums, its highest score, and the sum of its weights.
 @group(0) @binding(8) var<storage, read_write> out: array<u32>;
 
-var<workgroup> rows: array<vec4<u32>, TILE_VECTORS>;
-var<workgroup> queries: array<vec4<u32>, QUERY_VECTORS>;
+var<workgroup> rows: array<ActEight, TILE_VECTORS>;
+var<workgroup> queries: array<ActEight, QUERY_VECTORS>;
 var<workgroup> scales: array<f32, TILE_SCALES>;
 // Of scores, `SLICES * PART_STRIDE` of them; then the weights.
 var<workgroup> parts: array<f32, 1032>;
@@ -70,26 +73,32 @@ fn cached(slot: u32, i: u32) -> vec4<u32> {
     }
 }
 
-// Four codes as bf16.
-fn decoded(codes: u32) -> vec2<u32> {
-    return vec2(
-        pack_bf16(fp8_decode(codes & 0xffu), fp8_decode((codes >> 8u) & 0xffu)),
-        pack_bf16(fp8_decode((codes >> 16u) & 0xffu), fp8_decode(codes >> 24u)),
-    );
+// The codes of a word's lower half, or of its upper one.
+fn decoded(codes: u32) -> ActPair {
+    return pack_act(vec2(fp8_decode(codes & 0xffu), fp8_decode((codes >> 8u) & 0xffu)));
 }
 
 // Vector `i` of a row.
-fn row_vector(slot: u32, i: u32) -> vec4<u32> {
+fn row_vector(slot: u32, i: u32) -> ActEight {
     if !FP8 {
-        return cached(slot, i);
+        let first = cached(slot, ACT_WORDS * i);
+        if ACT_WORDS == 1u {
+            return act_of_vectors(first, first);
+        }
+        return act_of_vectors(first, cached(slot, ACT_WORDS * i + 1u));
     }
     if i < LATENT_VECTORS {
         let codes = cached(slot, i / 2u);
-        let first = 2u * (i % 2u);
-        return vec4(decoded(codes[first]), decoded(codes[first + 1u]));
+        let low = codes[2u * (i % 2u)];
+        let high = codes[2u * (i % 2u) + 1u];
+        return ActEight(decoded(low), decoded(low >> 16u), decoded(high), decoded(high >> 16u));
     }
-    // Rotary columns begin behind the scales, at any word.
-    let word = 2u * LATENT_VECTORS + SCALES + 4u * (i - LATENT_VECTORS);
+    return act_from_bf16(rotary(slot, i - LATENT_VECTORS));
+}
+
+// Vector `i` of the rotary columns of an 8-bit row: they begin behind the scales, at any word.
+fn rotary(slot: u32, i: u32) -> vec4<u32> {
+    let word = 2u * LATENT_VECTORS + SCALES + 4u * i;
     let low = cached(slot, word / 4u);
     let shift = word % 4u;
     if shift == 0u {
@@ -118,11 +127,12 @@ fn selected(t: u32, place: u32) -> u32 {
     return slot_of(page, u32(position) % params.page_size, params.page_size, params.window_pages);
 }
 
-// The product of eight columns, added up in the order of the columns.
-fn product(a: vec4<u32>, b: vec4<u32>) -> f32 {
-    let low = bitcast<vec4<f32>>(a << vec4(16u)) * bitcast<vec4<f32>>(b << vec4(16u));
-    let both = fma(bitcast<vec4<f32>>(a & vec4(0xffff0000u)), bitcast<vec4<f32>>(b & vec4(0xffff0000u)), low);
-    return (both.x + both.y) + (both.z + both.w);
+// Vector `v` of a query of this workgroup, the last one in place of those behind it; `row` is where the first is in `q`.
+fn query(row: u32, head: u32, heads: u32, v: u32) -> ActEight {
+    if STAGED {
+        return queries[head * ROW_VECTORS + v];
+    }
+    return q[(row + min(head, heads - 1u)) * ROW_VECTORS + v];
 }
 
 @compute @workgroup_size(LANES)
@@ -141,18 +151,21 @@ fn main(
     let first_head = number / params.splits % head_groups * HEADS;
     let heads = min(HEADS, params.heads - first_head);
 
-    for (var i = lane; i < heads * ROW_VECTORS; i += LANES) {
-        queries[i] = q[(t * params.heads + first_head) * ROW_VECTORS + i];
-    }
-    for (var i = heads * ROW_VECTORS + lane; i < QUERY_VECTORS; i += LANES) {
-        queries[i] = vec4(0u);
+    let first_row = t * params.heads + first_head;
+    if STAGED {
+        for (var i = lane; i < heads * ROW_VECTORS; i += LANES) {
+            queries[i] = q[first_row * ROW_VECTORS + i];
+        }
+        for (var i = heads * ROW_VECTORS + lane; i < QUERY_VECTORS; i += LANES) {
+            queries[i] = ActEight();
+        }
     }
 
     // Of scores: this lane's slice, rows and heads.
     let slice = lane % SLICES;
     let key = lane / SLICES % 4u;
     let head = lane / SLICES / 4u * 2u;
-    // Of the softmax: one row, one head.
+    // Of the softmax: one row, one head, if there are as many rows.
     let own_head = lane % HEADS;
     let own_key = lane / HEADS;
     var highest = LOWEST;
@@ -171,7 +184,7 @@ fn main(
         workgroupBarrier();
         for (var i = lane; i < TILE_VECTORS; i += LANES) {
             let slot = slots[turn + i / ROW_VECTORS];
-            var vector = vec4(0u);
+            var vector = ActEight();
             if slot != HOLE {
                 vector = row_vector(slot, i % ROW_VECTORS);
             }
@@ -191,26 +204,26 @@ fn main(
         if lane < KEYS {
             slots[(turn ^ KEYS) + lane] = selected(t, first + KEYS + lane);
         }
-        let there = slots[turn + own_key] != HOLE;
+        let there = own_key < KEYS && slots[turn + own_key] != HOLE;
         turn ^= KEYS;
         workgroupBarrier();
         var dots: array<vec2<f32>, 4>;
-        for (var j = 0u; j < 4u; j++) {
+        for (var j = 0u; j < KEYS / 4u; j++) {
             dots[j] = vec2(0.0);
         }
         for (var v = slice; v < ROW_VECTORS; v += SLICES) {
-            let a = queries[head * ROW_VECTORS + v];
-            let b = queries[(head + 1u) * ROW_VECTORS + v];
-            for (var j = 0u; j < 4u; j++) {
+            let a = query(first_row, head, heads, v);
+            let b = query(first_row, head + 1u, heads, v);
+            for (var j = 0u; j < KEYS / 4u; j++) {
                 let row = rows[(key + 4u * j) * ROW_VECTORS + v];
                 var factor = 1.0;
                 if FP8 && v < LATENT_VECTORS {
                     factor = scales[(key + 4u * j) * SCALES + v / GROUP_VECTORS];
                 }
-                dots[j] += factor * vec2(product(a, row), product(b, row));
+                dots[j] += factor * vec2(act_product(a, row), act_product(b, row));
             }
         }
-        for (var j = 0u; j < 4u; j++) {
+        for (var j = 0u; j < KEYS / 4u; j++) {
             let at = slice * PART_STRIDE + (key + 4u * j) * HEADS + head;
             parts[at] = dots[j].x;
             parts[at + 1u] = dots[j].y;
@@ -244,7 +257,7 @@ fn main(
             for (var half = 0u; half < 2u; half++) {
                 let word = lane + half * LANES;
                 if word < 4u * LATENT_VECTORS {
-                    var pair = bf16_pair(rows[s * ROW_VECTORS + word / 4u][word % 4u]);
+                    var pair = act_pair(rows[s * ROW_VECTORS + word / 4u][word % 4u]);
                     if FP8 {
                         pair *= scales[s * SCALES + word / 4u / GROUP_VECTORS];
                     }
@@ -271,7 +284,7 @@ fn main(
         for (var i = 0u; i < KEYS; i++) {
             all += parts[i * HEADS + h];
         }
-        let row = t * params.heads + first_head + h;
+        let row = first_row + h;
         for (var half = 0u; half < 2u; half++) {
             let word = lane + half * LANES;
             if word >= 4u * LATENT_VECTORS {
@@ -284,7 +297,12 @@ fn main(
             if params.splits == 1u {
                 // Nothing selected gives zeros.
                 pair /= select(all, 1.0, all == 0.0);
-                out[row * 4u * LATENT_VECTORS + word] = pack_bf16(pair.x, pair.y);
+                if ACT_WORDS == 2u {
+                    out[2u * (row * 4u * LATENT_VECTORS + word)] = bitcast<u32>(pair.x);
+                    out[2u * (row * 4u * LATENT_VECTORS + word) + 1u] = bitcast<u32>(pair.y);
+                } else {
+                    out[row * 4u * LATENT_VECTORS + word] = pack_bf16(pair.x, pair.y);
+                }
             } else {
                 let at = (row * params.splits + split) * (8u * LATENT_VECTORS + 2u);
                 out[at + 2u * word] = bitcast<u32>(pair.x);

@@ -9,7 +9,7 @@ struct Params {
 
 var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read> parts: array<f32>;
-@group(0) @binding(1) var<storage, read_write> out: array<u32>;
+@group(0) @binding(1) var<storage, read_write> out: array<ActPair>;
 
 // What split `i` is multiplied by, which has nothing where there is none.
 fn factor(start: u32, stride: u32, i: u32, highest: f32) -> f32 {
@@ -51,6 +51,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
             sum += (a + b) + (c + d);
         }
         sum /= select(total, 1.0, total == 0.0);
-        out[row * params.columns / 2u + word] = pack_bf16(sum.x, sum.y);
+        out[row * params.columns / 2u + word] = pack_act(sum);
     }
 }

@@ -61,7 +61,7 @@ fn one(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
             let b = eight_of(starts.y + chunk);
             let c = eight_of(starts.z + chunk);
             let d = eight_of(starts.w + chunk);
-            let v = eight_bf16(x[first + chunk]);
+            let v = act_eight(x[first + chunk]);
             sums += vec4(product_of(a, v), product_of(b, v), product_of(c, v), product_of(d, v));
         }
     }

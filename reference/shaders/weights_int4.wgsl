@@ -91,10 +91,10 @@ fn one(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
             let third = weight[starts.z + quad];
             let fourth = weight[starts.w + quad];
             let v = array(
-                eight_bf16(x[4u * quad]),
-                eight_bf16(x[4u * quad + 1u]),
-                eight_bf16(x[4u * quad + 2u]),
-                eight_bf16(x[4u * quad + 3u]),
+                act_eight(x[4u * quad]),
+                act_eight(x[4u * quad + 1u]),
+                act_eight(x[4u * quad + 2u]),
+                act_eight(x[4u * quad + 3u]),
             );
             let at = quad / GROUP_QUADS;
             var zeros = vec4(8.0);

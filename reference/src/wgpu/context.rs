@@ -5,6 +5,7 @@ use std::fmt::Write;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use super::act::ActType;
 use super::block_on::block_on;
 use super::launch::{Access, PipelineKey};
 use super::shader::{Edit, Shader};
@@ -20,6 +21,8 @@ pub struct WgpuOptions {
     pub plain: bool,
     /// Leaves out what still fewer have: matrices.
     pub without_matrices: bool,
+    /// What activations are.
+    pub act: ActType,
     /// Takes a GPU alone: no adapter that is a CPU.
     pub hardware: bool,
     /// The part of the adapter's name to look for; any adapter without it.
@@ -39,6 +42,7 @@ pub struct WgpuContext {
     subgroups: bool,
     timestamps: bool,
     matrices: bool,
+    act: ActType,
     edits: Vec<Edit>,
     modules: Mutex<HashMap<&'static str, wgpu::ShaderModule>>,
     pipelines: Mutex<HashMap<PipelineKey, Arc<Pipeline>>>,
@@ -123,7 +127,8 @@ impl WgpuContext {
         let clock = wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;
         let timestamps = offered.contains(clock);
         required_features.set(clock, timestamps);
-        let matrices = subgroups && !options.without_matrices && has_matrices(adapter, &info);
+        let halves = options.act == ActType::Bf16 && !options.without_matrices;
+        let matrices = subgroups && halves && has_matrices(adapter, &info);
         required_features.set(MATRICES, matrices);
         let experimental_features =
             if matrices { experimental() } else { wgpu::ExperimentalFeatures::disabled() };
@@ -151,6 +156,7 @@ impl WgpuContext {
             subgroups,
             timestamps,
             matrices,
+            act: options.act,
             edits: options.edits.clone(),
             modules: Mutex::default(),
             pipelines: Mutex::default(),
@@ -169,7 +175,11 @@ impl WgpuContext {
             (true, false) => "subgroups",
             _ => "no subgroups",
         };
-        format!("{name} ({backend}, {path})")
+        let act = match self.act {
+            ActType::Bf16 => "",
+            ActType::F32 => ", f32",
+        };
+        format!("{name} ({backend}, {path}{act})")
     }
 
     /// Whether the kernels use subgroups.
@@ -179,6 +189,11 @@ impl WgpuContext {
 
     pub(super) fn has_timestamps(&self) -> bool {
         self.timestamps
+    }
+
+    /// What activations are.
+    pub fn act(&self) -> ActType {
+        self.act
     }
 
     /// Whether some kernels multiply matrices of 16 by 16 halves by subgroups of 32 lanes.
@@ -257,7 +272,7 @@ impl WgpuContext {
         if let Some(module) = modules.get(shader.name) {
             return Ok(module.clone());
         }
-        let source = shader.with_prelude(self.subgroups, &self.edits)?;
+        let source = shader.with_prelude(self.act, self.subgroups, &self.edits)?;
         let descriptor = wgpu::ShaderModuleDescriptor {
             label: Some(shader.name),
             source: wgpu::ShaderSource::Wgsl(source.into()),
@@ -409,9 +424,14 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl WgpuContext {
     /// The first adapter; `None`, which is said, where there is none and tests may leave it out.
     pub(super) fn of_tests() -> Option<Arc<Self>> {
+        Self::of_tests_in(ActType::Bf16)
+    }
+
+    /// The same, with activations of a type.
+    pub(super) fn of_tests_in(act: ActType) -> Option<Arc<Self>> {
         use std::io::Write as _;
 
-        match Self::open(&WgpuOptions::default()) {
+        match Self::open(&WgpuOptions { act, ..WgpuOptions::default() }) {
             Ok(context) => Some(context),
             Err(reason) => {
                 assert!(std::env::var_os("DSA80_REQUIRE_ALL").is_none(), "{reason}");

@@ -1,7 +1,6 @@
 //! `embed`.
 
 use super::launch::Launch;
-use super::memory::element_bytes;
 use super::shader::{Shader, shader};
 use super::tensor::WgpuTensor;
 use super::{Wgpu, WgpuBatch};
@@ -24,15 +23,14 @@ pub(super) fn embed(
     let tokens = batch.host().num_tokens();
     out.expect_shape(KERNEL, "out", &[tokens, width])?;
     out.expect_dtype(KERNEL, "out", &[DType::Act, DType::Float], "activations or floats")?;
-    let floats = out.dtype() == DType::Float;
-    if !floats {
+    if out.dtype() == DType::Act {
         out.expect_even(KERNEL, "out")?;
     }
     if tokens == 0 || width == 0 {
         return Ok(());
     }
     let dtype = table.dtype();
-    let windows = wgpu.windows(KERNEL, "table", vocab, width * element_bytes(dtype))?;
+    let windows = wgpu.windows(KERNEL, "table", vocab, width * table.width)?;
     for window in windows {
         let rows = [window.start, window.len()].map(|rows| rows as u32);
         wgpu.launch(&Launch {
@@ -42,7 +40,7 @@ pub(super) fn embed(
             constants: &[
                 ("WORKGROUP", wgpu.workgroup(width.div_ceil(2).min(256)).into()),
                 ("WEIGHT", table.weight_type()),
-                ("FLOATS", floats.into()),
+                ("FLOATS", out.is_floats().into()),
             ],
             bindings: &[
                 batch.token_ids.reads(),

@@ -15,9 +15,10 @@ use crate::tensor::{DType, DeviceTensor};
 static SHADER: Shader = shader!("indexer_logits", after "fp8", "paged");
 static BY_MATRICES: Shader = shader!("indexer_logits_matrix", enabling MATRICES, after "fp8", "paged");
 
-/// Of a workgroup: lanes, keys, heads at once, rows where sequences have several.
+/// Of a workgroup: lanes, keys of bf16 or f32, heads at once, rows where sequences have several.
 const LANES: u32 = 128;
 const KEYS: usize = 64;
+const KEYS_OF_FLOATS: usize = 16;
 const HEADS: usize = 32;
 const ROWS: usize = 16;
 const ROWS_OF_MATRICES: usize = 64;
@@ -75,7 +76,8 @@ pub(super) fn indexer_logits(
     let vectors = width.div_ceil(8);
     let stride = vectors + 1 - vectors % 2;
     wgpu.expect_lanes(kernel, LANES)?;
-    wgpu.expect_shared(kernel, "q", (KEYS + HEADS) * stride * 16 + 4096 + 8 * KEYS, width)?;
+    let keys = if q.is_floats() { KEYS_OF_FLOATS } else { KEYS };
+    wgpu.expect_shared(kernel, "q", (keys + HEADS) * stride * 8 * q.width + 4096 + 8 * keys, width)?;
     if rows.is_empty() {
         return Ok(());
     }
@@ -90,13 +92,13 @@ pub(super) fn indexer_logits(
     let shader = if by_matrices {
         &BY_MATRICES
     } else {
-        constants.push(("ROW_VECTORS", vectors as f64));
+        constants.extend([("ROW_VECTORS", vectors as f64), ("KEYS", keys as f64)]);
         &SHADER
     };
     for window in wgpu.windows(kernel, "logits", rows.len(), columns * 4)? {
         let (first, count) = (rows.start + window.start, window.len());
         let longest = (first..first + count).map(|t| host.visible(t)).max().unwrap_or(0);
-        let (groups, blocks) = (count.div_ceil(group_rows), longest.div_ceil(KEYS));
+        let (groups, blocks) = (count.div_ceil(group_rows), longest.div_ceil(keys));
         wgpu.launch(&Launch {
             kernel,
             shader,
@@ -120,7 +122,7 @@ pub(super) fn indexer_logits(
                 columns as u32,
                 heads as u32,
                 (width / 2) as u32,
-                (width / multiple) as u32,
+                (if fp8 { width / 4 } else { width * q.width / 4 }) as u32,
                 (scale as f32).to_bits(),
                 host.page_size as u32,
                 cache.window_pages() as u32,

@@ -1,7 +1,7 @@
 //! One dispatch of a kernel: what it binds, how large it is.
 
+use super::Wgpu;
 use super::tensor::WgpuTensor;
-use super::{Wgpu, memory};
 use crate::error::{Error, Result};
 
 use super::shader::Shader;
@@ -86,7 +86,7 @@ impl WgpuTensor {
     }
 
     fn window(&self, elements: std::ops::Range<usize>, access: Access) -> Binding<'_> {
-        let width = memory::element_bytes(self.dtype);
+        let width = self.width;
         // Whole vectors of four words: the buffer is that large.
         let size = (elements.len() * width).next_multiple_of(16).max(16) as u64;
         Binding { buffer: self.buffer(), offset: (elements.start * width) as u64, size, access }

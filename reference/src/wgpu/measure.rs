@@ -3,7 +3,6 @@
 use super::Wgpu;
 use super::context::refuse;
 use super::launch::Launch;
-use super::memory::element_bytes;
 use super::shader::{Shader, shader};
 use super::tensor::WgpuTensor;
 use crate::error::Result;
@@ -25,7 +24,7 @@ impl Wgpu {
         let kernel = "copy";
         to.expect_shape(kernel, "to", from.shape())?;
         to.expect_dtype(kernel, "to", &[from.dtype()], "what is copied")?;
-        let vectors = (from.len() * element_bytes(from.dtype())).div_ceil(16);
+        let vectors = (from.len() * from.width).div_ceil(16);
         if vectors == 0 {
             return Ok(());
         }

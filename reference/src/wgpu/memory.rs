@@ -59,15 +59,6 @@ impl Drop for Pooled {
     }
 }
 
-/// Bytes of one element on the device.
-pub(super) fn element_bytes(dtype: DType) -> usize {
-    match dtype {
-        DType::Fp8 => 1,
-        DType::Act | DType::Bf16 | DType::F16 => 2,
-        DType::Float | DType::Index | DType::F32 => 4,
-    }
-}
-
 fn no_room(shape: &[usize]) -> Error {
     refuse(format!("not enough memory for a tensor of shape {shape:?}; lower the batch or cache size"))
 }
@@ -84,7 +75,8 @@ impl Wgpu {
     /// A tensor whose contents are unspecified: a launcher's room for what lies between its launches, too.
     pub(super) fn tensor(&self, dtype: DType, shape: &[usize]) -> Result<WgpuTensor> {
         let elements = shape.iter().try_fold(1_usize, |elements, &dim| elements.checked_mul(dim));
-        let bytes = elements.and_then(|elements| elements.checked_mul(element_bytes(dtype)));
+        let width = self.context.act().element_bytes(dtype);
+        let bytes = elements.and_then(|elements| elements.checked_mul(width));
         let most = self.context.limits.max_buffer_size;
         let size = bytes.and_then(|bytes| bytes.max(4).checked_next_multiple_of(256)).map(|size| size as u64);
         let size = size.filter(|&size| size <= most).ok_or_else(|| no_room(shape))?;
@@ -95,7 +87,7 @@ impl Wgpu {
                 .map_err(|message| refuse(format!("a tensor of shape {shape:?} was refused: {message}")))?,
         };
         let pooled = Pooled { buffer, pool: Arc::clone(&self.pool) };
-        Ok(WgpuTensor::new(dtype, shape, pooled))
+        Ok(WgpuTensor::new(dtype, width, shape, pooled))
     }
 
     pub(super) fn create(
@@ -164,7 +156,7 @@ impl Wgpu {
 
     /// The bytes of the elements in use. Waits for the device.
     pub(super) fn read_bytes_of(&self, tensor: &WgpuTensor) -> Result<Vec<u8>> {
-        let bytes = tensor.len() * element_bytes(tensor.dtype);
+        let bytes = tensor.len() * tensor.width;
         if bytes == 0 {
             return Ok(Vec::new());
         }
@@ -224,7 +216,7 @@ impl Wgpu {
     pub(super) fn write_numbers(&self, values: &[f64], tensor: &WgpuTensor) -> Result<()> {
         tensor.expect_len("write", values.len())?;
         tensor.expect_dtype("write", "tensor", &[DType::Act, DType::Float], "activations or floats")?;
-        if tensor.dtype == DType::Act {
+        if !tensor.is_floats() {
             let rounded: Vec<bf16> = values.iter().map(|&value| bf16::from_f64(value)).collect();
             return self.write_bytes_to(tensor, bytemuck::cast_slice(&rounded));
         }
@@ -234,6 +226,7 @@ impl Wgpu {
 
     pub(super) fn read_numbers(&self, tensor: &WgpuTensor) -> Result<Vec<f64>> {
         match tensor.dtype {
+            DType::Act if tensor.is_floats() => self.elements(tensor, |x: f32| f64::from(x)),
             DType::Act | DType::Bf16 => self.elements(tensor, |x: bf16| x.to_f64()),
             DType::F16 => self.elements(tensor, |x: f16| x.to_f64()),
             DType::Float | DType::F32 => self.elements(tensor, |x: f32| f64::from(x)),

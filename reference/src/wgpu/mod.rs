@@ -5,6 +5,7 @@
 //! pairs in a word, halves are converted by hand, and subgroups, where there are any, only add up (`reduce_subgroups.wgsl`).
 
 mod absorb;
+mod act;
 mod batch;
 mod block_on;
 mod communicator;
@@ -42,6 +43,7 @@ use std::convert::Infallible;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+pub use act::ActType;
 pub use batch::WgpuBatch;
 pub use communicator::WgpuCommunicator;
 pub use context::{HostTurns, WgpuContext, WgpuOptions};

@@ -88,7 +88,7 @@ pub(super) fn cut(
     (act, fp8): (usize, usize),
 ) -> Result<(Vec<Range<usize>>, usize)> {
     cache.expect_dtype(kernel, "cache", &[DType::Act, DType::Fp8], "activations or 8-bit cache rows")?;
-    let (row, bytes) = if cache.dtype() == DType::Act { (act, 2) } else { (fp8, 1) };
+    let (row, bytes) = if cache.dtype() == DType::Act { (act, cache.width) } else { (fp8, 1) };
     let [pages, found_page_size, columns] = cache.dims(kernel, "cache")?;
     cache.expect(kernel, "cache", found_page_size == page_size && columns == row, || {
         format!("[pages, {page_size}, {row}]")

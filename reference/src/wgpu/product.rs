@@ -5,7 +5,6 @@ use std::ops::Range;
 use super::Wgpu;
 use super::int4::WgpuInt4;
 use super::launch::Launch;
-use super::memory::element_bytes;
 use super::shader::{Shader, shader};
 use super::tensor::WgpuTensor;
 use crate::error::Result;
@@ -63,7 +62,7 @@ impl Product<'_> {
             return Ok(());
         }
         let (weight, row_bytes) = match self.weight {
-            Weight::Dense(weight) => (weight, columns * element_bytes(weight.dtype())),
+            Weight::Dense(weight) => (weight, columns * weight.width),
             Weight::Int4(weight) => (&weight.weight_packed, 4 * columns.div_ceil(8)),
         };
         if heads > 1 {
@@ -101,7 +100,7 @@ impl Product<'_> {
             Weight::Dense(_) => columns,
             Weight::Int4(_) => columns.div_ceil(8),
         };
-        let floats = out.dtype() == DType::Float;
+        let floats = out.is_floats();
         let of_all = self.features.len();
         let mut constants = vec![("FLOATS", floats.into()), ("GATHER", self.rows.is_some().into())];
         let (entry, grid) = if one {

@@ -77,7 +77,7 @@ fn launch(
             ("WORKGROUP", lanes.into()),
             ("WIDE", wide.into()),
             ("WEIGHT", weight.weight_type()),
-            ("FLOATS", f64::from(x.dtype() == DType::Float)),
+            ("FLOATS", x.is_floats().into()),
             ("RESIDUAL", f64::from(adds)),
         ],
         bindings: &[x.reads(), residual, weight.reads(), out.writes()],

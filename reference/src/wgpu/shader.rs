@@ -1,6 +1,10 @@
 //! The kernels' sources.
 
+use super::act::ActType;
+
 const PRELUDE: &str = include_str!("../../shaders/prelude.wgsl");
+const ACT_BF16: &str = include_str!("../../shaders/act_bf16.wgsl");
+const ACT_F32: &str = include_str!("../../shaders/act_f32.wgsl");
 const REDUCE_SUBGROUPS: &str = include_str!("../../shaders/reduce_subgroups.wgsl");
 const REDUCE_PLAIN: &str = include_str!("../../shaders/reduce_plain.wgsl");
 
@@ -46,7 +50,8 @@ pub(super) use shader;
 /// A change of a shader.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Edit {
-    /// The file without its ending; `reduce` is the one of the reductions that is used.
+    /// The file without its ending; `act` is the one of the types of activations that is used, and `reduce` that of the
+    /// reductions.
     pub shader: &'static str,
     /// What is there once.
     pub find: &'static str,
@@ -55,11 +60,21 @@ pub struct Edit {
 }
 
 impl Shader {
-    /// The whole source: the prelude, the reductions, the kernel, with `edits` made.
-    pub(super) fn with_prelude(&self, subgroups: bool, edits: &[Edit]) -> Result<String, String> {
+    /// The whole source: the prelude, the activations, the reductions, the kernel, with `edits` made.
+    pub(super) fn with_prelude(
+        &self,
+        act: ActType,
+        subgroups: bool,
+        edits: &[Edit],
+    ) -> Result<String, String> {
         let reduce = if subgroups { REDUCE_SUBGROUPS } else { REDUCE_PLAIN };
+        let act = match act {
+            ActType::Bf16 => ACT_BF16,
+            ActType::F32 => ACT_F32,
+        };
         let mut whole = self.enables.to_owned();
-        let files = [("prelude", PRELUDE), ("reduce", reduce)].into_iter().chain(self.after.iter().copied());
+        let common = [("prelude", PRELUDE), ("act", act), ("reduce", reduce)];
+        let files = common.into_iter().chain(self.after.iter().copied());
         for (name, source) in files.chain([(self.name, self.source)]) {
             let mut source = source.to_owned();
             for edit in edits.iter().filter(|edit| edit.shader == name) {

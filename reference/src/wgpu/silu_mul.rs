@@ -43,7 +43,7 @@ pub(super) fn launch(
         kernel,
         shader: &SHADER,
         entry: "main",
-        constants: &[("WORKGROUP", lanes.into()), ("FLOATS", (gate.dtype() == DType::Float).into())],
+        constants: &[("WORKGROUP", lanes.into()), ("FLOATS", gate.is_floats().into())],
         bindings: &[gate.reads(), up.reads(), out.writes()],
         params: &[words as u32],
         groups: wgpu.fold(words.div_ceil(lanes as usize)),

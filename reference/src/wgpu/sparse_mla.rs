@@ -14,10 +14,11 @@ static SHADER: Shader = shader!("sparse_mla", after "fp8", "paged");
 static BY_MATRICES: Shader = shader!("sparse_mla_matrix", enabling MATRICES, after "fp8", "paged");
 static MERGE: Shader = shader!("sparse_mla_merge");
 
-/// Of a workgroup: lanes, heads, rows at once.
+/// Of a workgroup: lanes, heads, rows of bf16 or f32 at once.
 const LANES: u32 = 128;
 const HEADS: usize = 8;
 const KEYS: usize = 16;
+const KEYS_OF_FLOATS: usize = 8;
 
 /// Columns of a latent at most: two words of a lane.
 const COLUMNS: usize = 4 * LANES as usize;
@@ -68,7 +69,9 @@ pub(super) fn sparse_mla(
     topk_indices.expect(kernel, "topk_indices", index_tokens == tokens, || format!("[{tokens}, k]"))?;
     let (vectors, scales) = (width / 8, if fp8 { layout.groups() } else { 1 });
     wgpu.expect_lanes(kernel, LANES)?;
-    let shared = 16 * (KEYS + HEADS) * vectors + 4 * KEYS * scales + 4 * (1032 + 128 + HEADS + 2 * KEYS);
+    // Of floats there is no room for the queries as well.
+    let (keys, staged) = if q.is_floats() { (KEYS_OF_FLOATS, 0) } else { (KEYS, HEADS) };
+    let shared = 8 * q.width * (keys + staged) * vectors + 4 * keys * scales + 4 * (1032 + 128 + HEADS + 32);
     wgpu.expect_shared(kernel, "q", shared, width)?;
     if tokens * heads == 0 {
         return Ok(());
@@ -94,7 +97,13 @@ pub(super) fn sparse_mla(
         constants.push(("PARTS", if fp8 { 2048.0 } else { 1024.0 }));
         &BY_MATRICES
     } else {
-        constants.extend([("LATENT_VECTORS", (rank / 8) as f64), ("SCALES", scales as f64)]);
+        constants.extend([
+            ("LATENT_VECTORS", (rank / 8) as f64),
+            ("SCALES", scales as f64),
+            ("KEYS", keys as f64),
+            ("STAGED", f64::from(staged > 0)),
+            ("QUERY_VECTORS", (staged * vectors).max(1) as f64),
+        ]);
         &SHADER
     };
     wgpu.launch(&Launch {
@@ -123,7 +132,7 @@ pub(super) fn sparse_mla(
             host.page_size as u32,
             cache.window_pages() as u32,
             host.max_blocks as u32,
-            (if fp8 { layout.row_bytes() / 16 } else { vectors }) as u32,
+            (if fp8 { layout.row_bytes() } else { width * q.width } / 16) as u32,
         ],
         groups: wgpu.fold(groups * splits),
         shape: shape.clone(),

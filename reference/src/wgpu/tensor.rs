@@ -7,18 +7,20 @@ use crate::tensor::{DType, DeviceTensor};
 /// The types of dense weights, in the order of their numbers in `prelude.wgsl`.
 pub(super) const WEIGHTS: [DType; 3] = [DType::Bf16, DType::F16, DType::F32];
 
-/// A tensor of `Wgpu`: dense, row-major, a fixed allocation with a variable shape. `Act` is bf16, two in a word.
+/// A tensor of `Wgpu`: dense, row-major, a fixed allocation with a variable shape. `Act` is bf16, two in a word, or f32.
 #[derive(Debug)]
 pub struct WgpuTensor {
     shape: Vec<usize>,
     pub(super) dtype: DType,
+    /// Of an element, in bytes.
+    pub(super) width: usize,
     capacity: usize,
     memory: Pooled,
 }
 
 impl WgpuTensor {
-    pub(super) fn new(dtype: DType, shape: &[usize], memory: Pooled) -> Self {
-        Self { shape: shape.to_vec(), dtype, capacity: shape.iter().product(), memory }
+    pub(super) fn new(dtype: DType, width: usize, shape: &[usize], memory: Pooled) -> Self {
+        Self { shape: shape.to_vec(), dtype, width, capacity: shape.iter().product(), memory }
     }
 
     pub(super) fn buffer(&self) -> &wgpu::Buffer {
@@ -28,6 +30,11 @@ impl WgpuTensor {
     /// Elements in use.
     pub(super) fn len(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// Whether these are f32, floats or activations.
+    pub(super) fn is_floats(&self) -> bool {
+        self.dtype == DType::Float || (self.dtype == DType::Act && self.width == 4)
     }
 
     /// The number of a weight's type in `prelude.wgsl`, as a constant.
