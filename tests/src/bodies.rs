@@ -34,6 +34,9 @@ const RELATIVE_L2: f64 = 1e-2;
 /// few hundred numbers.
 const FROM_EXACT: f64 = 1.25;
 
+/// Two logits closer than this may change places in float32.
+const GREEDY_MARGIN: f64 = 1e-3;
+
 /// The first `count` of the fixture's further prompts together are as close to HF float64 as HF is in bf16.
 pub fn prompts_together<K: Kernels>(kernels: K, fixture: &Fixture, count: usize) {
     let mut rank = judge::load(kernels, fixture, PAGE_SIZE).unwrap();
@@ -51,6 +54,42 @@ pub fn in_pieces<K: Kernels>(kernels: K, fixture: &Fixture, ways: &[(&str, usize
         let run = prompt::run(&mut rank, &fixture.tokens, &pages, PAGE_SIZE, &pieces).unwrap();
         close(fixture, way, &run);
     }
+}
+
+/// The pieces that the fixture's prompt is cut into: what they are called, and their size.
+pub fn ways(fixture: &Fixture) -> [(&'static str, usize); 4] {
+    [("one piece", fixture.tokens.len()), ("chunks of 64", 64), ("chunks of 7", 7), ("token by token", 1)]
+}
+
+/// In f32 it is within what HF's own float32 is, ten times, whatever the pieces.
+pub fn exact_in_pieces<K: Kernels>(kernels: K, fixture: &Fixture, ways: &[(&str, usize)]) {
+    let mut rank = judge::load(kernels, fixture, PAGE_SIZE).unwrap();
+    for &(way, size) in ways {
+        let pages = prompt::scattered_pages(&limits(fixture, PAGE_SIZE), size % 3);
+        let pieces = prompt::pieces(fixture.tokens.len(), size);
+        let run = prompt::run(&mut rank, &fixture.tokens, &pages, PAGE_SIZE, &pieces).unwrap();
+        judge::exact(fixture, way, &run).unwrap();
+    }
+}
+
+/// And its greedy tokens are HF's where HF's margin is clear.
+pub fn greedy_tokens<K: Kernels>(kernels: K, fixture: &Fixture) {
+    let mut rank = judge::load(kernels, fixture, PAGE_SIZE).unwrap();
+    let start = fixture.scale.greedy_prompt_len;
+    let pages = prompt::scattered_pages(&limits(fixture, PAGE_SIZE), 0);
+    let tokens = [&fixture.tokens[..start], &fixture.greedy].concat();
+    let pieces = prompt::pieces(tokens.len(), start);
+    let run = prompt::run(&mut rank, &tokens, &pages, PAGE_SIZE, &pieces).unwrap();
+    let mut judged = 0;
+    for (i, (&token, &margin)) in fixture.greedy.iter().zip(&fixture.greedy_margin).enumerate() {
+        let row = start + i - 1;
+        let logits = &run.logits[row * fixture.vocab_size..(row + 1) * fixture.vocab_size];
+        if margin > GREEDY_MARGIN {
+            judged += 1;
+            assert_eq!(argmax(logits), token as usize, "{}: greedy token {i}", fixture.name);
+        }
+    }
+    assert!(judged * 2 > fixture.greedy.len(), "{}: only {judged} clear margins", fixture.name);
 }
 
 /// And with half of it prefilled, then token by token.

@@ -1,15 +1,69 @@
-//! Fixtures on a backend, and the bounds that one in bf16 has to meet.
+//! Fixtures on a backend, and the bounds that one in f32 has to meet, and one in bf16.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use dsa80_model::checkpoint::Checkpoint;
 use dsa80_model::engine::StepLimits;
 use dsa80_model::runner::{INDEX_LOGITS, Rank, WeightSource};
 use dsa80_reference::Kernels;
 use dsa80_reference::communicator::SingleRank;
 
-use crate::distance::{LogprobDelta, mean, percentile};
+use crate::distance::{LogprobDelta, largest, mean, percentile, share_within};
 use crate::fixture::{Fixture, Spread};
 use crate::prompt::{self, Run};
+
+/// Two scores closer than this may change places in float32.
+const SELECTION_GAP: f64 = 1e-5;
+
+/// Prints how far a run of the fixture's prompt in f32 is from HF.
+///
+/// # Errors
+/// It is not what HF computes: log-probabilities are further from HF float64's than ten times what HF float32's are, or than 5e-4; or
+/// selections differ where HF's scores are not too close to tell.
+#[expect(clippy::print_stdout, reason = "a test shows what it measured")]
+pub fn exact(fixture: &Fixture, way: &str, run: &Run) -> Result<()> {
+    let delta = LogprobDelta::new(&run.logits, &fixture.logits, &fixture.tokens);
+    let (name, scale) = (&fixture.name, &fixture.scale);
+    println!(
+        "{name:>20} {way:>16}: |delta logprob| mean {:.1e} max {:.1e}, worst token {:.1e} (HF float32 max {:.1e}, {:.1e})",
+        mean(&delta.target),
+        largest(&delta.target),
+        largest(&delta.worst),
+        scale.f32.max,
+        scale.f32_max_over_vocab.max,
+    );
+    for (what, deltas, p99) in [
+        ("target", &delta.target, scale.f32.p99),
+        ("worst token", &delta.worst, scale.f32_max_over_vocab.p99),
+    ] {
+        let share = share_within(deltas, 10.0 * p99);
+        ensure!(share >= 0.99, "{name} {way}: {what}: only {share} within 10 x {p99:e}");
+        ensure!(largest(deltas) <= 5e-4, "{name} {way}: {what}: {:e}", largest(deltas));
+    }
+    let layers: Vec<usize> = fixture.selections.iter().map(|selection| selection.layer).collect();
+    let found: Vec<usize> = run.selections.keys().copied().collect();
+    ensure!(found == layers, "{name} {way}: full layers {found:?}, expected {layers:?}");
+    for selection in &fixture.selections {
+        let (layer, found) = (selection.layer, &run.selections[&selection.layer]);
+        let (count, expected) = (found.len(), selection.indices.len());
+        ensure!(count == expected, "{name} {way}: layer {layer}: {count} places, expected {expected}");
+        let rows = found.chunks(selection.topk).zip(selection.indices.chunks(selection.topk));
+        for (position, (found, expected)) in rows.enumerate() {
+            if selection.gap[position] > SELECTION_GAP {
+                let (found, expected) = (as_set(found), as_set(expected));
+                let place = format!("{name} {way}: layer {layer}, position {position}");
+                ensure!(found == expected, "{place}: {found:?}, expected {expected:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The selected positions, ascending.
+fn as_set(row: &[i32]) -> Vec<i32> {
+    let mut set: Vec<i32> = row.iter().copied().filter(|&index| index >= 0).collect();
+    set.sort_unstable();
+    set
+}
 
 /// The fixture's checkpoint on one rank, with caches for its prompt.
 ///

@@ -13,84 +13,21 @@ use dsa80_model::runner::{Rank, RankParts};
 use dsa80_reference::SequenceSlice;
 use dsa80_reference::cpu::{Cpu, Real, ThreadCommunicator};
 use dsa80_tests::bodies;
-use dsa80_tests::distance::{LogprobDelta, argmax, largest, mean, share_within};
+use dsa80_tests::distance::{LogprobDelta, largest};
 use dsa80_tests::fixture::{self, Fixture};
 use dsa80_tests::judge::{self, BF16_BOUND, limits};
 use dsa80_tests::layers::FirstLatents;
 use dsa80_tests::pool::{PAGE_SIZE, Pool};
 use dsa80_tests::prompt::{self, Run};
 
-/// Two scores closer than this may change places in float32.
-const SELECTION_GAP: f64 = 1e-5;
-/// Two logits closer than this may change places in float32.
-const GREEDY_MARGIN: f64 = 1e-3;
-
 fn load<F: Real>(fixture: &Fixture, page_size: usize) -> Rank<Cpu<F>> {
     judge::load(Cpu::new(), fixture, page_size).unwrap()
-}
-
-/// The bounds of "computes what HF computes": log-probabilities, selections.
-fn judge(fixture: &Fixture, way: &str, run: &Run) {
-    let delta = LogprobDelta::new(&run.logits, &fixture.logits, &fixture.tokens);
-    let scale = &fixture.scale;
-    println!(
-        "{:>20} {way:>16}: |delta logprob| mean {:.1e} max {:.1e}, worst token {:.1e} (HF float32 max {:.1e}, {:.1e})",
-        fixture.name,
-        mean(&delta.target),
-        largest(&delta.target),
-        largest(&delta.worst),
-        scale.f32.max,
-        scale.f32_max_over_vocab.max,
-    );
-    for (what, deltas, p99) in [
-        ("target", &delta.target, scale.f32.p99),
-        ("worst token", &delta.worst, scale.f32_max_over_vocab.p99),
-    ] {
-        let share = share_within(deltas, 10.0 * p99);
-        assert!(share >= 0.99, "{} {way}: {what}: only {share} within 10 x {p99:e}", fixture.name);
-        assert!(largest(deltas) <= 5e-4, "{} {way}: {what}: {:e}", fixture.name, largest(deltas));
-    }
-    let layers: Vec<usize> = fixture.selections.iter().map(|selection| selection.layer).collect();
-    assert_eq!(
-        run.selections.keys().copied().collect::<Vec<_>>(),
-        layers,
-        "{} {way}: full layers",
-        fixture.name
-    );
-    for selection in &fixture.selections {
-        let found = &run.selections[&selection.layer];
-        assert_eq!(found.len(), selection.indices.len(), "{} {way}: layer {}", fixture.name, selection.layer);
-        let rows = found.chunks(selection.topk).zip(selection.indices.chunks(selection.topk));
-        for (position, (found, expected)) in rows.enumerate() {
-            if selection.gap[position] > SELECTION_GAP {
-                let place = format!("{} {way}: layer {}, position {position}", fixture.name, selection.layer);
-                assert_eq!(as_set(found), as_set(expected), "{place}");
-            }
-        }
-    }
-}
-
-/// The selected positions, ascending.
-fn as_set(row: &[i32]) -> Vec<i32> {
-    let mut set: Vec<i32> = row.iter().copied().filter(|&index| index >= 0).collect();
-    set.sort_unstable();
-    set
 }
 
 #[test]
 fn the_prompt_in_one_piece_and_in_chunks() {
     for fixture in fixture::all().unwrap() {
-        let mut rank = load::<f32>(&fixture, 16);
-        let len = fixture.tokens.len();
-        for (way, size) in
-            [("one piece", len), ("chunks of 64", 64), ("chunks of 7", 7), ("token by token", 1)]
-        {
-            // Other pages each time, so that nothing of the run before can help.
-            let pages = prompt::scattered_pages(&limits(&fixture, 16), size % 3);
-            let run =
-                prompt::run(&mut rank, &fixture.tokens, &pages, 16, &prompt::pieces(len, size)).unwrap();
-            judge(&fixture, way, &run);
-        }
+        bodies::exact_in_pieces(Cpu::<f32>::new(), &fixture, &bodies::ways(&fixture));
     }
 }
 
@@ -104,7 +41,7 @@ fn a_prefill_and_then_decodes_on_pages_of_every_size() {
             pieces.extend((len / 2..len).map(|position| position..position + 1));
             let pages = prompt::scattered_pages(&limits(&fixture, page_size), 1);
             let run = prompt::run(&mut rank, &fixture.tokens, &pages, page_size, &pieces).unwrap();
-            judge(&fixture, &format!("pages of {page_size}"), &run);
+            judge::exact(&fixture, &format!("pages of {page_size}"), &run).unwrap();
         }
     }
 }
@@ -130,7 +67,7 @@ fn a_cached_prefix_serves_a_second_sequence() {
         for (layer, indices) in rest.selections {
             run.selections.entry(layer).or_default().extend(indices);
         }
-        judge(&fixture, "cached prefix", &run);
+        judge::exact(&fixture, "cached prefix", &run).unwrap();
     }
 }
 
@@ -154,29 +91,14 @@ fn a_ragged_batch_beside_other_sequences() {
             ];
             prompt::step(&mut rank, page_size, &slices, 1, &mut run).unwrap();
         }
-        judge(&fixture, "ragged batch", &run);
+        judge::exact(&fixture, "ragged batch", &run).unwrap();
     }
 }
 
 #[test]
 fn greedy_tokens_are_hfs_where_its_margin_is_clear() {
     for fixture in fixture::all().unwrap() {
-        let mut rank = load::<f32>(&fixture, 16);
-        let start = fixture.scale.greedy_prompt_len;
-        let pages = prompt::scattered_pages(&limits(&fixture, 16), 0);
-        let tokens = [&fixture.tokens[..start], &fixture.greedy].concat();
-        let pieces = prompt::pieces(tokens.len(), start);
-        let run = prompt::run(&mut rank, &tokens, &pages, 16, &pieces).unwrap();
-        let mut judged = 0;
-        for (i, (&token, &margin)) in fixture.greedy.iter().zip(&fixture.greedy_margin).enumerate() {
-            let row = start + i - 1;
-            let logits = &run.logits[row * fixture.vocab_size..(row + 1) * fixture.vocab_size];
-            if margin > GREEDY_MARGIN {
-                judged += 1;
-                assert_eq!(argmax(logits), token as usize, "{}: greedy token {i}", fixture.name);
-            }
-        }
-        assert!(judged * 2 > fixture.greedy.len(), "{}: only {judged} clear margins", fixture.name);
+        bodies::greedy_tokens(Cpu::<f32>::new(), &fixture);
     }
 }
 
@@ -233,7 +155,7 @@ fn every_rank_count_that_divides_gives_the_same() {
                 assert!(run == &runs[0], "{}: TP = {world_size}: ranks differ", fixture.name);
             }
             let (run, latents) = &runs[0];
-            judge(&fixture, &format!("TP = {world_size}"), run);
+            judge::exact(&fixture, &format!("TP = {world_size}"), run).unwrap();
             let (alone, whole) = alone.get_or_insert_with(|| (run.logits.clone(), latents.clone()));
             // Who multiplies a column makes no difference to it.
             assert!(latents == whole, "{}: TP = {world_size}: q_a and kv_a differ", fixture.name);

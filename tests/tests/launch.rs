@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use dsa80_model::checkpoint::Checkpoint;
 use dsa80_model::engine::{Event, FinishReason, Request};
-use dsa80_model::launch::{Device, KvCacheDtype, LaunchOptions, launch};
+use dsa80_model::launch::{Device, Dtype, KvCacheDtype, LaunchOptions, launch};
 use dsa80_reference::SamplingParams;
 use dsa80_tests::engine::{collect, options};
 use dsa80_tests::fixture::{self, Fixture};
@@ -46,6 +46,12 @@ fn refusals_name_the_option_and_what_would_fit() {
         (
             LaunchOptions { kv_cache_dtype: KvCacheDtype::Bf16, ..options() },
             "--kv-cache-dtype bf16 is for a GPU",
+        ),
+        (LaunchOptions { dtype: Dtype::Bf16, ..options() }, "--dtype bf16 is for a GPU"),
+        (LaunchOptions { dtype: Dtype::F32, ..on_gpus(1) }, "--dtype f32: the CUDA kernels compute in bf16"),
+        (
+            LaunchOptions { dtype: Dtype::F32, kv_cache_dtype: KvCacheDtype::Bf16, ..options() },
+            "with --dtype f32 use auto (f32) or fp8",
         ),
         (
             LaunchOptions { kv_cache_dtype: KvCacheDtype::Fp8, page_size: 6, ..options() },

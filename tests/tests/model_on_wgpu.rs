@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use dsa80_model::checkpoint::Checkpoint;
 use dsa80_model::engine::Step;
-use dsa80_model::launch::{Device, LaunchOptions, launch};
+use dsa80_model::launch::{Device, Dtype, LaunchOptions, launch};
 use dsa80_model::measure::greedy_step;
 use dsa80_model::runner::{Rank, RankParts};
-use dsa80_reference::wgpu::{Edit, Wgpu, WgpuCommunicator, WgpuContext, WgpuOptions};
+use dsa80_reference::wgpu::{ActType, Edit, Wgpu, WgpuCommunicator, WgpuContext, WgpuOptions};
 use dsa80_reference::{Batch, SequenceSlice};
 use dsa80_tests::fixture::{self, Fixture};
 use dsa80_tests::judge::{BF16_BOUND_OF_ONE_PROMPT, Bf16Distance};
@@ -29,8 +29,13 @@ const PROMPTS: usize = 8;
 
 /// The adapter of the tests, and whether it is a GPU.
 fn adapter() -> Option<(&'static Arc<WgpuContext>, bool)> {
+    adapter_in(ActType::Bf16)
+}
+
+/// The same, with activations of a type.
+fn adapter_in(act: ActType) -> Option<(&'static Arc<WgpuContext>, bool)> {
     static TOLD: Once = Once::new();
-    let context = contract::contexts().next()?;
+    let context = contract::contexts(act).next()?;
     if !context.is_hardware() {
         let name = context.name();
         TOLD.call_once(|| {
@@ -44,7 +49,11 @@ fn adapter() -> Option<(&'static Arc<WgpuContext>, bool)> {
 
 /// Runs `body` on every fixture, with whether it is on a GPU.
 fn every_fixture(body: impl Fn(Wgpu, &Fixture, bool)) {
-    let Some((context, gpu)) = adapter() else { return };
+    every_fixture_in(ActType::Bf16, body);
+}
+
+fn every_fixture_in(act: ActType, body: impl Fn(Wgpu, &Fixture, bool)) {
+    let Some((context, gpu)) = adapter_in(act) else { return };
     for fixture in fixture::all().unwrap() {
         body(Wgpu::new(Arc::clone(context)), &fixture, gpu);
     }
@@ -65,10 +74,39 @@ fn prompts_together_are_as_close_to_hf_as_hf_in_bf16() {
 #[test]
 fn one_prompt_in_one_piece_in_chunks_and_token_by_token() {
     every_fixture(|wgpu, fixture, gpu| {
-        let len = fixture.tokens.len();
-        let ways = [("one piece", len), ("chunks of 64", 64), ("chunks of 7", 7), ("token by token", 1)];
+        let ways = bodies::ways(fixture);
         bodies::in_pieces(wgpu, fixture, if gpu { &ways } else { &ways[1..2] });
     });
+}
+
+/// As the oracle is: with its bounds, by its judge. The greedy tokens are a prefill and then decodes.
+#[test]
+fn in_f32_it_is_as_close_to_hf_as_float32() {
+    every_fixture_in(ActType::F32, |wgpu, fixture, gpu| {
+        let context = Arc::clone(wgpu.context());
+        let ways = bodies::ways(fixture);
+        bodies::exact_in_pieces(wgpu, fixture, if gpu { &ways } else { &ways[1..2] });
+        if gpu || fixture.name == "default" {
+            bodies::greedy_tokens(Wgpu::new(context), fixture);
+        }
+    });
+}
+
+#[test]
+fn in_f32_ranks_are_as_close_and_gather_what_one_multiplies() {
+    ranks(ActType::F32, |fixture, way, run| judge::exact(fixture, way, run).unwrap());
+}
+
+/// The same judge says no to bf16.
+#[test]
+fn rounding_is_seen_in_f32() {
+    let fixture = fixture("default");
+    for act in [ActType::Bf16, ActType::F32] {
+        let Some((context, _)) = adapter_in(act) else { return };
+        let run =
+            run(&mut judge::load(Wgpu::new(Arc::clone(context)), &fixture, PAGE_SIZE).unwrap(), &fixture, 64);
+        assert_eq!(judge::exact(&fixture, "64", &run).is_ok(), act == ActType::F32, "{act:?}");
+    }
 }
 
 #[test]
@@ -90,7 +128,7 @@ fn every_layer_is_the_oracles_within_rounding() {
 
 #[test]
 fn without_subgroups_it_is_the_same_model() {
-    let Some(plain) = contract::contexts().next_back() else { return };
+    let Some(plain) = contract::contexts(ActType::Bf16).next_back() else { return };
     bodies::prompts_together(Wgpu::new(Arc::clone(plain)), &fixture("cases/int4_sym_g128"), PROMPTS);
 }
 
@@ -143,7 +181,7 @@ fn planted_faults_are_seen() {
         let options = WgpuOptions { largest_binding, edits: edits.to_vec(), ..same };
         run(&mut judge::load(Wgpu::open(&options).unwrap(), &fixture, PAGE_SIZE).unwrap(), &fixture, 8)
     };
-    let half = Edit { shader: "moe_sum", find: "sum += bf16_pair(", replace: "sum += 0.5 * bf16_pair(" };
+    let half = Edit { shader: "moe_sum", find: "sum += act_pair(", replace: "sum += 0.5 * act_pair(" };
     let found = Bf16Distance::of(&fixture, "half an expert", &run(None, &[half]));
     assert!(found.mean > BF16_BOUND_OF_ONE_PROMPT.mean, "{found:?}");
     let rows = Edit { shader: "embed", find: "(row - params.first) * params", replace: "row * params" };
@@ -153,7 +191,12 @@ fn planted_faults_are_seen() {
 
 #[test]
 fn ranks_are_as_far_from_hf_as_hf_in_bf16_and_gather_what_one_multiplies() {
-    let Some((context, _)) = adapter() else { return };
+    ranks(ActType::Bf16, bodies::close);
+}
+
+/// Runs the fixture that many ranks divide on two and on four, and judges each.
+fn ranks(act: ActType, judge: impl Fn(&Fixture, &str, &Run)) {
+    let Some((context, _)) = adapter_in(act) else { return };
     let fixture = fixture("cases/int4_asym_g32_tp8");
     let checkpoint = Checkpoint::open(&fixture.dir).unwrap();
     let limits = judge::limits(&fixture, PAGE_SIZE);
@@ -170,7 +213,7 @@ fn ranks_are_as_far_from_hf_as_hf_in_bf16_and_gather_what_one_multiplies() {
         });
         assert!(runs.iter().all(|run| *run == runs[0]), "{world_size} ranks: they differ");
         let (run, shared) = &runs[0];
-        bodies::close(&fixture, &format!("{world_size} ranks"), run);
+        judge(&fixture, &format!("{world_size} ranks"), run);
         assert!(*shared == alone, "{world_size} ranks: q_a and kv_a differ");
     }
 }
@@ -234,6 +277,23 @@ fn what_does_not_fit_is_refused_with_what_would() {
             "longest context that would fit is 256 tokens",
         ),
         (LaunchOptions { tp: 8, ..options() }, "use --tp 4"),
+        (
+            LaunchOptions { dtype: Dtype::F32, num_pages: Some(1 << 40), ..options() },
+            "use --dtype bf16, of which there is room for",
+        ),
+        (
+            LaunchOptions {
+                dtype: Dtype::F32,
+                max_model_len: Some(512),
+                kv_cache_bytes: Some(200 << 10),
+                ..options()
+            },
+            "or use --dtype bf16, of which there is room for 512 tokens",
+        ),
+        (
+            LaunchOptions { dtype: Dtype::F32, max_num_batched_tokens: 1 << 40, ..options() },
+            "or compute in bf16, whose activations take half",
+        ),
     ];
     for (options, expected) in cases {
         match launch(&checkpoint, &options) {

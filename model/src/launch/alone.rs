@@ -177,7 +177,8 @@ impl<K: Kernels + 'static> Group<'_, K> {
 #[cfg(feature = "wgpu")]
 impl Request<'_> {
     fn on_wgpu(self) -> Result<Alone, LaunchError> {
-        let context = wgpu::open(Hardware::Any).map_err(|reason| no_device(Device::Wgpu, reason))?;
+        let context =
+            wgpu::open(Hardware::Any, self.options).map_err(|reason| no_device(Device::Wgpu, reason))?;
         self.on_adapter(&context)
     }
 
@@ -186,13 +187,13 @@ impl Request<'_> {
         tracing::info!("device: wgpu, {}", context.name());
         let limits = wgpu::settle(context, self.checkpoint.config(), self.options)?;
         let group = self.group(wgpu::parts(context, self.measurement.live), true);
-        let ranks = group.load(self.weights, &limits, INDEX_LOGITS, wgpu::ACT_BYTES)?;
+        let ranks = group.load(self.weights, &limits, INDEX_LOGITS, context.act().bytes())?;
         Ok(Alone { ranks, between: self.between("threads"), gpu: None })
     }
 
     /// Where there is no GPU with CUDA, for this reason.
     fn without_cuda(self, no_cuda: &str) -> Result<Alone, LaunchError> {
-        match wgpu::open(Hardware::Gpu) {
+        match wgpu::open(Hardware::Gpu, self.options) {
             Ok(context) => {
                 tracing::warn!("device: wgpu (auto: no cuda: {no_cuda})");
                 self.on_adapter(&context)
@@ -224,6 +225,9 @@ impl Request<'_> {
     }
 
     fn on_the_best(self) -> Result<Alone, LaunchError> {
+        if let Some(reason) = super::not_on_cuda(self.options) {
+            return self.without_cuda(&reason);
+        }
         match self.open_gpus() {
             Ok(opened) => self.on_gpus(opened),
             Err(error) => self.without_cuda(&reason(error)),

@@ -150,7 +150,7 @@ fn open(options: &LaunchOptions, place: &Place) -> Result<Opened, LaunchError> {
         Device::Cuda => RankOpened::open(place)
             .map(|opened| Opened::Cuda(Box::new(opened)))
             .map_err(|reason| no_device(Device::Cuda, reason)),
-        Device::Auto => Ok(match RankOpened::open(place) {
+        Device::Auto => Ok(match super::not_on_cuda(options).map_or_else(|| RankOpened::open(place), Err) {
             Ok(opened) => Opened::Cuda(Box::new(opened)),
             Err(reason) => {
                 tracing::info!("device: cpu (auto: {reason})");
@@ -178,6 +178,7 @@ fn creed(checkpoint: &Checkpoint, options: &LaunchOptions) -> Result<Creed, Laun
     let LaunchOptions {
         device,
         tp,
+        dtype,
         max_model_len,
         max_num_seqs,
         max_num_batched_tokens,
@@ -203,6 +204,7 @@ fn creed(checkpoint: &Checkpoint, options: &LaunchOptions) -> Result<Creed, Laun
         ("--load-format", if checkpoint.is_dummy() { "dummy" } else { "safetensors" }.to_owned()),
         ("the hash of the checkpoint's tensors (names, types, shapes, samples)", hash(checkpoint.sample()?)),
         ("--device", device.to_string()),
+        ("--dtype", dtype.to_string()),
         ("--max-model-len", or_default(max_model_len)),
         ("--max-num-seqs", max_num_seqs.to_string()),
         ("--max-num-batched-tokens", max_num_batched_tokens.to_string()),

@@ -37,11 +37,11 @@ pub(super) mod wgpu {
     pub(in crate::launch) use super::load;
     use crate::launch::Hardware;
 
-    use super::Opened;
+    use super::{LaunchOptions, Opened};
 
     pub(in crate::launch) const NOT_BUILT: &str = "it is not in this build, whose feature `wgpu` is off";
 
-    pub(in crate::launch) fn open(_hardware: Hardware) -> Result<Opened, String> {
+    pub(in crate::launch) fn open(_hardware: Hardware, _options: &LaunchOptions) -> Result<Opened, String> {
         Err(NOT_BUILT.into())
     }
 }

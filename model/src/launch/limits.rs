@@ -2,7 +2,7 @@
 
 use dsa80_reference::DType;
 
-use super::options::{KvCacheDtype, LaunchOptions};
+use super::options::{Device, Dtype, KvCacheDtype, LaunchOptions};
 use crate::config::ModelConfig;
 use crate::engine::StepLimits;
 use crate::error::LaunchError;
@@ -45,6 +45,7 @@ pub(super) fn check(config: &ModelConfig, options: &LaunchOptions) -> Result<(),
             return Err(LaunchError::Options(format!("{name} is 0; expected at least 1 second")));
         }
     }
+    check_dtype(options)?;
     if options.kv_cache_dtype == KvCacheDtype::Fp8 && !options.page_size.is_multiple_of(4) {
         return Err(LaunchError::Options(format!(
             "--page-size {} is not a multiple of 4, which --kv-cache-dtype fp8 needs",
@@ -60,6 +61,23 @@ pub(super) fn check(config: &ModelConfig, options: &LaunchOptions) -> Result<(),
         )));
     }
     Ok(())
+}
+
+/// Refuses what the device does not compute in.
+fn check_dtype(options: &LaunchOptions) -> Result<(), LaunchError> {
+    let reason = match (options.dtype, options.device, options.kv_cache_dtype) {
+        (Dtype::F32, Device::Cuda, _) => {
+            "--dtype f32: the CUDA kernels compute in bf16; use --device wgpu or cpu, or --dtype bf16"
+        }
+        (Dtype::F32, _, KvCacheDtype::Bf16) => {
+            "--kv-cache-dtype bf16 is for what computes in bf16; with --dtype f32 use auto (f32) or fp8"
+        }
+        (Dtype::Bf16, Device::Cpu, _) => {
+            "--dtype bf16 is for a GPU; the CPU computes in f32: use --dtype f32 or auto"
+        }
+        _ => return Ok(()),
+    };
+    Err(LaunchError::Options(reason.into()))
 }
 
 /// The limits if memory were no matter: what the tensors of a step are sized by.

@@ -29,7 +29,7 @@ use dsa80_reference::cpu::{Cpu, ThreadCommunicator};
 
 pub use self::alone::{Alone, Measurement, launch_alone};
 pub use self::distributed::{follow, launch_leader};
-pub use self::options::{Collectives, Device, KvCacheDtype, LaunchOptions, LoadFormat};
+pub use self::options::{Collectives, Device, Dtype, KvCacheDtype, LaunchOptions, LoadFormat};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::engine::{Engine, EngineHandle, EngineOptions, StepLimits, StepModel};
@@ -86,6 +86,11 @@ fn start_engine(model: Box<dyn StepModel>, checkpoint: &Checkpoint, options: &La
     Engine::start(model, options)
 }
 
+/// Why the CUDA kernels will not do, whatever GPU there is.
+fn not_on_cuda(options: &LaunchOptions) -> Option<String> {
+    (options.dtype == Dtype::F32).then(|| "its kernels compute in bf16, and --dtype is f32".to_owned())
+}
+
 /// What a backend says, without its name.
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 fn reason(error: Error) -> String {
@@ -116,7 +121,7 @@ fn on_wgpu(
     headway: &Arc<Headway>,
 ) -> Result<Box<dyn StepModel>, LaunchError> {
     headway.begin(0, OPENING);
-    let opened = wgpu::open(Hardware::Any).map_err(|reason| no_device(Device::Wgpu, reason))?;
+    let opened = wgpu::open(Hardware::Any, options).map_err(|reason| no_device(Device::Wgpu, reason))?;
     tracing::info!("device: wgpu, as asked for");
     wgpu::load(opened, checkpoint, options, headway)
 }
@@ -128,11 +133,12 @@ fn on_the_best(
     headway: &Arc<Headway>,
 ) -> Result<Box<dyn StepModel>, LaunchError> {
     headway.begin(0, OPENING);
-    let no_cuda = match cuda::open(options) {
+    let opened = not_on_cuda(options).map_or_else(|| cuda::open(options), Err);
+    let no_cuda = match opened {
         Ok(opened) => return cuda::load(opened, checkpoint, options, headway),
         Err(reason) => reason,
     };
-    let no_wgpu = match wgpu::open(Hardware::Gpu) {
+    let no_wgpu = match wgpu::open(Hardware::Gpu, options) {
         Ok(opened) => {
             tracing::info!("device: wgpu (auto: no cuda: {no_cuda})");
             return wgpu::load(opened, checkpoint, options, headway);
@@ -181,6 +187,11 @@ fn cpu_limits(config: &ModelConfig, options: &LaunchOptions) -> Result<StepLimit
 }
 
 fn check_cpu_cache(options: &LaunchOptions) -> Result<(), LaunchError> {
+    if options.dtype == Dtype::Bf16 {
+        return Err(LaunchError::Options(
+            "--dtype bf16 is for a GPU, and the device is the CPU, which computes in f32: use --dtype f32 or auto".into(),
+        ));
+    }
     if options.kv_cache_dtype == KvCacheDtype::Bf16 {
         return Err(LaunchError::Options(
             "--kv-cache-dtype bf16 is for a GPU; on the CPU use auto (f32) or fp8".into(),

@@ -79,13 +79,48 @@ impl std::fmt::Display for LoadFormat {
     }
 }
 
+/// What activations are, and caches that are not of 8 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Dtype {
+    /// bf16 on a GPU, f32 on the CPU.
+    #[default]
+    Auto,
+    /// bf16, on a GPU: rounded where the contract says so.
+    Bf16,
+    /// f32, on the CPU or with the kernels in WGSL: never rounded to bf16.
+    F32,
+}
+
+impl FromStr for Dtype {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        match name {
+            "auto" => Ok(Dtype::Auto),
+            "bf16" | "bfloat16" => Ok(Dtype::Bf16),
+            "f32" | "float32" => Ok(Dtype::F32),
+            _ => Err(format!("unknown type `{name}`; expected auto, bf16 or f32")),
+        }
+    }
+}
+
+impl std::fmt::Display for Dtype {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Dtype::Auto => "auto",
+            Dtype::Bf16 => "bf16",
+            Dtype::F32 => "f32",
+        })
+    }
+}
+
 /// What the caches are stored in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum KvCacheDtype {
-    /// What the backend computes in: bf16 on a GPU, f32 on the CPU.
+    /// What the backend computes in: [`Dtype`].
     #[default]
     Auto,
-    /// bf16, on a GPU.
+    /// bf16, on a GPU that computes in it.
     Bf16,
     /// 8 bits with scales: a little over half of bf16's memory.
     Fp8,
@@ -163,6 +198,8 @@ pub struct LaunchOptions {
     pub device: Device,
     /// Tensor-parallel ranks.
     pub tp: usize,
+    /// What activations are.
+    pub dtype: Dtype,
     /// The longest context served; by default the config's `max_position_embeddings`, or what the cache
     /// memory holds if that is less.
     pub max_model_len: Option<usize>,
@@ -202,6 +239,7 @@ impl Default for LaunchOptions {
         Self {
             device: Device::Auto,
             tp: 1,
+            dtype: Dtype::Auto,
             max_model_len: None,
             max_num_seqs: 32,
             max_num_batched_tokens: 512,

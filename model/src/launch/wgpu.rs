@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use dsa80_reference::communicator::SingleRank;
-use dsa80_reference::wgpu::{Wgpu, WgpuCommunicator, WgpuContext, WgpuOptions, WgpuTensor};
+use dsa80_reference::wgpu::{ActType, Wgpu, WgpuCommunicator, WgpuContext, WgpuOptions, WgpuTensor};
 use dsa80_reference::{Communicator, DType};
 
 use super::limits::{self, CacheMemory};
-use super::options::LaunchOptions;
+use super::options::{Dtype, LaunchOptions};
 use super::warm_up::{Turns, first_step, warm_up};
 use super::{Hardware, reason, say_what_is_loaded, start};
 use crate::checkpoint::Checkpoint;
@@ -21,14 +21,13 @@ use crate::runner::{CacheWidths, RankGroup, RankParts, RankShape};
 /// Caches, where nothing else is said: what is free, wgpu does not say.
 const CACHE_BYTES: usize = 256 << 20;
 
-/// bf16.
-pub(super) const ACT_BYTES: usize = 2;
-
 pub(super) type Opened = Arc<WgpuContext>;
 
 /// An adapter, or why there is none and what to do about it. `DSA80_WGPU_ADAPTER` is a part of its name, where there are several.
-pub(super) fn open(hardware: Hardware) -> Result<Opened, String> {
+pub(super) fn open(hardware: Hardware, options: &LaunchOptions) -> Result<Opened, String> {
+    let act = if options.dtype == Dtype::F32 { ActType::F32 } else { ActType::Bf16 };
     let options = WgpuOptions {
+        act,
         hardware: hardware == Hardware::Gpu,
         adapter: std::env::var("DSA80_WGPU_ADAPTER").ok(),
         ..WgpuOptions::default()
@@ -104,16 +103,39 @@ pub(super) fn settle(
     check_columns(config, options.tp)?;
     let (dtype, page_size) = (options.kv_cache_dtype.dtype(), options.page_size);
     let CacheWidths { mla, indexer } = CacheWidths::new(config, dtype, page_size);
-    let width = if dtype == DType::Fp8 { 1 } else { ACT_BYTES };
+    let act_bytes = context.act().bytes();
+    let width = if dtype == DType::Fp8 { 1 } else { act_bytes };
     let of_a_layer = mla.max(indexer).saturating_mul(page_size).saturating_mul(width);
     let bound = context.most_pages(of_a_layer);
     if let Some(pages) = options.num_pages.filter(|&pages| pages > bound) {
         return Err(LaunchError::Options(format!(
             "--num-pages {pages} of {page_size} tokens ({of_a_layer} bytes each in a layer) are more than the {bound} that this adapter binds: \
-             lower it"
+             lower it{}",
+            or_bf16(context, options, |of_bf16| context.most_pages(of_bf16), of_a_layer, "pages")
         )));
     }
-    let page_bytes = limits::page_bytes(config, options, ACT_BYTES).saturating_mul(options.tp);
+    let page_bytes = limits::page_bytes(config, options, act_bytes).saturating_mul(options.tp);
     let bytes = options.kv_cache_bytes.unwrap_or(CACHE_BYTES).min(bound.saturating_mul(page_bytes));
-    limits::within(config, options, CacheMemory { bytes, act_bytes: ACT_BYTES })
+    limits::within(config, options, CacheMemory { bytes, act_bytes }).map_err(|error| match error {
+        LaunchError::Options(reason) if options.num_pages.is_none() => {
+            let held = |of_bf16: usize| bytes / of_bf16.max(1) * page_size;
+            LaunchError::Options(reason + &or_bf16(context, options, held, page_bytes, "tokens"))
+        }
+        other => other,
+    })
+}
+
+/// What caches in f32 of `bytes` would hold in bf16, in words; nothing where they are not in f32.
+fn or_bf16(
+    context: &WgpuContext,
+    options: &LaunchOptions,
+    held: impl Fn(usize) -> usize,
+    bytes: usize,
+    what: &str,
+) -> String {
+    if context.act() == ActType::Bf16 || options.kv_cache_dtype.dtype() == DType::Fp8 {
+        return String::new();
+    }
+    let of_bf16 = bytes / ActType::F32.bytes() * ActType::Bf16.bytes();
+    format!(", or use --dtype bf16, of which there is room for {} {what}", held(of_bf16))
 }

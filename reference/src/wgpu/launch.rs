@@ -55,6 +55,9 @@ pub(super) struct Launch<'a> {
     pub(super) shape: String,
 }
 
+/// Bytes of the largest vector that a kernel reads or writes at once: eight floats.
+const VECTOR: usize = 32;
+
 impl WgpuTensor {
     /// The elements in use, to read.
     pub(super) fn reads(&self) -> Binding<'_> {
@@ -87,8 +90,8 @@ impl WgpuTensor {
 
     fn window(&self, elements: std::ops::Range<usize>, access: Access) -> Binding<'_> {
         let width = self.width;
-        // Whole vectors of four words: the buffer is that large.
-        let size = (elements.len() * width).next_multiple_of(16).max(16) as u64;
+        // Whole vectors, of four words or of eight activations: the buffer is that large.
+        let size = (elements.len() * width).next_multiple_of(VECTOR).max(VECTOR) as u64;
         Binding { buffer: self.buffer(), offset: (elements.start * width) as u64, size, access }
     }
 }
@@ -148,8 +151,9 @@ impl Wgpu {
             if binding.size > most {
                 return Err(refuse(format!(
                     "binding {place} has {} bytes, and the adapter binds at most {most}; lower the batch or cache size, \
-                     or use more ranks",
-                    binding.size
+                     or use more ranks{}",
+                    binding.size,
+                    self.context.or_half()
                 )));
             }
         }
@@ -200,10 +204,10 @@ impl Wgpu {
     }
 }
 
-/// Windows have a multiple of so many rows, which is a multiple of the alignment, and an even number, so that no word has outputs of two
+/// Windows have a multiple of so many rows, which is a multiple of the alignment and of vectors, and an even number, so that no word has outputs of two
 /// ranges.
 pub(super) fn step_of_windows(limits: &wgpu::Limits, row_bytes: usize) -> usize {
-    let alignment = limits.min_storage_buffer_offset_alignment.max(4) as usize;
+    let alignment = limits.min_storage_buffer_offset_alignment.max(VECTOR as u32) as usize;
     (alignment / greatest_common_divisor(alignment, row_bytes)).max(2)
 }
 

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use half::{bf16, f16};
 
+use super::act::ActType;
 use super::context::{WgpuContext, lock, refuse};
 use super::tensor::WgpuTensor;
 use super::{Wgpu, WgpuOptions};
@@ -59,8 +60,21 @@ impl Drop for Pooled {
     }
 }
 
-fn no_room(shape: &[usize]) -> Error {
-    refuse(format!("not enough memory for a tensor of shape {shape:?}; lower the batch or cache size"))
+impl WgpuContext {
+    fn no_room(&self, shape: &[usize]) -> Error {
+        let half = self.or_half();
+        refuse(format!(
+            "not enough memory for a tensor of shape {shape:?}; lower the batch or cache size{half}"
+        ))
+    }
+
+    /// What else takes less memory.
+    pub(super) fn or_half(&self) -> &'static str {
+        match self.act() {
+            ActType::Bf16 => "",
+            ActType::F32 => ", or compute in bf16, whose activations take half",
+        }
+    }
 }
 
 impl Wgpu {
@@ -79,12 +93,15 @@ impl Wgpu {
         let bytes = elements.and_then(|elements| elements.checked_mul(width));
         let most = self.context.limits.max_buffer_size;
         let size = bytes.and_then(|bytes| bytes.max(4).checked_next_multiple_of(256)).map(|size| size as u64);
-        let size = size.filter(|&size| size <= most).ok_or_else(|| no_room(shape))?;
+        let size = size.filter(|&size| size <= most).ok_or_else(|| self.context.no_room(shape))?;
         let buffer = match self.pool.take(size) {
             Some(buffer) => buffer,
-            None => self
-                .create(size, wgpu::BufferUsages::STORAGE)
-                .map_err(|message| refuse(format!("a tensor of shape {shape:?} was refused: {message}")))?,
+            None => self.create(size, wgpu::BufferUsages::STORAGE).map_err(|message| {
+                refuse(format!(
+                    "a tensor of shape {shape:?} was refused: {message}{}",
+                    self.context.or_half()
+                ))
+            })?,
         };
         let pooled = Pooled { buffer, pool: Arc::clone(&self.pool) };
         Ok(WgpuTensor::new(dtype, width, shape, pooled))

@@ -50,8 +50,7 @@ pub(super) use shader;
 /// A change of a shader.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Edit {
-    /// The file without its ending; `act` is the one of the types of activations that is used, and `reduce` that of the
-    /// reductions.
+    /// The file without its ending; `reduce` is the one of the reductions that is used.
     pub shader: &'static str,
     /// What is there once.
     pub find: &'static str,
@@ -69,11 +68,11 @@ impl Shader {
     ) -> Result<String, String> {
         let reduce = if subgroups { REDUCE_SUBGROUPS } else { REDUCE_PLAIN };
         let act = match act {
-            ActType::Bf16 => ACT_BF16,
-            ActType::F32 => ACT_F32,
+            ActType::Bf16 => ("act_bf16", ACT_BF16),
+            ActType::F32 => ("act_f32", ACT_F32),
         };
         let mut whole = self.enables.to_owned();
-        let common = [("prelude", PRELUDE), ("act", act), ("reduce", reduce)];
+        let common = [("prelude", PRELUDE), act, ("reduce", reduce)];
         let files = common.into_iter().chain(self.after.iter().copied());
         for (name, source) in files.chain([(self.name, self.source)]) {
             let mut source = source.to_owned();

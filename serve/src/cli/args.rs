@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::bail;
 use clap::{Args, ValueEnum};
 use dsa80_model::distributed::Place;
-use dsa80_model::launch::{Collectives, Device, KvCacheDtype, LaunchOptions, LoadFormat};
+use dsa80_model::launch::{Collectives, Device, Dtype, KvCacheDtype, LaunchOptions, LoadFormat};
 
 use super::size;
 
@@ -25,6 +25,11 @@ pub(super) struct ModelArgs {
     /// Tensor-parallel ranks; by default 1, or as many as a launcher has started (WORLD_SIZE).
     #[arg(long, value_name = "N", visible_alias = "tensor-parallel-size")]
     tp: Option<usize>,
+
+    /// What activations, and caches of them, are: auto (bf16 on a GPU, f32 on the CPU), bf16, or f32 (on the CPU, or with --device wgpu: not
+    /// rounded to bf16 anywhere, in twice the memory).
+    #[arg(long, default_value = "auto")]
+    dtype: Dtype,
 
     /// Where the weights come from: auto or safetensors (the checkpoint's files), or dummy (random numbers, from config.json and the
     /// tokenizer's files alone).
@@ -52,7 +57,7 @@ pub(super) struct ModelArgs {
     #[arg(long, value_name = "N", conflicts_with = "kv_cache_memory")]
     num_pages: Option<usize>,
 
-    /// What the caches are stored in: auto (bf16 on a GPU, f32 on the CPU), bf16 or fp8.
+    /// What the caches are stored in: auto (what --dtype is), bf16 or fp8.
     #[arg(long, default_value = "auto")]
     pub(super) kv_cache_dtype: KvCacheDtype,
 
@@ -112,6 +117,7 @@ impl ModelArgs {
         LaunchOptions {
             device: self.device,
             tp: self.tp.unwrap_or(default.tp),
+            dtype: self.dtype,
             max_model_len: self.max_model_len,
             max_num_seqs: self.max_num_seqs.unwrap_or(default.max_num_seqs),
             max_num_batched_tokens: self.max_num_batched_tokens.unwrap_or(default.max_num_batched_tokens),

@@ -43,6 +43,8 @@ struct Results {
     model: String,
     device: String,
     tp: usize,
+    #[serde(default)]
+    dtype: String,
     kv_cache_dtype: String,
     seconds: f64,
     #[serde(flatten)]
@@ -81,6 +83,7 @@ pub(super) fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
         model: name,
         device: options.device.to_string(),
         tp: options.tp,
+        dtype: options.dtype.to_string(),
         kv_cache_dtype: options.kv_cache_dtype.to_string(),
         seconds,
         report,
@@ -113,9 +116,9 @@ fn begin(what: &str) {
 impl Results {
     /// For the terminal.
     fn words(&self) -> String {
-        let Self { environment, model, device, tp, kv_cache_dtype, seconds, report } = self;
+        let Self { environment, model, device, tp, dtype, kv_cache_dtype, seconds, report } = self;
         let mut words = format!(
-            "{}\n{model}: --device {device}, --tp {tp}, --kv-cache-dtype {kv_cache_dtype}; {seconds:.1} s\n\n",
+            "{}\n{model}: --device {device}, --tp {tp}, --dtype {dtype}, --kv-cache-dtype {kv_cache_dtype}; {seconds:.1} s\n\n",
             environment.words()
         );
         let head = [

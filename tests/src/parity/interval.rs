@@ -1,6 +1,7 @@
 //! What a computed value may be, given what may go into it: bounds that follow a kernel's roundings.
 
 use dsa80_reference::cpu::Real;
+use dsa80_reference::wgpu::ActType;
 
 /// All values from `lo` to `hi`.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -25,6 +26,14 @@ impl Interval {
     /// Rounded to bf16.
     pub fn round_bf16(self) -> Self {
         self.map(Real::round_bf16)
+    }
+
+    /// Stored as an activation: what a kernel computed, its roundings to f32 included, is stored in f32 as it is.
+    pub fn stored(self, act: ActType) -> Self {
+        match act {
+            ActType::Bf16 => self.round_bf16(),
+            ActType::F32 => self,
+        }
     }
 
     /// `error` more on both sides.

@@ -5,8 +5,8 @@ use std::ops::Range;
 use dsa80_reference::fp8::{self, IndexerPage};
 use dsa80_reference::wgpu::Edit;
 use dsa80_reference::{DType, Kernels};
-use dsa80_tests::parity::contract::{self, Contract};
-use dsa80_tests::parity::{self, BatchCase, Batches, F32_UNIT, Values, assert_close};
+use dsa80_tests::parity::contract::{self, Backend, Contract};
+use dsa80_tests::parity::{BatchCase, Batches, F32_UNIT, Values, assert_close};
 use proptest::prelude::*;
 use proptest::sample::select;
 
@@ -83,7 +83,7 @@ impl Contract for IndexerLogits {
         )
     }
 
-    fn run<K: Kernels>(kernels: &K, case: &Case) {
+    fn run<K: Kernels>(kernels: &Backend<'_, K>, case: &Case) {
         let &Case { heads, dims, seed, .. } = case;
         let (rows, step) = (case.rows(), &case.batch.batch);
         let (tokens, scale) = (step.num_tokens(), ((heads * dims) as f64).powf(-0.5));
@@ -115,13 +115,14 @@ impl Contract for IndexerLogits {
                 contract::numbers(kernels, DType::Act, &[case.batch.pages, step.page_size, dims], &numbers)
             };
             let mut out = contract::output(kernels, DType::Float, &shape);
-            parity::oracle()
+            kernels
+                .oracle()
                 .indexer_logits(&host_batch, rows.clone(), &q.0, &weights.0, &cache.0, scale, &mut out.0)
                 .unwrap();
             kernels
                 .indexer_logits(&batch, rows.clone(), &q.1, &weights.1, &cache.1, scale, &mut out.1)
                 .unwrap();
-            (seen(&kernels.read(&out.1).unwrap()), seen(&parity::oracle().read(&out.0).unwrap()))
+            (seen(&kernels.read(&out.1).unwrap()), seen(&kernels.oracle().read(&out.0).unwrap()))
         };
         let ((found, expected), (_, magnitudes)) = (run(|x| x), run(f64::abs));
         let units = (2 * dims + heads + 8) as f64 * F32_UNIT;
@@ -172,6 +173,11 @@ fn planted_faults_are_seen() {
         ("let head = 16u * own_half + i;", "let head = i;"),
     ] {
         contract::catches::<IndexerLogits>(Edit { shader: "indexer_logits_matrix", find, replace });
+    }
+    for (shader, find, replace) in
+        [("act_f32", "vec2(first, last)", "vec2(first, first)"), ("indexer_logits", "word + 1u)", "word)")]
+    {
+        contract::catches_in_f32::<IndexerLogits>(Edit { shader, find, replace });
     }
 }
 

@@ -1,9 +1,9 @@
 //! `latent_rope` into a cache of activations.
 
-use dsa80_reference::wgpu::Edit;
+use dsa80_reference::wgpu::{ActType, Edit};
 use dsa80_reference::{DType, Kernels, RopeLayout};
-use dsa80_tests::parity::contract::{self, Contract};
-use dsa80_tests::parity::{self, BatchCase, Batches, F32_UNIT, Interval, Values, assert_close};
+use dsa80_tests::parity::contract::{self, Backend, Contract};
+use dsa80_tests::parity::{BatchCase, Batches, F32_UNIT, Interval, Values, assert_close};
 use proptest::prelude::*;
 use proptest::sample::select;
 
@@ -26,6 +26,7 @@ pub(crate) fn intervals(
     eps: f64,
     turns: &[f64],
     dims: [usize; 2],
+    act: ActType,
 ) -> Vec<Interval> {
     let [rank, rope] = dims;
     let error = ((rank as f64).min(64.0) + 17.0) * F32_UNIT / 2.0 + 12.0 * F32_UNIT;
@@ -35,17 +36,18 @@ pub(crate) fn intervals(
         let reciprocal = 1.0 / (mean + eps).sqrt();
         out.extend(x[..rank].iter().zip(weight).map(|(x, weight)| {
             let normed = weight * x * reciprocal;
-            Interval::around(normed, 1.01 * error * normed.abs()).round_bf16()
+            Interval::around(normed, 1.01 * error * normed.abs()).stored(act)
         }));
         let mut key: Vec<Interval> = x[rank..].iter().map(|&x| Interval::around(x, 0.0)).collect();
-        rotate(&mut key, RopeLayout::Interleaved, turns);
+        rotate(&mut key, RopeLayout::Interleaved, turns, act);
         out.extend(key);
     }
     out
 }
 
 /// Compares a cache, all of which was the same before: rows of the batch's slots, and no others, are new.
-pub(crate) fn assert_written(
+pub(crate) fn assert_written<K>(
+    kernels: &Backend<'_, K>,
     batch: &BatchCase,
     width: usize,
     found: &[f64],
@@ -56,9 +58,11 @@ pub(crate) fn assert_written(
     for (t, &slot) in batch.batch.slot_mapping.iter().enumerate() {
         of_slot[slot as usize] = Some(t);
     }
-    assert_close("cache", width, found, expected, RELATIVE_L2, |i| match of_slot[i / width] {
-        None => 0.0,
-        Some(t) => intervals[t * width + i % width].farthest(expected[i]),
+    assert_close("cache", width, found, expected, kernels.relative_l2(RELATIVE_L2), |i| {
+        match of_slot[i / width] {
+            None => 0.0,
+            Some(t) => intervals[t * width + i % width].farthest(expected[i]),
+        }
     });
 }
 
@@ -76,7 +80,7 @@ impl Contract for LatentRope {
             .prop_map(|(batch, dims, weight, values, seed)| Case { batch, dims, weight, values, seed })
     }
 
-    fn run<K: Kernels>(kernels: &K, case: &Case) {
+    fn run<K: Kernels>(kernels: &Backend<'_, K>, case: &Case) {
         let (&[rank, rope], seed, eps) = (&case.dims, case.seed, 1e-6);
         let (width, rows) = (rank + rope, case.batch.batch.num_tokens());
         let x = contract::numbers(kernels, DType::Act, &[rows, width], &case.values.take(seed, rows * width));
@@ -87,12 +91,14 @@ impl Contract for LatentRope {
         let shape = [case.batch.pages, case.batch.batch.page_size, width];
         let before = Values::Normal.take(seed ^ 5, shape.iter().product());
         let mut cache = contract::numbers(kernels, DType::Act, &shape, &before);
-        let oracle = parity::oracle();
+        let oracle = kernels.oracle();
         oracle.latent_rope(&batch.0, &x.0, &weight.0, eps, &cos_sin.0, &mut cache.0).unwrap();
         kernels.latent_rope(&batch.1, &x.1, &weight.1, eps, &cos_sin.1, &mut cache.1).unwrap();
         let read = |tensor| oracle.read(tensor).unwrap();
-        let intervals = intervals(&read(&x.0), &read(&weight.0), eps, &read(&cos_sin.0), case.dims);
-        assert_written(&case.batch, width, &kernels.read(&cache.1).unwrap(), &read(&cache.0), &intervals);
+        let intervals =
+            intervals(&read(&x.0), &read(&weight.0), eps, &read(&cos_sin.0), case.dims, kernels.act());
+        let found = kernels.read(&cache.1).unwrap();
+        assert_written(kernels, &case.batch, width, &found, &read(&cache.0), &intervals);
     }
 }
 

@@ -1,9 +1,9 @@
 //! `layer_norm_rope` into a cache of activations.
 
-use dsa80_reference::wgpu::Edit;
+use dsa80_reference::wgpu::{ActType, Edit};
 use dsa80_reference::{DType, Kernels, RopeLayout};
-use dsa80_tests::parity::contract::{self, Contract};
-use dsa80_tests::parity::{self, BatchCase, Batches, F32_UNIT, Interval, Values};
+use dsa80_tests::parity::contract::{self, Backend, Contract};
+use dsa80_tests::parity::{BatchCase, Batches, F32_UNIT, Interval, Values};
 use proptest::prelude::*;
 use proptest::sample::select;
 
@@ -31,6 +31,7 @@ pub(crate) fn intervals(
     turns: &[f64],
     [width, rope]: [usize; 2],
     layout: RopeLayout,
+    act: ActType,
 ) -> Vec<Interval> {
     let additions = (width as f64).min(64.0) + 10.0;
     let mut out = Vec::new();
@@ -49,10 +50,10 @@ pub(crate) fn intervals(
                 let error = weight[c].abs() * (mean_error + F32_UNIT * centred.abs()) / deviation
                     + normed.abs() * (deviation_error + 3.0 * F32_UNIT)
                     + F32_UNIT * (normed + bias[c]).abs();
-                Interval::around(normed + bias[c], 1.01 * error).round_bf16()
+                Interval::around(normed + bias[c], 1.01 * error).stored(act)
             })
             .collect();
-        rotate(&mut row[..rope], layout, turns);
+        rotate(&mut row[..rope], layout, turns, act);
         out.extend(row);
     }
     out
@@ -82,7 +83,7 @@ impl Contract for LayerNormRope {
             })
     }
 
-    fn run<K: Kernels>(kernels: &K, case: &Case) {
+    fn run<K: Kernels>(kernels: &Backend<'_, K>, case: &Case) {
         let &Case { dims: [width, rope], layout, seed, .. } = case;
         let rows = case.batch.batch.num_tokens();
         let normals = |seed, scale: f64, offset: f64| -> Vec<f64> {
@@ -96,7 +97,7 @@ impl Contract for LayerNormRope {
         let shape = [case.batch.pages, case.batch.batch.page_size, width];
         let before = Values::Normal.take(seed ^ 5, shape.iter().product());
         let mut cache = contract::numbers(kernels, DType::Act, &shape, &before);
-        let oracle = parity::oracle();
+        let oracle = kernels.oracle();
         oracle
             .layer_norm_rope(&batch.0, &x.0, &weight.0, &bias.0, EPS, layout, &cos_sin.0, &mut cache.0)
             .unwrap();
@@ -105,8 +106,10 @@ impl Contract for LayerNormRope {
             .unwrap();
         let read = |tensor| oracle.read(tensor).unwrap();
         let parameters = [&*read(&weight.0), &*read(&bias.0)];
-        let intervals = intervals(&read(&x.0), parameters, &read(&cos_sin.0), case.dims, layout);
-        assert_written(&case.batch, width, &kernels.read(&cache.1).unwrap(), &read(&cache.0), &intervals);
+        let intervals =
+            intervals(&read(&x.0), parameters, &read(&cos_sin.0), case.dims, layout, kernels.act());
+        let found = kernels.read(&cache.1).unwrap();
+        assert_written(kernels, &case.batch, width, &found, &read(&cache.0), &intervals);
     }
 }
 
@@ -118,11 +121,13 @@ fn agrees_with_the_oracle() {
 #[test]
 fn planted_faults_are_seen() {
     for (find, replace) in [
-        ("let off = bf16_pair(x[start + word]) - mean;", "let off = bf16_pair(x[start + word]);"),
-        ("round_bf16(scaled", "(scaled"),
+        ("let off = act_pair(x[start + word]) - mean;", "let off = act_pair(x[start + word]);"),
+        ("round_act(scaled", "(scaled"),
         ("column % (DIM / 2u), HALF", "column / 2u, HALF"),
         ("cache[slot *", "cache[t *"),
     ] {
         contract::catches::<LayerNormRope>(Edit { shader: "layer_norm_rope", find, replace });
     }
+    let edit = Edit { shader: "act_f32", find: "return x;", replace: "return bf16_of(bf16_bits(x), 0u);" };
+    contract::catches_in_f32::<LayerNormRope>(edit);
 }

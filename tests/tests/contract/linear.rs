@@ -2,12 +2,12 @@
 
 use dsa80_reference::wgpu::Edit;
 use dsa80_reference::{DType, Kernels};
-use dsa80_tests::parity::contract::{self, Contract};
-use dsa80_tests::parity::{self, Values};
+use dsa80_tests::parity::Values;
+use dsa80_tests::parity::contract::{self, Backend, Contract};
 use proptest::prelude::*;
 use proptest::sample::select;
 
-use crate::products::assert_products;
+use crate::products::{Stored, assert_products};
 
 #[derive(Debug, Clone)]
 struct Case {
@@ -46,7 +46,7 @@ impl Contract for Linear {
         )
     }
 
-    fn run<K: Kernels>(kernels: &K, case: &Case) {
+    fn run<K: Kernels>(kernels: &Backend<'_, K>, case: &Case) {
         let &Case { tokens, columns, seed, .. } = case;
         let all: usize = case.features.iter().sum();
         let x = contract::numbers(
@@ -67,7 +67,7 @@ impl Contract for Linear {
             .enumerate()
             .map(|(i, &features)| contract::output(kernels, dtype(i), &[tokens, features]))
             .collect();
-        let oracle = parity::oracle();
+        let oracle = kernels.oracle();
         if let [(host, device)] = &mut outs[..] {
             oracle.linear(&x.0, &weight.0, host).unwrap();
             kernels.linear(&x.1, &weight.1, device).unwrap();
@@ -82,8 +82,8 @@ impl Contract for Linear {
         for (i, ((host, device), &features)) in outs.iter().zip(&case.features).enumerate() {
             let (found, expected) = (kernels.read(device).unwrap(), oracle.read(host).unwrap());
             let dims = [columns, features];
-            let floats = dtype(i) == DType::Float;
-            assert_products("out", &found, &expected, &x, &weight[first * columns..], dims, floats);
+            let stored = Stored::of(kernels, dtype(i));
+            assert_products("out", &found, &expected, &x, &weight[first * columns..], dims, stored);
             first += features;
         }
     }
@@ -107,7 +107,7 @@ fn a_weight_of_several_bindings_is_whole() {
             seed: 11,
         };
         // Rows of 180 bytes start where a binding may at every 64th: three bindings.
-        contract::with_small_bindings(64 * 180 + 200, |wgpu| Linear::run(wgpu, &case));
+        contract::with_small_bindings(64 * 90 + 100, |wgpu| Linear::run(wgpu, &case));
     }
 }
 
@@ -128,4 +128,7 @@ fn planted_faults_are_seen() {
     ] {
         contract::catches::<Linear>(Edit { shader, find, replace });
     }
+    let edit =
+        Edit { shader: "act_f32", find: "vec4(eight[2], eight[3])", replace: "vec4(eight[3], eight[2])" };
+    contract::catches_in_f32::<Linear>(edit);
 }

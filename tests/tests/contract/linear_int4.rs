@@ -2,13 +2,13 @@
 
 use dsa80_reference::wgpu::Edit;
 use dsa80_reference::{DType, Kernels};
-use dsa80_tests::parity::contract::{self, Contract};
-use dsa80_tests::parity::{self, Values};
+use dsa80_tests::parity::Values;
+use dsa80_tests::parity::contract::{self, Backend, Contract};
 use proptest::prelude::*;
 use proptest::sample::select;
 
 use crate::int4_weights::{Format, int4};
-use crate::products::assert_products;
+use crate::products::{Stored, assert_products};
 
 #[derive(Debug, Clone)]
 struct Case {
@@ -42,7 +42,7 @@ impl Contract for LinearInt4 {
             })
     }
 
-    fn run<K: Kernels>(kernels: &K, case: &Case) {
+    fn run<K: Kernels>(kernels: &Backend<'_, K>, case: &Case) {
         let &Case { tokens, columns, features, format, floats, seed } = case;
         let x = contract::numbers(
             kernels,
@@ -51,7 +51,7 @@ impl Contract for LinearInt4 {
             &Values::Normal.take(seed, tokens * columns),
         );
         let host = int4(features, columns, format, seed);
-        let oracle = parity::oracle();
+        let oracle = kernels.oracle();
         let weight = (oracle.upload_int4(host.clone()).unwrap(), kernels.upload_int4(host.clone()).unwrap());
         let dtype = if floats { DType::Float } else { DType::Act };
         let mut out = contract::output(kernels, dtype, &[tokens, features]);
@@ -60,7 +60,15 @@ impl Contract for LinearInt4 {
         let dense: Vec<f64> = host.dequantise().to_f32().iter().map(|&w| f64::from(w)).collect();
         let (found, expected) = (kernels.read(&out.1).unwrap(), oracle.read(&out.0).unwrap());
         let x = oracle.read(&x.0).unwrap();
-        assert_products("out", &found, &expected, &x, &dense, [columns, features], floats);
+        assert_products(
+            "out",
+            &found,
+            &expected,
+            &x,
+            &dense,
+            [columns, features],
+            Stored::of(kernels, dtype),
+        );
     }
 }
 

@@ -2,13 +2,13 @@
 
 use dsa80_reference::wgpu::Edit;
 use dsa80_reference::{DType, Kernels};
-use dsa80_tests::parity::contract::{self, Contract};
-use dsa80_tests::parity::{self, Values};
+use dsa80_tests::parity::Values;
+use dsa80_tests::parity::contract::{self, Backend, Contract};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::select;
 
-use crate::products::assert_products;
+use crate::products::{Stored, assert_products};
 
 #[derive(Debug, Clone)]
 struct Case {
@@ -41,7 +41,7 @@ impl Contract for LmHead {
         )
     }
 
-    fn run<K: Kernels>(kernels: &K, case: &Case) {
+    fn run<K: Kernels>(kernels: &Backend<'_, K>, case: &Case) {
         let &Case { tokens, hidden, vocab, seed, .. } = case;
         let count = case.rows.len();
         let x = contract::numbers(
@@ -54,7 +54,7 @@ impl Contract for LmHead {
         let weights = Values::Normal.take(seed ^ 1, vocab * hidden);
         let weight = contract::weight(kernels, case.weight, &[vocab, hidden], &weights);
         let mut logits = contract::output(kernels, DType::Float, &[count, vocab]);
-        let oracle = parity::oracle();
+        let oracle = kernels.oracle();
         oracle.lm_head(&x.0, &rows.0, &weight.0, &mut logits.0).unwrap();
         kernels.lm_head(&x.1, &rows.1, &weight.1, &mut logits.1).unwrap();
         let (found, expected) = (kernels.read(&logits.1).unwrap(), oracle.read(&logits.0).unwrap());
@@ -62,7 +62,7 @@ impl Contract for LmHead {
         let chosen: Vec<f64> =
             case.rows.iter().flat_map(|&row| x[row as usize * hidden..][..hidden].to_vec()).collect();
         let weights = oracle.read(&weight.0).unwrap();
-        assert_products("logits", &found, &expected, &chosen, &weights, [hidden, vocab], true);
+        assert_products("logits", &found, &expected, &chosen, &weights, [hidden, vocab], Stored::Floats);
     }
 }
 

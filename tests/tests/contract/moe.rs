@@ -2,10 +2,10 @@
 
 use dsa80_reference::cpu::Real;
 use dsa80_reference::sampling::uniform;
-use dsa80_reference::wgpu::Edit;
+use dsa80_reference::wgpu::{ActType, Edit};
 use dsa80_reference::{DType, HostExpert, HostInt4, HostLinear, HostTensor, Kernels};
-use dsa80_tests::parity::contract::{self, Contract};
-use dsa80_tests::parity::{self, F32_UNIT, Values, assert_close, half_ulp_bf16};
+use dsa80_tests::parity::contract::{self, Backend, Contract};
+use dsa80_tests::parity::{F32_UNIT, Values, assert_close};
 use proptest::prelude::*;
 use proptest::sample::select;
 
@@ -148,8 +148,9 @@ fn product(row: &[f64], x: &[f64]) -> (f64, f64) {
     row.iter().zip(x).fold((0.0, 0.0), |(sum, all), (w, x)| (sum + w * x, all + (w * x).abs()))
 }
 
-/// How far what an expert gives may be off: by what sums in f32 lose, and by the rounding of `silu * up`, which may go the other way.
-fn expert_error(expert: &HostExpert, x: &[f64]) -> Vec<f64> {
+/// How far what an expert gives may be off: by what sums in f32 lose, and by the rounding of `silu * up`, which may go the other way where it is
+/// rounded.
+fn expert_error<K>(kernels: &Backend<'_, K>, expert: &HostExpert, x: &[f64]) -> Vec<f64> {
     let lost = |inner: usize| (inner as f64 + 16.0) * F32_UNIT;
     let (gate, up) = (rows(&expert.gate_proj), rows(&expert.up_proj));
     let activated = gate.iter().zip(&up).map(|(gate, up)| {
@@ -157,7 +158,8 @@ fn expert_error(expert: &HostExpert, x: &[f64]) -> Vec<f64> {
         let silu = g / (1.0 + (-g).exp());
         let off = lost(x.len()) * (1.1 * g_all * (u.abs() + lost(x.len()) * u_all) + silu.abs() * u_all);
         let exact = silu * u;
-        (exact.round_bf16(), off + exact.abs() * 32.0 * F32_UNIT + 2.0 * half_ulp_bf16(exact.abs() + off))
+        let rounded = if kernels.act() == ActType::Bf16 { exact.round_bf16() } else { exact };
+        (rounded, off + exact.abs() * 32.0 * F32_UNIT + 2.0 * kernels.half_ulp(exact.abs() + off))
     });
     let (activated, off): (Vec<f64>, Vec<f64>) = activated.unzip();
     rows(&expert.down_proj)
@@ -168,7 +170,7 @@ fn expert_error(expert: &HostExpert, x: &[f64]) -> Vec<f64> {
         .collect()
 }
 
-fn run<K: Kernels>(kernels: &K, case: &Case) {
+fn run<K: Kernels>(kernels: &Backend<'_, K>, case: &Case) {
     let &Case { layer: Layer { hidden, .. }, tokens, top_k, seed, .. } = case;
     let experts = case.experts();
     let act = |values: Values, seed| {
@@ -181,7 +183,7 @@ fn run<K: Kernels>(kernels: &K, case: &Case) {
     let weights: Vec<f64> = (0..tokens * top_k).map(|i| 2.0 * unit(seed ^ 0x99, i)).collect();
     let topk_weights = contract::numbers(kernels, DType::Float, &[tokens, top_k], &weights);
     let mut out = contract::output(kernels, DType::Act, &[tokens, hidden]);
-    let oracle = parity::oracle();
+    let oracle = kernels.oracle();
     let (of_host, of_device) = (shared.as_ref().map(|x| &x.0), shared.as_ref().map(|x| &x.1));
     if case.mixed {
         let on_host = oracle.upload_experts(experts.clone()).unwrap();
@@ -199,13 +201,13 @@ fn run<K: Kernels>(kernels: &K, case: &Case) {
     let mut bounds: Vec<f64> = expected.iter().map(|x| 16.0 * F32_UNIT * x.abs()).collect();
     for (pair, &expert) in ids.iter().enumerate() {
         let t = pair / top_k;
-        let errors = expert_error(&experts[expert as usize], &values[t * hidden..][..hidden]);
+        let errors = expert_error(kernels, &experts[expert as usize], &values[t * hidden..][..hidden]);
         for (bound, error) in bounds[t * hidden..].iter_mut().zip(errors) {
             *bound += 1.01 * weights[pair] * error;
         }
     }
     for (bound, expected) in bounds.iter_mut().zip(&expected) {
-        *bound += half_ulp_bf16(*expected) + half_ulp_bf16(expected.abs() + *bound);
+        *bound += kernels.half_ulp(*expected) + kernels.half_ulp(expected.abs() + *bound);
     }
     assert_close("out", hidden, &found, &expected, f64::INFINITY, |i| bounds[i]);
 }
@@ -240,7 +242,7 @@ impl Contract for MoeInt4 {
         cases(false)
     }
 
-    fn run<K: Kernels>(kernels: &K, case: &Case) {
+    fn run<K: Kernels>(kernels: &Backend<'_, K>, case: &Case) {
         run(kernels, case);
     }
 }
@@ -255,7 +257,7 @@ impl Contract for Moe {
         cases(true)
     }
 
-    fn run<K: Kernels>(kernels: &K, case: &Case) {
+    fn run<K: Kernels>(kernels: &Backend<'_, K>, case: &Case) {
         run(kernels, case);
     }
 }
@@ -294,7 +296,7 @@ fn planted_faults_are_seen() {
         ("moe_sort", "start + taken, min", "start, min"),
         // The weights of the pair before; without the shared expert.
         ("moe_sum", "sum += topk_weights[pair] *", "sum += topk_weights[max(pair, 1u) - 1u] *"),
-        ("moe_sum", "sum += bf16_pair(shared_out[i]);", ""),
+        ("moe_sum", "sum += act_pair(shared_out[i]);", ""),
     ] {
         contract::catches::<MoeInt4>(Edit { shader, find, replace });
     }
@@ -307,6 +309,8 @@ fn planted_faults_are_seen() {
     ] {
         contract::catches::<Moe>(Edit { shader: "moe", find, replace });
     }
+    let edit = Edit { shader: "moe", find: "!GATE_UP || ACT_WORDS == 2u", replace: "!GATE_UP" };
+    contract::catches_in_f32::<MoeInt4>(edit);
 }
 
 /// Pairs of experts that do not exist give nothing.

@@ -1,8 +1,28 @@
 //! What products may be.
 
+use dsa80_reference::DType;
+use dsa80_reference::wgpu::ActType;
+use dsa80_tests::parity::contract::Backend;
 use dsa80_tests::parity::{F32_UNIT, Interval, assert_close};
 
-/// Compares `found`, rows of `features`, with the products of rows of `x` and of `weight`, both of `columns`; `floats` are not rounded.
+/// What a product is stored in.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Stored {
+    Floats,
+    As(ActType),
+}
+
+impl Stored {
+    pub(crate) fn of<K>(kernels: &Backend<'_, K>, dtype: DType) -> Self {
+        if dtype == DType::Float { Self::Floats } else { Self::As(kernels.act()) }
+    }
+
+    fn is_bf16(self) -> bool {
+        self == Self::As(ActType::Bf16)
+    }
+}
+
+/// Compares `found`, rows of `features`, with the products of rows of `x` and of `weight`, both of `columns`.
 pub(crate) fn assert_products(
     what: &str,
     found: &[f64],
@@ -10,7 +30,7 @@ pub(crate) fn assert_products(
     x: &[f64],
     weight: &[f64],
     [columns, features]: [usize; 2],
-    floats: bool,
+    stored: Stored,
 ) {
     let intervals: Vec<Interval> = found
         .iter()
@@ -18,14 +38,14 @@ pub(crate) fn assert_products(
         .map(|(i, _)| {
             let (x, weight) =
                 (&x[i / features * columns..][..columns], &weight[i % features * columns..][..columns]);
-            of(x.iter().copied().zip(weight.iter().copied()), floats)
+            of(x.iter().copied().zip(weight.iter().copied()), stored)
         })
         .collect();
-    assert_within(what, features, found, expected, &intervals, floats);
+    assert_within(what, features, found, expected, &intervals, stored);
 }
 
-/// What a sum of products may be, in any order, rounded unless they are `floats`.
-pub(crate) fn of(pairs: impl Iterator<Item = (f64, f64)>, floats: bool) -> Interval {
+/// What a sum of products may be, in any order.
+pub(crate) fn of(pairs: impl Iterator<Item = (f64, f64)>, stored: Stored) -> Interval {
     let (mut sum, mut magnitudes, mut count) = (0.0, 0.0, 0.0);
     for (x, weight) in pairs {
         sum += x * weight;
@@ -35,7 +55,7 @@ pub(crate) fn of(pairs: impl Iterator<Item = (f64, f64)>, floats: bool) -> Inter
     // A product, and the additions of one lane and of the lanes; more than these are not in one chain.
     let error = 1.01 * F32_UNIT * (f64::min(count, 400.0) + 4.0) * magnitudes + 1e-37;
     let interval = Interval::around(sum, error);
-    if floats { interval } else { interval.round_bf16() }
+    if stored.is_bf16() { interval.round_bf16() } else { interval }
 }
 
 /// Compares `found` with the oracle's, by what it may be.
@@ -45,10 +65,10 @@ pub(crate) fn assert_within(
     found: &[f64],
     expected: &[f64],
     intervals: &[Interval],
-    floats: bool,
+    stored: Stored,
 ) {
     // Where sums cancel, their error is that of what cancelled: the bound of each element holds alone.
-    let relative = if floats { 1e-3 } else { 2e-2 };
+    let relative = if stored.is_bf16() { 2e-2 } else { 1e-3 };
     assert_close(what, width, found, expected, relative, |i| {
         let slack = 1e-9 * intervals[i].magnitude();
         assert!(

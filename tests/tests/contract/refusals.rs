@@ -2,7 +2,7 @@
 
 use dsa80_reference::wgpu::{Edit, Wgpu, WgpuContext, WgpuOptions, WgpuTensor};
 use dsa80_reference::{DType, Kernels};
-use dsa80_tests::parity::contract;
+use dsa80_tests::parity::contract::{self, Backend};
 
 fn expect(error: dsa80_reference::Error, parts: &[&str]) {
     let text = error.to_string();
@@ -60,13 +60,14 @@ fn misfits_are_named() {
 
 #[test]
 fn a_cache_larger_than_a_binding_is_an_error_that_says_what_to_do() {
-    let small = |wgpu: &Wgpu| {
+    let small = |wgpu: &Backend<'_, Wgpu>| {
         let (gate, up) =
             (wgpu.alloc(DType::Act, &[9, 800]).unwrap(), wgpu.alloc(DType::Act, &[9, 800]).unwrap());
         let error = wgpu.silu_mul(&gate, &up, &mut wgpu.alloc(DType::Act, &[9, 800]).unwrap()).unwrap_err();
-        expect(error, &["silu_mul (9 rows of 800)", "binds at most 4096", "lower the batch or cache size"]);
+        let most = format!("binds at most {}", 2048 * wgpu.act().bytes());
+        expect(error, &["silu_mul (9 rows of 800)", &most, "lower the batch or cache size"]);
     };
-    contract::with_small_bindings(4096, small);
+    contract::with_small_bindings(2048, small);
 }
 
 /// Memory goes round, and launches keep their order with it.

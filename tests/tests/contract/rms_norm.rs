@@ -1,9 +1,9 @@
 //! `rms_norm` and `rms_norm_residual`.
 
-use dsa80_reference::wgpu::Edit;
+use dsa80_reference::wgpu::{ActType, Edit};
 use dsa80_reference::{DType, Kernels};
-use dsa80_tests::parity::contract::{self, Contract};
-use dsa80_tests::parity::{self, F32_UNIT, Interval, Values, assert_close};
+use dsa80_tests::parity::contract::{self, Backend, Contract};
+use dsa80_tests::parity::{F32_UNIT, Interval, Values, assert_close};
 use proptest::prelude::*;
 use proptest::sample::select;
 
@@ -31,7 +31,7 @@ enum Rows {
 
 /// What the norms of `x` may be. WGSL promises 2.5 units in the last place of a division and, of a square root, what `1 / inverseSqrt` has;
 /// the sum is one of squares, whatever its order.
-fn intervals(case: &Case, x: &[f64], weight: &[f64]) -> Vec<Interval> {
+fn intervals(case: &Case, x: &[f64], weight: &[f64], act: ActType) -> Vec<Interval> {
     let additions = (case.width as f64).min(64.0) + 10.0;
     let error = (additions + 7.0) * F32_UNIT / 2.0 + 12.0 * F32_UNIT;
     let mut out = Vec::new();
@@ -40,7 +40,7 @@ fn intervals(case: &Case, x: &[f64], weight: &[f64]) -> Vec<Interval> {
         let reciprocal = 1.0 / (mean + case.eps).sqrt();
         out.extend(x.iter().zip(weight).map(|(x, weight)| {
             let normed = weight * x * reciprocal;
-            Interval::around(normed, 1.01 * error * normed.abs()).round_bf16()
+            Interval::around(normed, 1.01 * error * normed.abs()).stored(act)
         }));
     }
     out
@@ -70,7 +70,7 @@ impl Contract for RmsNorm {
         )
     }
 
-    fn run<K: Kernels>(kernels: &K, case: &Case) {
+    fn run<K: Kernels>(kernels: &Backend<'_, K>, case: &Case) {
         let &Case { rows, width, eps, seed, .. } = case;
         let shape = [rows, width];
         let numbers = |dtype, seed| {
@@ -83,7 +83,7 @@ impl Contract for RmsNorm {
         let weights: Vec<f64> = Values::Normal.take(seed ^ 2, width).iter().map(|w| 1.0 + 0.5 * w).collect();
         let weight = contract::weight(kernels, case.weight, &[width], &weights);
         let mut out = contract::output(kernels, DType::Act, &shape);
-        let oracle = parity::oracle();
+        let oracle = kernels.oracle();
         let mut normed = oracle.read(&x.0).unwrap();
         if case.x == Rows::Residual {
             let mut residual = numbers(DType::Float, seed ^ 1);
@@ -97,8 +97,8 @@ impl Contract for RmsNorm {
             kernels.rms_norm(&x.1, &weight.1, eps, &mut out.1).unwrap();
         }
         let (found, expected) = (kernels.read(&out.1).unwrap(), oracle.read(&out.0).unwrap());
-        let intervals = intervals(case, &normed, &oracle.read(&weight.0).unwrap());
-        assert_close("out", width, &found, &expected, RELATIVE_L2, |i| {
+        let intervals = intervals(case, &normed, &oracle.read(&weight.0).unwrap(), kernels.act());
+        assert_close("out", width, &found, &expected, kernels.relative_l2(RELATIVE_L2), |i| {
             assert!(intervals[i].contains(expected[i]), "the bound misses the oracle: {:?}", intervals[i]);
             intervals[i].farthest(expected[i])
         });
@@ -134,4 +134,10 @@ fn planted_faults_are_seen() {
     ] {
         contract::catches::<RmsNorm>(Edit { shader, find, replace });
     }
+    let edit = Edit {
+        shader: "act_f32",
+        find: "ActPair {\n    return pair;",
+        replace: "ActPair {\n    return bf16_pair(pack_bf16(pair.x, pair.y));",
+    };
+    contract::catches_in_f32::<RmsNorm>(edit);
 }

@@ -2,8 +2,8 @@
 
 use dsa80_reference::wgpu::Edit;
 use dsa80_reference::{DType, Kernels, RopeLayout};
-use dsa80_tests::parity::contract::{self, Contract};
-use dsa80_tests::parity::{self, Interval, Values, assert_close};
+use dsa80_tests::parity::contract::{self, Backend, Contract};
+use dsa80_tests::parity::{Interval, Values, assert_close};
 use proptest::prelude::*;
 use proptest::sample::select;
 
@@ -34,22 +34,23 @@ impl Contract for Rope {
             .prop_map(|(rows, dims, layout, values, seed)| Case { rows, dims, layout, values, seed })
     }
 
-    fn run<K: Kernels>(kernels: &K, case: &Case) {
+    fn run<K: Kernels>(kernels: &Backend<'_, K>, case: &Case) {
         let &Case { rows, dims: (heads, [width, offset, dim]), layout, values, seed } = case;
         let columns = values.take(seed, rows * heads * width);
         let mut x = contract::numbers(kernels, DType::Act, &[rows, heads, width], &columns);
         let cos_sin = turns(kernels, rows, dim, seed);
-        let oracle = parity::oracle();
+        let oracle = kernels.oracle();
+        let before = oracle.read(&x.0).unwrap();
         oracle.rope(&mut x.0, offset, layout, &cos_sin.0).unwrap();
         kernels.rope(&mut x.1, offset, layout, &cos_sin.1).unwrap();
         let (found, expected) = (kernels.read(&x.1).unwrap(), oracle.read(&x.0).unwrap());
         let turns = oracle.read(&cos_sin.0).unwrap();
         // What does not rotate stays as it is.
-        let mut intervals: Vec<Interval> = columns.iter().map(|&x| Interval::around(x, 0.0)).collect();
+        let mut intervals: Vec<Interval> = before.iter().map(|&x| Interval::around(x, 0.0)).collect();
         for (i, head) in intervals.chunks_mut(width).enumerate() {
-            rotate(&mut head[offset..offset + dim], layout, &turns[i / heads * dim..][..dim]);
+            rotate(&mut head[offset..offset + dim], layout, &turns[i / heads * dim..][..dim], kernels.act());
         }
-        assert_close("x", width, &found, &expected, RELATIVE_L2, |i| {
+        assert_close("x", width, &found, &expected, kernels.relative_l2(RELATIVE_L2), |i| {
             assert!(intervals[i].contains(expected[i]), "the bound misses the oracle: {:?}", intervals[i]);
             intervals[i].farthest(expected[i])
         });
@@ -71,4 +72,6 @@ fn planted_faults_are_seen() {
     ] {
         contract::catches::<Rope>(Edit { shader: "rope", find, replace });
     }
+    let edit = Edit { shader: "act_f32", find: "select(pair.x, pair.y, (i & 1u) == 1u)", replace: "pair.x" };
+    contract::catches_in_f32::<Rope>(edit);
 }

@@ -2,8 +2,8 @@
 
 use dsa80_reference::wgpu::Edit;
 use dsa80_reference::{DType, Kernels};
-use dsa80_tests::parity::contract::{self, Contract};
-use dsa80_tests::parity::{self, BatchCase, F32_UNIT, assert_close};
+use dsa80_tests::parity::contract::{self, Backend, Contract};
+use dsa80_tests::parity::{BatchCase, F32_UNIT, assert_close};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -28,17 +28,17 @@ impl Contract for RopeTable {
             .prop_map(|(positions, pairs, theta)| Case { positions, pairs, theta })
     }
 
-    fn run<K: Kernels>(kernels: &K, case: &Case) {
+    fn run<K: Kernels>(kernels: &Backend<'_, K>, case: &Case) {
         let Case { positions, pairs, theta } = case;
         let mut batch = BatchCase::of(16, &[(0, positions.len())]).batch;
         batch.positions = positions.clone();
         batch.context_lens = vec![i32::MAX];
         let batch = contract::batch(kernels, &batch);
         let mut cos_sin = contract::output(kernels, DType::Float, &[positions.len(), *pairs, 2]);
-        parity::oracle().rope_table(&batch.0, *theta, &mut cos_sin.0).unwrap();
+        kernels.oracle().rope_table(&batch.0, *theta, &mut cos_sin.0).unwrap();
         kernels.rope_table(&batch.1, *theta, &mut cos_sin.1).unwrap();
         let (found, expected) =
-            (kernels.read(&cos_sin.1).unwrap(), parity::oracle().read(&cos_sin.0).unwrap());
+            (kernels.read(&cos_sin.1).unwrap(), kernels.oracle().read(&cos_sin.0).unwrap());
         // Three roundings of what is below 1, the polynomials' last terms, and an angle whose frequency is an f64.
         // Where a position turns faster than an f64 tells, the bound of each element is all there is.
         let far = positions.iter().any(|&position| position > 1 << 20);

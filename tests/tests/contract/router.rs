@@ -2,8 +2,8 @@
 
 use dsa80_reference::wgpu::Edit;
 use dsa80_reference::{DType, Kernels, RouterParams};
-use dsa80_tests::parity::contract::{self, Contract};
-use dsa80_tests::parity::{self, Values, assert_close, assert_same};
+use dsa80_tests::parity::contract::{self, Backend, Contract};
+use dsa80_tests::parity::{Values, assert_close, assert_same};
 use proptest::prelude::*;
 use proptest::sample::select;
 
@@ -48,7 +48,7 @@ impl Contract for Router {
         )
     }
 
-    fn run<K: Kernels>(kernels: &K, case: &Case) {
+    fn run<K: Kernels>(kernels: &Backend<'_, K>, case: &Case) {
         let &Case { tokens, experts, k, params, values, seed, .. } = case;
         let spread = if values == Values::Ties { 1.0 } else { 2.0 };
         let logits: Vec<f64> = values.take(seed, tokens * experts).iter().map(|x| x * spread).collect();
@@ -57,7 +57,7 @@ impl Contract for Router {
         let bias = contract::weight(kernels, case.bias, &[experts], &bias);
         let mut ids = contract::output(kernels, DType::Index, &[tokens, k]);
         let mut weights = contract::output(kernels, DType::Float, &[tokens, k]);
-        let oracle = parity::oracle();
+        let oracle = kernels.oracle();
         oracle.router(&logits.0, &bias.0, params, &mut ids.0, &mut weights.0).unwrap();
         kernels.router(&logits.1, &bias.1, params, &mut ids.1, &mut weights.1).unwrap();
         let (logits, bias) = (oracle.read(&logits.0).unwrap(), oracle.read(&bias.0).unwrap());

@@ -1,9 +1,9 @@
 //! `sample`: the same tokens for the same random numbers, and log-probabilities.
 
-use dsa80_reference::wgpu::{Edit, Wgpu};
+use dsa80_reference::wgpu::Edit;
 use dsa80_reference::{DType, Kernels, SampleOutput, SampleRow, SamplingParams};
-use dsa80_tests::parity::contract::{self, Contract};
-use dsa80_tests::parity::{self, F32_UNIT, Values, assert_close, assert_same};
+use dsa80_tests::parity::contract::{self, Backend, Contract};
+use dsa80_tests::parity::{F32_UNIT, Values, assert_close, assert_same};
 use proptest::prelude::*;
 use proptest::sample::select;
 
@@ -39,7 +39,7 @@ impl Case {
         rows.flat_map(|(row, seed)| (0..self.vocab).map(move |id| row.logits.at(seed, id))).collect()
     }
 
-    fn run<K: Kernels>(&self, kernels: &K) {
+    fn run<K: Kernels>(&self, kernels: &Backend<'_, K>) {
         let (count, vocab, top) = (self.rows.len(), self.vocab, self.top);
         let logits = contract::numbers(kernels, DType::Float, &[count, vocab], &self.logits());
         let rows: Vec<SampleRow<'_>> = self.rows.iter().map(Row::as_row).collect();
@@ -48,7 +48,7 @@ impl Case {
         kernels.sample(&logits.1, &rows, &mut found).unwrap();
         let found_ids = kernels.read_index(&found.token_ids).unwrap();
 
-        let oracle = parity::oracle();
+        let oracle = kernels.oracle();
         let mut expected = Outputs::new(count, top, |dtype, shape| oracle.alloc(dtype, shape).unwrap()).out;
         // A row whose cut rounding could move reports the token that was found for it.
         let values = oracle.read(&logits.0).unwrap();
@@ -95,7 +95,7 @@ impl Contract for Sample {
         cases(5)
     }
 
-    fn run<K: Kernels>(kernels: &K, case: &Case) {
+    fn run<K: Kernels>(kernels: &Backend<'_, K>, case: &Case) {
         case.run(kernels);
     }
 }
@@ -125,7 +125,7 @@ impl Contract for Tied {
         })
     }
 
-    fn run<K: Kernels>(kernels: &K, case: &Case) {
+    fn run<K: Kernels>(kernels: &Backend<'_, K>, case: &Case) {
         case.run(kernels);
     }
 }
@@ -149,7 +149,7 @@ impl Contract for Draws {
         })
     }
 
-    fn run<K: Kernels>(kernels: &K, case: &Case) {
+    fn run<K: Kernels>(kernels: &Backend<'_, K>, case: &Case) {
         case.run(kernels);
     }
 }
@@ -172,7 +172,7 @@ fn draws_are_the_oracles() {
 /// What a plan asks for is what the rows do that were uploaded last.
 #[test]
 fn a_plan_samples_what_was_uploaded_last() {
-    contract::on_wgpu(|kernels: &Wgpu| {
+    contract::on_wgpu(|kernels| {
         let params: Vec<SamplingParams> =
             (0..3).map(|seed| SamplingParams { seed, top_k: 50, ..SamplingParams::default() }).collect();
         let rows: Vec<Row> =

@@ -2,10 +2,10 @@
 
 use dsa80_reference::fp8::{self, MLA_GROUP, MlaRow};
 use dsa80_reference::sampling::uniform;
-use dsa80_reference::wgpu::Edit;
+use dsa80_reference::wgpu::{ActType, Edit};
 use dsa80_reference::{DType, Kernels};
-use dsa80_tests::parity::contract::{self, Contract};
-use dsa80_tests::parity::{self, BatchCase, Batches, F32_UNIT, Values, assert_close};
+use dsa80_tests::parity::contract::{self, Backend, Contract};
+use dsa80_tests::parity::{BatchCase, Batches, F32_UNIT, Values, assert_close};
 use half::bf16;
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -93,8 +93,9 @@ impl Case {
     /// of that and by its own rounding; some backends round weights to bf16, and what is relative to a maximum that
     /// may lag by 2^8 underflows below 2^-118; the result is rounded to bf16. In halves weights underflow below 2^-25, and rows lose what is
     /// below 2^-37 of the largest number of all.
-    fn bounds(
+    fn bounds<K>(
         &self,
+        kernels: &Backend<'_, K>,
         q: &[f64],
         rows: &[Vec<f64>],
         places: &[i32],
@@ -102,6 +103,7 @@ impl Case {
         halves: bool,
     ) -> Vec<f64> {
         let ((rank, _), width, batch) = (self.dims, self.width(), &self.batch.batch);
+        let weights = if kernels.act() == ActType::Bf16 { (-8.0_f64).exp2() } else { 0.0 };
         let mut bounds = Vec::new();
         for (i, q) in q.chunks(width).enumerate() {
             let t = i / self.heads;
@@ -119,8 +121,7 @@ impl Case {
             let most = scores.iter().fold(f64::NEG_INFINITY, |most, score| most.max(score.0));
             let lost = scores.iter().fold(0.0_f64, |lost, score| lost.max(score.1));
             let total: f64 = scores.iter().map(|score| (score.0 - most).exp()).sum();
-            let relative =
-                (2.0 * lost).exp_m1() + 2.0 * F32_UNIT * (self.k as f64 + 64.0) + (-8.0_f64).exp2();
+            let relative = (2.0 * lost).exp_m1() + 2.0 * F32_UNIT * (self.k as f64 + 64.0) + weights;
             let numbers = selected.iter().flat_map(|row| row.iter());
             let largest_of_all = numbers.fold(0.0_f64, |largest, x| largest.max(x.abs()));
             for column in 0..rank {
@@ -139,36 +140,42 @@ impl Case {
                 };
                 let underflow = below + f64::from(f32::MIN_POSITIVE);
                 let error = ((weighted + out) * relative).min(2.02 * largest) + underflow;
-                bounds.push(error + parity::half_ulp_bf16(out + error));
+                bounds.push(error + kernels.half_ulp(out + error));
             }
         }
         bounds
     }
 
     /// Panics unless the backend does what the oracle does; in halves, as far as they go.
-    fn judge<K: Kernels>(&self, kernels: &K, halves: bool) {
+    fn judge<K: Kernels>(&self, kernels: &Backend<'_, K>, halves: bool) {
         let (step, (rank, rope)) = (&self.batch.batch, self.dims);
         let (tokens, pages) = (step.num_tokens(), self.batch.pages);
         let (host_batch, batch) = contract::batch(kernels, step);
         let q_shape = [tokens, self.heads, self.width()];
         let q_values = self.values.0.take(self.seed, q_shape.iter().product());
         let q = contract::numbers(kernels, DType::Act, &q_shape, &q_values);
-        let (rows, bytes) = self.cache();
+        let (mut rows, bytes) = self.cache();
         let cache = if self.fp8 {
             let layout = MlaRow { kv_lora_rank: rank, rope };
             contract::bytes(kernels, &[pages, step.page_size, layout.row_bytes()], &bytes)
         } else {
             contract::numbers(kernels, DType::Act, &[pages, step.page_size, rank + rope], &rows.concat())
         };
+        if !self.fp8 {
+            rows =
+                kernels.oracle().read(&cache.0).unwrap().chunks(rank + rope).map(<[f64]>::to_vec).collect();
+        }
         let places = self.places();
         let topk_indices = contract::index(kernels, &[tokens, self.k], &places);
         let mut out = contract::output(kernels, DType::Act, &[tokens, self.heads, rank]);
-        parity::oracle()
+        kernels
+            .oracle()
             .sparse_mla(&host_batch, &q.0, &cache.0, &topk_indices.0, self.scale, &mut out.0)
             .unwrap();
         kernels.sparse_mla(&batch, &q.1, &cache.1, &topk_indices.1, self.scale, &mut out.1).unwrap();
-        let (found, expected) = (kernels.read(&out.1).unwrap(), parity::oracle().read(&out.0).unwrap());
-        let bounds = self.bounds(&q_values, &rows, &places, &expected, halves);
+        let (found, expected) = (kernels.read(&out.1).unwrap(), kernels.oracle().read(&out.0).unwrap());
+        let q_values = kernels.oracle().read(&q.0).unwrap();
+        let bounds = self.bounds(kernels, &q_values, &rows, &places, &expected, halves);
         assert_close("out", rank, &found, &expected, f64::INFINITY, |i| bounds[i]);
     }
 }
@@ -201,11 +208,11 @@ impl Contract for SparseMla {
         )
     }
 
-    fn run<K: Kernels>(kernels: &K, case: &Case) {
+    fn run<K: Kernels>(kernels: &Backend<'_, K>, case: &Case) {
         case.judge(kernels, false);
     }
 
-    fn run_in_halves<K: Kernels>(kernels: &K, case: &Case) {
+    fn run_in_halves<K: Kernels>(kernels: &Backend<'_, K>, case: &Case) {
         case.judge(kernels, true);
     }
 }
@@ -254,6 +261,15 @@ fn planted_faults_are_seen() {
         ("select(i, i + 1u, FP8 && i >= CODES)", "i"),
     ] {
         contract::catches::<SparseMla>(Edit { shader: "sparse_mla_matrix", find, replace });
+    }
+    for (shader, find, replace) in [
+        ("act_f32", "dot(a[3], b[3])", "dot(a[2], b[3])"),
+        ("act_f32", "high.xy, high.zw", "high.xy, high.xy"),
+        ("act_f32", "bf16_pair(words.w)", "bf16_pair(words.z)"),
+        ("sparse_mla", "min(head, heads - 1u)", "0u"),
+        ("sparse_mla", "cached(slot, ACT_WORDS * i + 1u)", "cached(slot, ACT_WORDS * i)"),
+    ] {
+        contract::catches_in_f32::<SparseMla>(Edit { shader, find, replace });
     }
 }
 

@@ -2,13 +2,13 @@
 
 use dsa80_reference::wgpu::Edit;
 use dsa80_reference::{DType, HostLinear, Kernels};
-use dsa80_tests::parity::contract::{self, Contract};
-use dsa80_tests::parity::{self, F32_UNIT, Interval, Values, assert_close};
+use dsa80_tests::parity::contract::{self, Backend, Contract};
+use dsa80_tests::parity::{F32_UNIT, Interval, Values, assert_close};
 use proptest::prelude::*;
 use proptest::sample::select;
 
 use crate::int4_weights::{Format, int4};
-use crate::products::of;
+use crate::products::{Stored, of};
 
 #[derive(Debug, Clone)]
 struct Case {
@@ -44,7 +44,7 @@ impl Contract for SwiGlu {
             })
     }
 
-    fn run<K: Kernels>(kernels: &K, case: &Case) {
+    fn run<K: Kernels>(kernels: &Backend<'_, K>, case: &Case) {
         let &Case { tokens, columns, intermediate, packed, seed } = case;
         let x = contract::numbers(
             kernels,
@@ -63,7 +63,7 @@ impl Contract for SwiGlu {
             HostLinear::Dense(contract::host_weight(DType::Bf16, &[intermediate, columns], &weights))
         };
         let (gate, up) = (projection(packed[0], seed ^ 1), projection(packed[1], seed ^ 2));
-        let oracle = parity::oracle();
+        let oracle = kernels.oracle();
         let host = oracle.upload_swiglu(gate.clone(), up.clone()).unwrap();
         let device = kernels.upload_swiglu(gate.clone(), up.clone()).unwrap();
         let mut out = contract::output(kernels, DType::Act, &[tokens, intermediate]);
@@ -72,11 +72,11 @@ impl Contract for SwiGlu {
         let (found, expected) = (kernels.read(&out.1).unwrap(), oracle.read(&out.0).unwrap());
         let x = oracle.read(&x.0).unwrap();
         let [gate, up] = [gate, up].map(|weight| weight.dense().to_f32());
-        assert_close("out", intermediate, &found, &expected, 4e-3, |i| {
+        assert_close("out", intermediate, &found, &expected, kernels.relative_l2(4e-3), |i| {
             let x = &x[i / intermediate * columns..][..columns];
             let may = |weight: &[f32]| {
                 let row = &weight[i % intermediate * columns..][..columns];
-                of(x.iter().copied().zip(row.iter().map(|&w| f64::from(w))), true)
+                of(x.iter().copied().zip(row.iter().map(|&w| f64::from(w))), Stored::Floats)
             };
             let (gate, up) = (may(&gate), may(&up));
             let silu = |x: f64| x / (1.0 + (-x).exp());
@@ -89,7 +89,7 @@ impl Contract for SwiGlu {
             let hi = ends.into_iter().fold(f64::NEG_INFINITY, f64::max);
             Interval { lo, hi }
                 .widened(F32_UNIT * lo.abs().max(hi.abs()) + 1e-37)
-                .round_bf16()
+                .stored(kernels.act())
                 .farthest(expected[i])
         });
     }

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use dsa80_reference::wgpu::Edit;
 use dsa80_reference::{DType, Kernels};
-use dsa80_tests::parity::contract::{self, Contract};
-use dsa80_tests::parity::{self, BatchCase, Batches, Values, assert_same};
+use dsa80_tests::parity::contract::{self, Backend, Contract};
+use dsa80_tests::parity::{BatchCase, Batches, Values, assert_same};
 use proptest::prelude::*;
 use proptest::sample::select;
 
@@ -81,7 +81,7 @@ impl Contract for TopK {
             .prop_map(|(batch, rows, k, spare, scores, seed)| Case { batch, rows, k, spare, scores, seed })
     }
 
-    fn run<K: Kernels>(kernels: &K, case: &Case) {
+    fn run<K: Kernels>(kernels: &Backend<'_, K>, case: &Case) {
         let (rows, step) = (case.rows(), &case.batch.batch);
         let (host_batch, batch) = contract::batch(kernels, step);
         let columns = rows.clone().map(|t| step.visible(t)).max().unwrap_or(0) + case.spare;
@@ -92,10 +92,10 @@ impl Contract for TopK {
         let shape = [step.num_tokens(), case.k];
         let untouched = vec![-7; shape[0] * shape[1]];
         let mut out = contract::index(kernels, &shape, &untouched);
-        parity::oracle().top_k(&host_batch, rows.clone(), &logits.0, &mut out.0).unwrap();
+        kernels.oracle().top_k(&host_batch, rows.clone(), &logits.0, &mut out.0).unwrap();
         kernels.top_k(&batch, rows, &logits.1, &mut out.1).unwrap();
         let (found, expected) =
-            (kernels.read_index(&out.1).unwrap(), parity::oracle().read_index(&out.0).unwrap());
+            (kernels.read_index(&out.1).unwrap(), kernels.oracle().read_index(&out.0).unwrap());
         assert_same("topk_indices", case.k, &found, &expected);
     }
 }

@@ -2,26 +2,26 @@
 
 use dsa80_reference::wgpu::Wgpu;
 use dsa80_reference::{DType, Kernels, Result};
-use dsa80_tests::parity::contract;
+use dsa80_tests::parity::contract::{self, Backend};
 use dsa80_tests::parity::{BatchCase, Values};
 
-/// The backend with bindings of `bytes` bytes gives what the one with large ones gives.
-fn assert_same_with_bindings_of(bytes: u64, run: impl Fn(&Wgpu) -> Vec<f64>) {
-    contract::with_small_bindings(bytes, |small| {
+/// The backend with bindings of so many activations gives what the one with large ones gives.
+fn assert_same_with_bindings_of(elements: usize, run: impl Fn(&Backend<'_, Wgpu>) -> Vec<f64>) {
+    contract::with_small_bindings(elements, |small| {
         contract::on_wgpu(|large| {
-            if small.context().has_subgroups() == large.context().has_subgroups() {
+            if small.context().name() == large.context().name() {
                 assert_eq!(run(small), run(large));
             }
         });
     });
 }
 
-fn act(kernels: &Wgpu, shape: &[usize], seed: u64) -> <Wgpu as Kernels>::Tensor {
+fn act(kernels: &Backend<'_, Wgpu>, shape: &[usize], seed: u64) -> <Wgpu as Kernels>::Tensor {
     contract::numbers(kernels, DType::Act, shape, &Values::Normal.take(seed, shape.iter().product())).1
 }
 
-/// Attention of two tokens at the end of `context` tokens: 640 bytes of cache for every four.
-fn attention(kernels: &Wgpu, context: usize) -> Result<Vec<f64>> {
+/// Attention of two tokens at the end of `context` tokens: 320 numbers of cache for every four.
+fn attention(kernels: &Backend<'_, Wgpu>, context: usize) -> Result<Vec<f64>> {
     let case = BatchCase::of(4, &[(context, 2)]);
     let batch = contract::batch(kernels, &case.batch).1;
     let (q, cache) = (act(kernels, &[2, 8, 80], 1), act(kernels, &[case.pages, 4, 80], 2));
@@ -34,12 +34,12 @@ fn attention(kernels: &Wgpu, context: usize) -> Result<Vec<f64>> {
 
 #[test]
 fn sparse_mla_gathers_from_all_of_them() {
-    assert_same_with_bindings_of(4096, |kernels| attention(kernels, 85).unwrap());
+    assert_same_with_bindings_of(2048, |kernels| attention(kernels, 85).unwrap());
 }
 
 #[test]
 fn more_than_four_are_refused() {
-    contract::with_small_bindings(4096, |kernels| {
+    contract::with_small_bindings(2048, |kernels| {
         let error = attention(kernels, 120).unwrap_err().to_string();
         assert!(
             error.contains("sparse_mla: `cache`") && error.contains("4 of the adapter's bindings"),
@@ -50,7 +50,7 @@ fn more_than_four_are_refused() {
 
 #[test]
 fn indexer_logits_reads_all_of_them() {
-    assert_same_with_bindings_of(1024, |kernels| {
+    assert_same_with_bindings_of(512, |kernels| {
         let case = BatchCase::of(4, &[(95, 2)]);
         let batch = contract::batch(kernels, &case.batch).1;
         let (q, cache) = (act(kernels, &[2, 4, 16], 1), act(kernels, &[case.pages, 4, 16], 2));
@@ -64,7 +64,7 @@ fn indexer_logits_reads_all_of_them() {
 
 #[test]
 fn top_k_reads_rows_of_all_of_them() {
-    assert_same_with_bindings_of(1024, |kernels| {
+    assert_same_with_bindings_of(512, |kernels| {
         let batch = contract::batch(kernels, &BatchCase::of(4, &[(40, 12)]).batch).1;
         let scores = Values::Normal.take(1, 12 * 64);
         let logits = contract::numbers(kernels, DType::Float, &[12, 64], &scores).1;
@@ -77,7 +77,7 @@ fn top_k_reads_rows_of_all_of_them() {
 /// Experts of more than one binding, and more tokens than one launch has.
 #[test]
 fn experts_of_several_bindings_are_those_of_one() {
-    assert_same_with_bindings_of(16384, |kernels| {
+    assert_same_with_bindings_of(8192, |kernels| {
         let (hidden, intermediate, experts, tokens, top_k) = (32, 32, 5, 70, 2);
         let weight = |out: usize, inner: usize, seed| {
             let values = Values::Normal.take(seed, out * inner);

@@ -415,6 +415,7 @@ mod tests {
                 hidden_size: 100,
                 vocab_size: 1000,
                 gathered: vec![40, 20],
+                dtype: "auto".into(),
                 kv_cache_dtype: "auto".into(),
                 page_size: 64,
                 num_pages: 1,

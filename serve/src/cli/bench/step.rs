@@ -12,7 +12,7 @@ use clap::Args;
 use dsa80_model::checkpoint::Checkpoint;
 use dsa80_model::dummy::{DummyWeights, GLM_5_2};
 use dsa80_model::launch::{
-    Alone, Collectives, Device, KvCacheDtype, LaunchOptions, Measurement, launch_alone,
+    Alone, Collectives, Device, Dtype, KvCacheDtype, LaunchOptions, Measurement, launch_alone,
 };
 use dsa80_model::measure::{ReadBytes, StepTimes, cache_bytes_per_token, flops, gathered};
 use dsa80_model::plan::Plan;
@@ -30,9 +30,13 @@ pub(super) struct StepArgs {
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
 
-    /// Where to run it: auto, cpu or cuda.
+    /// Where to run it: auto, cpu, wgpu or cuda.
     #[arg(long, default_value = "auto")]
     device: Device,
+
+    /// What activations, and caches of them, are: auto (bf16 on a GPU, f32 on the CPU), bf16, or f32 (on the CPU or with --device wgpu).
+    #[arg(long, default_value = "auto")]
+    dtype: Dtype,
 
     /// Tensor-parallel ranks, of which one is measured, or a few.
     #[arg(long, value_name = "N", default_value_t = 8, visible_alias = "tensor-parallel-size")]
@@ -67,7 +71,7 @@ pub(super) struct StepArgs {
     #[arg(long, value_name = "TOKENS,...", value_delimiter = ',', default_value = "4096")]
     chunk: Vec<usize>,
 
-    /// What the caches are stored in: auto (bf16 on a GPU, f32 on the CPU), bf16 or fp8.
+    /// What the caches are stored in: auto (what --dtype is), bf16 or fp8.
     #[arg(long, default_value = "auto")]
     kv_cache_dtype: KvCacheDtype,
 
@@ -123,6 +127,7 @@ pub(super) fn run(args: StepArgs) -> anyhow::Result<()> {
             hidden_size: config.hidden_size,
             vocab_size: config.vocab_size,
             gathered: gathered(config, args.tp),
+            dtype: args.dtype.to_string(),
             kv_cache_dtype: args.kv_cache_dtype.to_string(),
             page_size: limits.page_size,
             num_pages: limits.num_pages,
@@ -213,6 +218,7 @@ impl StepArgs {
         LaunchOptions {
             device,
             tp: self.tp,
+            dtype: self.dtype,
             max_model_len: cases.iter().map(|case| case.context).max(),
             // The caches are filled by several sequences a step.
             max_num_seqs: sequences.max(tokens / SEGMENT),

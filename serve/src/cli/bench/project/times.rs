@@ -99,6 +99,7 @@ mod tests {
             hidden_size: 64,
             vocab_size: 320,
             gathered: Vec::new(),
+            dtype: String::new(),
             kv_cache_dtype: String::new(),
             page_size: 64,
             num_pages: 1,

@@ -40,6 +40,8 @@ pub(in crate::cli::bench) struct StepSettings {
     /// Columns of what ranks gather in every layer.
     #[serde(default)]
     pub(in crate::cli::bench) gathered: Vec<usize>,
+    #[serde(default)]
+    pub(in crate::cli::bench) dtype: String,
     pub(in crate::cli::bench) kv_cache_dtype: String,
     pub(in crate::cli::bench) page_size: usize,
     pub(in crate::cli::bench) num_pages: usize,
