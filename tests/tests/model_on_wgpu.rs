@@ -9,12 +9,13 @@ use std::sync::{Arc, Once};
 use std::time::Duration;
 
 use dsa80_model::checkpoint::Checkpoint;
-use dsa80_model::engine::Step;
-use dsa80_model::launch::{Device, Dtype, LaunchOptions, launch};
+use dsa80_model::engine::{Request, Step};
+use dsa80_model::launch::{Device, Dtype, KvCacheDtype, LaunchOptions, launch};
 use dsa80_model::measure::greedy_step;
 use dsa80_model::runner::{Rank, RankParts};
 use dsa80_reference::wgpu::{ActType, Edit, Wgpu, WgpuCommunicator, WgpuContext, WgpuOptions};
-use dsa80_reference::{Batch, SequenceSlice};
+use dsa80_reference::{Batch, SamplingParams, SequenceSlice};
+use dsa80_tests::engine::collect;
 use dsa80_tests::fixture::{self, Fixture};
 use dsa80_tests::judge::{BF16_BOUND_OF_ONE_PROMPT, Bf16Distance};
 use dsa80_tests::layers::FirstLatents;
@@ -261,6 +262,39 @@ async fn the_server_answers() {
     }
 }
 
+/// With caches in f32 its log-probabilities are the CPU's; in 8 bits, where a few codes round to the other side, nearly.
+#[test]
+fn an_engine_in_f32_says_what_the_cpu_says() {
+    if adapter().is_none() {
+        return;
+    }
+    let fixture = fixture("default");
+    let checkpoint = dsa80_tests::engine::default_checkpoint().unwrap();
+    for (kv_cache_dtype, bound) in [(KvCacheDtype::Auto, 2e-5), (KvCacheDtype::Fp8, 0.1)] {
+        let answers = [Device::Cpu, Device::Wgpu].map(|device| {
+            let options =
+                LaunchOptions { device, dtype: Dtype::F32, kv_cache_dtype, ..LaunchOptions::default() };
+            let engine = launch(&checkpoint, &options).unwrap();
+            let request = Request {
+                prompt: fixture.tokens[..40].to_vec(),
+                sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+                max_tokens: 4,
+                logprobs: Some(1),
+                ..Request::default()
+            };
+            let answer = collect(engine.submit(request).unwrap()).unwrap();
+            engine.shutdown(Duration::ZERO);
+            answer
+        });
+        let [cpu, wgpu] = &answers;
+        assert_eq!(cpu.tokens, wgpu.tokens, "{kv_cache_dtype}");
+        for (cpu, wgpu) in cpu.logprobs.iter().zip(&wgpu.logprobs) {
+            let difference = (cpu.logprob - wgpu.logprob).abs();
+            assert!(difference <= bound, "{kv_cache_dtype}: {difference:e}");
+        }
+    }
+}
+
 /// What to do about it is in the message.
 #[test]
 fn what_does_not_fit_is_refused_with_what_would() {
@@ -288,7 +322,7 @@ fn what_does_not_fit_is_refused_with_what_would() {
                 kv_cache_bytes: Some(200 << 10),
                 ..options()
             },
-            "or use --dtype bf16, of which there is room for 512 tokens",
+            "or use --dtype bf16, of which there is room for 384 tokens",
         ),
         (
             LaunchOptions { dtype: Dtype::F32, max_num_batched_tokens: 1 << 40, ..options() },
