@@ -3,8 +3,8 @@
 //! # Reading a contract
 //!
 //! Shapes are row-major; `T` is the number of new tokens of the step ([`Batch::num_tokens`]), `S` its
-//! sequences, `H` the heads of this rank. Element types are [`DType`]s: `Act` is bf16 on the GPU backends,
-//! `Float` is f32 there, and both are the oracle's own float on `Cpu`. "Rounds to `Act`" marks the rounding
+//! sequences, `H` the heads of this rank. Element types are [`DType`]s: `Act` is bf16 on the GPU backends
+//! (or f32 on `Wgpu`, which then rounds nothing), `Float` is f32 there, and both are the oracle's own float on `Cpu`. "Rounds to `Act`" marks the rounding
 //! points: the places where a value passes through bf16 on a GPU backend and, when asked to, on the oracle.
 //! Between rounding points everything is accumulated in f32 (`Float`). A linear weight is `[out, in]` and is
 //! never rounded on its way: bf16 and f16 are widened, INT4 is `(q - z) * scale`.

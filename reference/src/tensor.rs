@@ -8,7 +8,7 @@ use crate::random::RandomLinear;
 /// The element type of a tensor, as the kernel contract names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DType {
-    /// Activations and caches: bf16 on the GPU backends, the oracle's own float (f32 or f64) on `Cpu`.
+    /// Activations and caches: bf16 on the GPU backends, f32 on `Wgpu` where it is asked to, the oracle's own float (f32 or f64) on `Cpu`.
     Act,
     /// What must not be rounded to bf16 (logits, scores, router weights, cos/sin): f32 on the GPU backends,
     /// the oracle's own float on `Cpu`.
