@@ -174,6 +174,19 @@ mod tests {
     }
 
     #[test]
+    fn activations_have_the_type_that_is_asked_for() {
+        let dtype = |args: &[&str]| {
+            let cli = Cli::try_parse_from([&["dsa80"], args].concat()).map_err(|error| error.to_string())?;
+            Ok::<_, String>(cli.model.launch_options().dtype)
+        };
+        let f32 = || Ok(Dtype::F32);
+        assert_eq!((dtype(&[]), dtype(&["--dtype", "bfloat16"])), (Ok(Dtype::Auto), Ok(Dtype::Bf16)));
+        assert_eq!((dtype(&["--dtype", "f32"]), dtype(&["--dtype", "float32"])), (f32(), f32()));
+        let error = dtype(&["--dtype", "f16"]).unwrap_err();
+        assert!(error.contains("unknown type `f16`; expected auto, bf16 or f32"), "{error}");
+    }
+
+    #[test]
     fn a_launcher_says_how_many_ranks_there_are() {
         let place = Place { rank: 1, world_size: 4, local_rank: 1, master: "node0".into(), port: 29500 };
         let options = |args: &[&str]| {
