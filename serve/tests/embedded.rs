@@ -201,19 +201,27 @@ mod binary {
 
     #[test]
     fn an_adapter_that_is_not_there_is_refused_and_auto_goes_on_to_the_cpu() {
-        let with = |device: &str| {
-            let mut command = dsa80(&["generate", "x", "-n", "2", "--log-level", "info", "--device", device]);
+        let with = |device: &str, dtype: &str| {
+            let options = ["--device", device, "--dtype", dtype];
+            let mut command =
+                dsa80(&[&["generate", "x", "-n", "2", "--log-level", "info"], &options[..]].concat());
             // With it neither CUDA nor wgpu finds a GPU that may be here.
             command.env("CUDA_VISIBLE_DEVICES", "").env("DSA80_WGPU_ADAPTER", "of no such name");
             let output = command.stdin(Stdio::null()).output().unwrap();
             (output.status.code(), String::from_utf8(output.stderr).unwrap())
         };
-        let (code, log) = with("wgpu");
+        let (code, log) = with("wgpu", "auto");
         assert_eq!(code, Some(1), "{log}");
         assert!(log.contains("--device wgpu: ") && log.contains("or use --device cpu"), "{log}");
-        let (code, log) = with("auto");
+        let (code, log) = with("auto", "auto");
         assert_eq!(code, Some(0), "{log}");
         assert!(log.contains("device: cpu (auto: no cuda: ") && log.contains("; no wgpu: "), "{log}");
+        let (code, log) = with("auto", "f32");
+        assert_eq!(code, Some(0), "{log}");
+        assert!(log.contains("no cuda: its kernels compute in bf16, and --dtype is f32"), "{log}");
+        let (code, log) = with("auto", "bf16");
+        assert_eq!(code, Some(1), "{log}");
+        assert!(log.contains("the device is the CPU, which computes in f32"), "{log}");
     }
 
     #[test]
