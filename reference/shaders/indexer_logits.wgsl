@@ -1,7 +1,8 @@
 // One workgroup a block of keys of one sequence and a few of its tokens. `fp8.wgsl` and `paged.wgsl` go before it.
 //
-// Keys and queries are handled in vectors of eight columns, as activations: of 8-bit keys the codes, which bf16 holds exactly; their scale,
-// which is positive, comes last. A lane has every eighth key and two heads of thirty-two; what the heads of a key give is added up in their order.
+// Keys and queries are handled in vectors of eight columns, as activations: of 8-bit keys the codes, which bf16 holds exactly; their
+// scale, which is positive, comes last. A lane has every eighth key and two heads of thirty-two; what the heads of a key give is added up
+// in their order.
 
 // Keys of a block: as many as there is room for, at most 64.
 override KEYS: u32 = 64u;

@@ -4,7 +4,7 @@
 override MLA: bool = true;
 
 // Pairs of columns that share a scale.
-const GROUP_WORDS: u32 = 64u;
+const GROUP_PAIRS: u32 = 64u;
 
 struct Params {
     tokens: u32,
@@ -57,10 +57,10 @@ fn main(
     if mapped < 0 || slot >= params.slots {
         return;
     }
-    let words = params.columns / 2u;
+    let pairs = params.columns / 2u;
     let code_words = params.columns / 4u;
-    let start = t * (words + params.rope / 2u);
-    let group_words = select(words, GROUP_WORDS, MLA);
+    let start = t * (pairs + params.rope / 2u);
+    let group_pairs = select(pairs, GROUP_PAIRS, MLA);
     var out = slot * params.row_words;
     var scales = out + code_words;
     if !MLA {
@@ -69,21 +69,21 @@ fn main(
         scales = page + params.page_size * code_words + slot % params.page_size;
     }
     for (var i = lane; i < code_words; i += WORKGROUP) {
-        let first = 2u * i / group_words * group_words;
-        let scale = fp8_scale(largest_of(start + first, start + min(first + group_words, words)));
+        let first = 2u * i / group_pairs * group_pairs;
+        let scale = fp8_scale(largest_of(start + first, start + min(first + group_pairs, pairs)));
         cache[out + i] = codes_of(start + 2u * i, scale);
         if 2u * i == first {
-            cache[scales + first / group_words] = bitcast<u32>(scale);
+            cache[scales + first / group_pairs] = bitcast<u32>(scale);
         }
     }
     if !MLA {
         return;
     }
-    let rotary = scales + (words + GROUP_WORDS - 1u) / GROUP_WORDS;
+    let rotary = scales + (pairs + GROUP_PAIRS - 1u) / GROUP_PAIRS;
     for (var i = rotary + lane; i < out + params.row_words; i += WORKGROUP) {
         var word = 0u;
         if i - rotary < params.rope / 2u {
-            word = act_as_bf16(rows[start + words + i - rotary]);
+            word = act_as_bf16(rows[start + pairs + i - rotary]);
         }
         cache[i] = word;
     }

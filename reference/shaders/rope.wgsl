@@ -41,7 +41,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
         columns[column] = act_of(x[(start + column) / 2u], start + column);
     }
     workgroupBarrier();
-    // Words that have a rotary column; the head has whole words.
+    // Pairs, which are words of bf16, that have a rotary column; the head has whole ones.
     let words = (start + DIM + 1u) / 2u - start / 2u;
     for (var word = lane.index; word < words; word += WORKGROUP) {
         let i = start / 2u + word;

@@ -1,9 +1,9 @@
-// `out = silu(gate) * up`, of activations or of floats; a lane has a word of the output.
+// `out = silu(gate) * up`, of activations or of floats; a lane has two columns of the output.
 
 override FLOATS: bool = false;
 
 struct Params {
-    // Of the output.
+    // Pairs of columns of the output.
     words: u32,
 }
 

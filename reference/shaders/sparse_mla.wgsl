@@ -2,7 +2,8 @@
 // `fp8.wgsl` and `paged.wgsl` go before it.
 //
 // A row is handled in vectors of eight columns, as activations: of an 8-bit cache the codes, which bf16 holds exactly, and their scales
-// beside them. Scores: a lane has every fourth row, two heads and every eighth vector. Values: a lane has two words of columns, and all heads.
+// beside them. Scores: a lane has every fourth row, two heads and every eighth vector. Values: a lane has two pairs of columns, and all
+// heads.
 
 const HEADS: u32 = 8u;
 // Rows at once: as many as there is room for, at most 16.

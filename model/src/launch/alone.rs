@@ -12,7 +12,7 @@ use super::limits::{self, CacheMemory};
 use super::options::{Device, LaunchOptions};
 #[cfg(feature = "cuda")]
 use super::reason;
-use super::{CPU_CACHE_BYTES, check_cpu_cache, no_device, wgpu};
+use super::{CPU_CACHE_BYTES, check_cpu, no_device, wgpu};
 use crate::checkpoint::{Checkpoint, Shard};
 use crate::engine::StepLimits;
 use crate::error::LaunchError;
@@ -92,7 +92,7 @@ struct Request<'a> {
 impl<'a> Request<'a> {
     fn on_cpu(self) -> Result<Alone, LaunchError> {
         self.refuse_expansion()?;
-        check_cpu_cache(self.options)?;
+        check_cpu(self.options)?;
         let bytes = self.options.kv_cache_bytes.unwrap_or(CPU_CACHE_BYTES * self.options.tp);
         let memory = CacheMemory { bytes, act_bytes: size_of::<f32>() };
         let limits = limits::within(self.checkpoint.config(), self.options, memory)?;

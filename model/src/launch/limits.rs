@@ -72,9 +72,6 @@ fn check_dtype(options: &LaunchOptions) -> Result<(), LaunchError> {
         (Dtype::F32, _, KvCacheDtype::Bf16) => {
             "--kv-cache-dtype bf16 is for what computes in bf16; with --dtype f32 use auto (f32) or fp8"
         }
-        (Dtype::Bf16, Device::Cpu, _) => {
-            "--dtype bf16 is for a GPU; the CPU computes in f32: use --dtype f32 or auto"
-        }
         _ => return Ok(()),
     };
     Err(LaunchError::Options(reason.into()))

@@ -178,7 +178,7 @@ fn on_cpu(
 
 /// The limits with caches in host memory.
 fn cpu_limits(config: &ModelConfig, options: &LaunchOptions) -> Result<StepLimits, LaunchError> {
-    check_cpu_cache(options)?;
+    check_cpu(options)?;
     let memory = limits::CacheMemory {
         bytes: options.kv_cache_bytes.unwrap_or(CPU_CACHE_BYTES),
         act_bytes: size_of::<f32>(),
@@ -186,7 +186,7 @@ fn cpu_limits(config: &ModelConfig, options: &LaunchOptions) -> Result<StepLimit
     limits::within(config, options, memory)
 }
 
-fn check_cpu_cache(options: &LaunchOptions) -> Result<(), LaunchError> {
+fn check_cpu(options: &LaunchOptions) -> Result<(), LaunchError> {
     if options.dtype == Dtype::Bf16 {
         return Err(LaunchError::Options(
             "--dtype bf16 is for a GPU, and the device is the CPU, which computes in f32: use --dtype f32 or auto".into(),

@@ -2,7 +2,7 @@
 //!
 //! `shaders/NAME.wgsl` is a kernel, `NAME.rs` its launcher. This file holds the backend and hands each method to its launcher.
 //! Launches are recorded and run when something is read (`recorder.rs`). The kernels take no more than every adapter has: bf16 lies in
-//! pairs in a word, halves are converted by hand, and subgroups, where there are any, only add up (`reduce_subgroups.wgsl`).
+//! pairs in a word (activations may be f32 instead: `act.rs`), halves are converted by hand, and subgroups, where there are any, only add up (`reduce_subgroups.wgsl`).
 
 mod absorb;
 mod act;

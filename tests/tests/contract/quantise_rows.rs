@@ -263,8 +263,8 @@ fn planted_faults_are_seen() {
     for (shader, find, replace) in [
         // What pads a row; the next group's scale; columns that begin elsewhere.
         ("quantise_rows", "        cache[i] = word;", "        if word != 0u { cache[i] = word; }"),
-        ("quantise_rows", "2u * i / group_words * group_words", "0u"),
-        ("quantise_rows", "rows[start + words + i - rotary]", "rows[start + i - rotary]"),
+        ("quantise_rows", "2u * i / group_pairs * group_pairs", "0u"),
+        ("quantise_rows", "rows[start + pairs + i - rotary]", "rows[start + i - rotary]"),
         // Codes are cut off, twice.
         ("fp8", "let up = (quotient & 1u) == 1u", "let up = false && (quotient & 1u) == 1u"),
         ("fp8", "u32(round(magnitude", "u32(floor(magnitude"),
