@@ -49,6 +49,7 @@ pub(crate) fn intervals(
 pub(crate) fn assert_written<K>(
     kernels: &Backend<'_, K>,
     batch: &BatchCase,
+    values: Values,
     width: usize,
     found: &[f64],
     expected: &[f64],
@@ -58,12 +59,17 @@ pub(crate) fn assert_written<K>(
     for (t, &slot) in batch.batch.slot_mapping.iter().enumerate() {
         of_slot[slot as usize] = Some(t);
     }
-    assert_close("cache", width, found, expected, kernels.relative_l2(RELATIVE_L2), |i| {
-        match of_slot[i / width] {
+    assert_close(
+        "cache",
+        width,
+        found,
+        expected,
+        kernels.relative_l2(values, RELATIVE_L2),
+        |i| match of_slot[i / width] {
             None => 0.0,
             Some(t) => intervals[t * width + i % width].farthest(expected[i]),
-        }
-    });
+        },
+    );
 }
 
 struct LatentRope;
@@ -98,7 +104,7 @@ impl Contract for LatentRope {
         let intervals =
             intervals(&read(&x.0), &read(&weight.0), eps, &read(&cos_sin.0), case.dims, kernels.act());
         let found = kernels.read(&cache.1).unwrap();
-        assert_written(kernels, &case.batch, width, &found, &read(&cache.0), &intervals);
+        assert_written(kernels, &case.batch, case.values, width, &found, &read(&cache.0), &intervals);
     }
 }
 

@@ -109,7 +109,7 @@ impl Contract for LayerNormRope {
         let intervals =
             intervals(&read(&x.0), parameters, &read(&cos_sin.0), case.dims, layout, kernels.act());
         let found = kernels.read(&cache.1).unwrap();
-        assert_written(kernels, &case.batch, width, &found, &read(&cache.0), &intervals);
+        assert_written(kernels, &case.batch, case.values, width, &found, &read(&cache.0), &intervals);
     }
 }
 
