@@ -56,32 +56,39 @@ all_gather(BY_RANK(const void*, shard),      // [rows, columns] each, those of t
     const Tensors tensors{BROADCAST ? out : of_rank(shards, rank), PAIR ? of_rank(next_shards, rank) : nullptr,
                           out, PAIR ? of_rank(next_outs, rank) : nullptr, vectors, columns, next_columns};
     Channel channel;
-    if (!channel.open(workspaces, rank, patience)) return;
+    channel.open(workspaces, rank, patience);
 
-    for (int64_t start = static_cast<int64_t>(blockIdx.x) * segment; start < all_vectors; start += static_cast<int64_t>(gridDim.x) * segment) {
+    const int64_t stride = static_cast<int64_t>(gridDim.x) * segment;
+    for (int64_t start = static_cast<int64_t>(blockIdx.x) * segment; start < all_vectors; start += stride) {
         channel.next();
         const int first = static_cast<int>(start), count = at_most(all_vectors - start, segment);
-        if (!BROADCAST || rank == root) {
-            for (int i = threadIdx.x; i < count; i += THREADS) {
-                Elements x;
-                tensors.load(x, first + i);
-                x.push_to_others(channel, workspaces, i);
+        const auto pushed_by = [&](int source) { return !BROADCAST || source == root ? count : 1; };
+        for (int i = threadIdx.x; i < pushed_by(rank) && !channel.failed; i += THREADS) {
+            Elements x = {};
+            if (!BROADCAST || rank == root) tensors.load(x, first + i);
+            x.push_to_others(channel, workspaces, i);
+        }
+        if constexpr (BROADCAST) {
+            for (int source = 0; source < RANKS; ++source) {
+                if (source == rank) continue;
+                await_in_batches<Elements>(channel, source, pushed_by(source), [&](const Elements& x, int i) {
+                    if (source == root) tensors.store(x, first + i, source);
+                });
             }
         }
-        if (!channel.meet(workspaces)) return;
         // All sources at once: of a short segment each thread has a vector of one of them.
-        const int sources = BROADCAST ? 1 : RANKS;
-        for (int item = threadIdx.x; item < sources * count; item += THREADS) {
-            const int source = BROADCAST ? root : item / count, i = BROADCAST ? item : item - source * count;
+        for (int item = threadIdx.x; !BROADCAST && item < RANKS * count; item += THREADS) {
+            const int source = item / count, i = item - source * count;
             Elements x;
-            if (source != rank)
-                x.take(channel.slot(channel.own, source), i);
-            else if (BROADCAST)
-                continue;
-            else
+            if (source != rank) {
+                x.peek(channel, source, i);
+                x.await(channel, source, i);
+            } else {
                 tensors.load(x, first + i);
+            }
             tensors.store(x, first + i, source);
         }
+        if (start + stride < all_vectors) channel.end_exchange();
     }
     channel.close();
 }

@@ -14,9 +14,11 @@ constexpr int THREADS = rms::THREADS;
 
 static_assert(RESIDUAL && !X_FLOAT, "activations are added to the residual stream");
 static_assert(sizeof(rms::Shared) == TILE_SHARED_BYTES, "the launcher's sum");
-static_assert(rms::VECTORS * Vector<2, VECTOR>::CELL_WORDS <= SLOT_WORDS, "a slot has a row at least");
 
 using Elements = Vector<2, VECTOR>;
+
+constexpr int ROWS_OF_SLOT = SLOT_WORDS / (rms::VECTORS * Elements::CELL_WORDS);
+static_assert(ROWS_OF_SLOT > 0, "a slot has a row at least");
 
 DEVICE bool has(int chunk) { return rms::column(chunk) < WIDTH; }
 
@@ -29,10 +31,10 @@ constexpr bool AHEAD = TWO_SHOTS && RANKS == 2;
 struct Other {
     Elements x[rms::CHUNKS];
 
-    DEVICE void take(const Channel& channel, int row) {
+    DEVICE void peek(const Channel& channel, int row) {
 #pragma unroll
         for (int chunk = 0; chunk < rms::CHUNKS; ++chunk) {
-            if (has(chunk)) x[chunk].take(channel.slot(channel.own, 1 - channel.rank), cell(row, chunk));
+            if (has(chunk)) x[chunk].peek(channel, 1 - channel.rank, cell(row, chunk));
         }
     }
 };
@@ -46,18 +48,20 @@ struct Rows {
     float eps;
     int turn;
 
-    // Sums this rank's row `current` with the others' in row `of_slot` of its slots; of two ranks the other's is in `other` already.
-    DEVICE void sum(const Channel& channel, rms::Row& current, const Other& other, int of_slot) const {
+    // Sums this rank's row `current` with the others' in row `of_slot` of its slots, of which `other` has what was there where it is AHEAD.
+    DEVICE void sum(Channel& channel, rms::Row& current, Other& other, int of_slot) const {
 #pragma unroll
         for (int chunk = 0; chunk < rms::CHUNKS; ++chunk) {
             if (!has(chunk)) continue;
             Elements sum, own;
 #pragma unroll
             for (int i = 0; i < rms::WORDS; ++i) own.words[i] = current.x[chunk][i];
-            if constexpr (AHEAD)
+            if constexpr (AHEAD) {
+                other.x[chunk].await(channel, 1 - channel.rank, cell(of_slot, chunk));
                 sum = Sum<false, VECTOR>::of({channel.rank == 0 ? own : other.x[chunk], channel.rank == 0 ? other.x[chunk] : own});
-            else
+            } else {
                 sum = Sum<false, VECTOR>::over_ranks(channel, own, cell(of_slot, chunk));
+            }
 #pragma unroll
             for (int i = 0; i < rms::WORDS; ++i) current.x[chunk][i] = sum.words[i];
         }
@@ -88,7 +92,7 @@ all_reduce_norm(BY_RANK(const void*, x), BY_RANK(float*, residual), BY_RANK(cons
     const int rank = first_rank + static_cast<int>(blockIdx.y);
     rms::Shared& shared = shared_memory<rms::Shared>();
     Channel channel;
-    if (!channel.open(workspaces, rank, patience)) return;
+    channel.open(workspaces, rank, patience);
 
     Rows own = {of_rank(all_x, rank), of_rank(all_residual, rank), of_rank(all_out, rank), {}, eps, 0};
     rms::load_weight(of_rank(all_weight, rank), own.w);
@@ -97,11 +101,11 @@ all_reduce_norm(BY_RANK(const void*, x), BY_RANK(float*, residual), BY_RANK(cons
         for (int first = static_cast<int>(blockIdx.x) * segment; first < rows; first += stride) {
             channel.next();
             const int count = at_most(rows - first, segment);
-            // The first row is under way while the ranks meet.
+            // The first row is under way while what is pushed is.
             rms::Row current = {};
             rms::load_row(current, own.x, own.residual, static_cast<int64_t>(first) * WIDTH);
 #pragma unroll 4
-            for (int row = 0; row < count; ++row) {
+            for (int row = 0; row < count && !channel.failed; ++row) {
 #pragma unroll
                 for (int chunk = 0; chunk < rms::CHUNKS; ++chunk) {
                     if (!has(chunk)) continue;
@@ -110,48 +114,47 @@ all_reduce_norm(BY_RANK(const void*, x), BY_RANK(float*, residual), BY_RANK(cons
                     x.push_to_others(channel, workspaces, cell(row, chunk));
                 }
             }
-            if (!channel.meet(workspaces)) return;
             for (int row = 0; row < count; ++row) {
                 rms::Row next = {};
-                if (row + 1 < count) rms::load_row(next, own.x, own.residual, static_cast<int64_t>(first + row + 1) * WIDTH);
-                own.sum(channel, current, {}, row);
+                if (ROWS_OF_SLOT > 1 && row + 1 < count)
+                    rms::load_row(next, own.x, own.residual, static_cast<int64_t>(first + row + 1) * WIDTH);
+                Other none;
+                own.sum(channel, current, none, row);
                 uint32_t words[rms::CHUNKS][rms::WORDS];
                 own.norm(shared, current, first + row, words);
                 current = next;
             }
+            if (first + stride < rows) channel.end_exchange();
         }
     } else {
         const int shares = static_cast<int>(gridDim.x) * RANKS, share = (rows + shares - 1) / shares;
         const int start = static_cast<int>(blockIdx.x) * share * RANKS;
         // A part of the rows of a rank's share, in this exchange.
         const auto from = [&](int of, int done) { return start + of * share + done; };
-        const auto size = [&](int of, int done, int most) {
-            return at_most(rows - from(of, done), share - done < most ? share - done : most);
+        const auto size = [&](int of, int done) {
+            return at_most(rows - from(of, done), share - done < segment ? share - done : segment);
         };
-        // Channels are out of step, so that links are busy while one waits.
-        int most = share > segment ? (segment * (1 + static_cast<int>(blockIdx.x) % 4) + 3) / 4 : segment;
-        for (int done = 0; done < share; done += most, most = segment) {
+        for (int done = 0; done < share; done += segment) {
             channel.next();
-            // The rows that this rank norms, of which the first is under way while the ranks meet.
+            // The rows that this rank norms, of which the first is under way while others are pushed.
             const int first = from(rank, done);
-            const int count = size(rank, done, most);
+            const int count = size(rank, done);
             rms::Row current = {};
             if (count > 0) rms::load_row(current, own.x, own.residual, static_cast<int64_t>(first) * WIDTH);
 
             for (int step = 1; step < RANKS; ++step) {
                 const int keeper = (rank + step) % RANKS;
                 const int64_t pushed = static_cast<int64_t>(from(keeper, done)) * rms::VECTORS;
-                uint32_t* slot = channel.slot(of_rank(workspaces, keeper), rank);
+                uint32_t* slot = channel.slot(of_rank(workspaces, keeper), rank, keeper);
                 in_batches<Elements>(
-                    size(keeper, done, most) * rms::VECTORS, [&](Elements& x, int i) { x.load(own.x, pushed + i); },
+                    channel.failed ? 0 : size(keeper, done) * rms::VECTORS, [&](Elements& x, int i) { x.load(own.x, pushed + i); },
                     [&](const Elements& x, int i) { x.push(slot, i); });
             }
-            if (!channel.meet(workspaces)) return;
 
             Channel normed = channel;
             normed.next();
             Other other = {};
-            if (AHEAD && count > 0) other.take(channel, 0);
+            if (AHEAD && count > 0) other.peek(channel, 0);
             for (int row = 0; row < count; ++row) {
                 own.sum(channel, current, other, row);
                 // Under way while this one is normed.
@@ -159,13 +162,13 @@ all_reduce_norm(BY_RANK(const void*, x), BY_RANK(float*, residual), BY_RANK(cons
                 Other next_other = {};
                 if (row + 1 < count) {
                     rms::load_row(next, own.x, own.residual, static_cast<int64_t>(first + row + 1) * WIDTH);
-                    if constexpr (AHEAD) next_other.take(channel, row + 1);
+                    if constexpr (AHEAD) next_other.peek(channel, row + 1);
                 }
                 uint32_t words[rms::CHUNKS][rms::WORDS];
                 own.norm(shared, current, first + row, words);
 #pragma unroll
                 for (int chunk = 0; chunk < rms::CHUNKS; ++chunk) {
-                    if (!has(chunk)) continue;
+                    if (!has(chunk) || channel.failed) continue;
                     Elements x;
 #pragma unroll
                     for (int i = 0; i < rms::WORDS; ++i) x.words[i] = words[chunk][i];
@@ -174,15 +177,13 @@ all_reduce_norm(BY_RANK(const void*, x), BY_RANK(float*, residual), BY_RANK(cons
                 current = next, other = next_other;
             }
             channel.next();
-            if (!channel.meet(workspaces)) return;
             for (int step = 1; step < RANKS; ++step) {
                 const int keeper = (rank + step) % RANKS;
                 const int64_t kept = static_cast<int64_t>(from(keeper, done)) * rms::VECTORS;
-                const uint32_t* slot = channel.slot(channel.own, keeper);
-                in_batches<Elements>(
-                    size(keeper, done, most) * rms::VECTORS, [&](Elements& x, int i) { x.take(slot, i); },
-                    [&](const Elements& x, int i) { x.store(own.out, kept + i); });
+                await_in_batches<Elements>(channel, keeper, size(keeper, done) * rms::VECTORS,
+                                           [&](const Elements& x, int i) { x.store(own.out, kept + i); });
             }
+            if (done + segment < share) channel.end_exchange();
         }
     }
     channel.close();

@@ -1,24 +1,26 @@
 // How the blocks of several ranks exchange what they have, over pointers into each other's memory.
 //
 // Every rank has a workspace, which the others write. A channel is one block of every rank. In an exchange each of them pushes a part into
-// the others' slots, raises its flag there, and waits for the others' flags in its own workspace: what it then reads is local. Flags hold
-// the number of the exchange, which only grows: it is kept in the workspace from launch to launch, so that launches can be replayed.
+// the others' slots, whose words say themselves that they are there: they are other than what a slot holds between exchanges, to which it
+// is reset once it is read. So nobody waits until its stores have arrived, to say so with another, and what arrives first is used first.
+// Exchanges are counted, in the workspace from launch to launch, so that launches can be replayed.
 //
-// Slots are in pairs, used in turn. Who pushes exchange e + 2 has the flags of e + 1 from everybody, and everybody raised them after it had
-// read the slots of e: no slot is written before it was read, and one wait is enough for each exchange.
+// There are four slots, used in turn. Who pushes exchange e + 4 has something of the launch before from all others, or of an exchange that
+// `end_exchange` parts from those before: everybody had read and reset the slots of e by then. So no rank may be done with a launch, or
+// with a pair of exchanges of it, before it has something that each of the others had to push something for.
 //
 // Constants: RANKS; CHANNELS of a workspace; SLOT_BYTES of a slot; THREADS of a block.
 //
 // Workspace, in words: status (0, or 1 + the rank that did not come, or ABORTED); from 32 on the exchanges so far of each channel; the
-// flags [CHANNELS][RANKS]; the slots [CHANNELS][2][RANKS][SLOT_BYTES].
+// slots [CHANNELS][4][RANKS - 1][SLOT_BYTES].
 #pragma once
 
 #include "rows.cuh"
 
 constexpr int MAX_RANKS = 8;
-constexpr int EPOCHS = 32, FLAGS = EPOCHS + CHANNELS, SLOTS = (FLAGS + CHANNELS * RANKS + 31) / 32 * 32, SLOT_WORDS = SLOT_BYTES / 4;
+constexpr int EPOCHS = 32, SLOTS = (EPOCHS + CHANNELS + 31) / 32 * 32, SLOT_WORDS = SLOT_BYTES / 4;
 static_assert(RANKS >= 2 && RANKS <= MAX_RANKS, "pointers that a kernel has");
-static_assert(SLOT_BYTES % 16 == 0 && THREADS >= 32, "slots are whole vectors, and a warp waits for all ranks");
+static_assert(SLOT_BYTES % 16 == 0, "slots are whole vectors");
 
 // Parameters of a kernel, a pointer of every rank, and all of them.
 #define BY_RANK(TYPE, name) TYPE name##0, TYPE name##1, TYPE name##2, TYPE name##3, TYPE name##4, TYPE name##5, TYPE name##6, TYPE name##7
@@ -35,39 +37,46 @@ DEVICE T* of_rank(T* const (&all)[MAX_RANKS], int rank) {
     return one;
 }
 
+// A word that is not there yet, and a NaN that is.
+constexpr uint32_t NOT_THERE = 0xffffffffu, NAN_BITS = 0x7fffffffu;
+
 struct Channel {
     int rank;
+    bool failed; // what this thread waited for, or the group before
     uint32_t epoch;
     int64_t patience;
     uint32_t* own;
 
-    // Fails where the group has failed before: nobody waits for it again.
-    DEVICE bool open(uint32_t* const (&workspaces)[MAX_RANKS], int of, int64_t nanoseconds_at_most) {
+    // Has failed where the group has failed before: nobody waits for it again.
+    DEVICE void open(uint32_t* const (&workspaces)[MAX_RANKS], int of, int64_t nanoseconds_at_most) {
         rank = of;
         patience = nanoseconds_at_most;
         own = of_rank(workspaces, rank);
         epoch = load_published(own + EPOCHS + blockIdx.x);
-        return !__syncthreads_or(threadIdx.x == 0 && load_acquire_system(own) != 0);
+        failed = load_awaited_system(own) != 0;
     }
 
     DEVICE void close() const {
+        // All threads have seen where the last launch ended.
+        __syncthreads();
         if (threadIdx.x == 0) own[EPOCHS + blockIdx.x] = epoch;
     }
 
-    // Where the part of rank `source` lies in a workspace, in this exchange.
-    DEVICE uint32_t* slot(uint32_t* workspace, int source) const {
-        return workspace + SLOTS + ((static_cast<int>(blockIdx.x) * 2 + static_cast<int>(epoch & 1)) * RANKS + source) * SLOT_WORDS;
+    // Where the part of rank `source` lies in the workspace of rank `to`, in this exchange. There is none for what it has itself.
+    DEVICE uint32_t* slot(uint32_t* workspace, int source, int to) const {
+        const int of_source = (source - to + RANKS) % RANKS - 1, turn = static_cast<int>(epoch & 3);
+        return workspace + SLOTS + ((static_cast<int>(blockIdx.x) * 4 + turn) * (RANKS - 1) + of_source) * SLOT_WORDS;
     }
 
-    DEVICE bool wait_for(int source) const {
-        const uint32_t* flag = own + FLAGS + blockIdx.x * RANKS + source;
+    // Waits for `source` as long as something is not there.
+    template <typename There>
+    DEVICE bool wait_for(int source, There there) const {
         uint64_t start = 0;
-        // A difference, since the count may wrap around.
-        for (uint32_t spins = 1; static_cast<int32_t>(load_acquire_system(flag) - epoch) < 0; ++spins) {
+        for (uint32_t spins = 1; !there(); ++spins) {
             if (spins % 256 != 0) continue;
             const uint64_t now = nanoseconds();
             if (start == 0) start = now;
-            if (load_acquire_system(own) != 0) return false;
+            if (load_awaited_system(own) != 0) return false;
             if (static_cast<int64_t>(now - start) > patience) {
                 atomicCAS(own, 0u, 1u + static_cast<uint32_t>(source));
                 return false;
@@ -79,16 +88,10 @@ struct Channel {
     // Begins the next exchange.
     DEVICE void next() { ++epoch; }
 
-    // After all threads have pushed: whether everybody has.
-    DEVICE bool meet(uint32_t* const (&workspaces)[MAX_RANKS]) const {
+    // Where another follows in this launch: nobody sees what is pushed next before the slots of this rank are reset.
+    DEVICE void end_exchange() const {
         __syncthreads();
-        const int other = threadIdx.x;
-        bool late = false;
-        if (other < RANKS && other != rank) {
-            store_release_system(of_rank(workspaces, other) + FLAGS + blockIdx.x * RANKS + rank, epoch);
-            late = !wait_for(other);
-        }
-        return !__syncthreads_or(late);
+        __threadfence_system();
     }
 };
 
@@ -115,18 +118,12 @@ struct Vector {
         }
     }
 
-    DEVICE void push(uint32_t* slot, int index) const { store_words(slot + index * CELL_WORDS, words); }
-
-    // Past the L1, which may have the slot as it was two exchanges ago.
-    DEVICE void take(const uint32_t* slot, int index) {
-        if constexpr (CELL_WORDS == 4) {
-            const float4 four = load_published_16(reinterpret_cast<const float4*>(slot) + index);
-            words[0] = __float_as_uint(four.x), words[1] = __float_as_uint(four.y);
-            words[2] = __float_as_uint(four.z), words[3] = __float_as_uint(four.w);
-        } else {
+    // Pushes it to a slot.
+    DEVICE void push(uint32_t* slot, int index) const {
+        Vector sent;
 #pragma unroll
-            for (int i = 0; i < CELL_WORDS; ++i) words[i] = load_published(slot + index * CELL_WORDS + i);
-        }
+        for (int i = 0; i < CELL_WORDS; ++i) sent.words[i] = words[i] == NOT_THERE ? NAN_BITS : words[i];
+        sent.put(slot + index * CELL_WORDS);
     }
 
     // Pushes it to all others, beginning with the next one: so that they are not all written by all at once.
@@ -134,7 +131,46 @@ struct Vector {
 #pragma unroll
         for (int i = 1; i < RANKS; ++i) {
             const int other = (channel.rank + i) % RANKS;
-            push(channel.slot(of_rank(workspaces, other), channel.rank), index);
+            push(channel.slot(of_rank(workspaces, other), channel.rank, other), index);
+        }
+    }
+
+    // Takes as much as is there of what `source` pushes.
+    DEVICE void peek(const Channel& channel, int source, int index) {
+        const uint32_t* cell = channel.slot(channel.own, source, channel.rank) + index * CELL_WORDS;
+        if constexpr (CELL_WORDS == 4) {
+            load_awaited_system_16(cell, words);
+        } else {
+#pragma unroll
+            for (int i = 0; i < CELL_WORDS; ++i) words[i] = load_awaited_system(cell + i);
+        }
+    }
+
+    // After a first `peek`: takes all of it, and leaves the slot as it was.
+    DEVICE void await(Channel& channel, int source, int index) {
+        const auto there = [&] {
+            bool all = true;
+#pragma unroll
+            for (int i = 0; i < CELL_WORDS; ++i) all = all && words[i] != NOT_THERE;
+            if (!all) peek(channel, source, index);
+            return all;
+        };
+        if (channel.failed || !channel.wait_for(source, there)) {
+            channel.failed = true;
+            return;
+        }
+        Vector nothing;
+#pragma unroll
+        for (int i = 0; i < CELL_WORDS; ++i) nothing.words[i] = NOT_THERE;
+        nothing.put(channel.slot(channel.own, source, channel.rank) + index * CELL_WORDS);
+    }
+
+    DEVICE void put(uint32_t* cell) const {
+        if constexpr (CELL_WORDS == 4) {
+            store_awaited_system_16(cell, words);
+        } else {
+#pragma unroll
+            for (int i = 0; i < CELL_WORDS; ++i) store_awaited_system(cell + i, words[i]);
         }
     }
 };
@@ -156,6 +192,17 @@ DEVICE void in_batches(int count, Load load, Store store) {
             if (first + i * THREADS < count) store(x[i], first + i * THREADS);
         }
     }
+}
+
+// Likewise of what `source` pushes.
+template <typename Elements, typename Store>
+DEVICE void await_in_batches(Channel& channel, int source, int count, Store store) {
+    in_batches<Elements>(
+        count, [&](Elements& x, int i) { x.peek(channel, source, i); },
+        [&](Elements& x, int i) {
+            x.await(channel, source, i);
+            store(x, i);
+        });
 }
 
 // A sum over ranks: in f32, in rank order, rounded once.
@@ -188,13 +235,20 @@ struct Sum {
         return x;
     }
 
-    // A vector of every rank: this rank has `own`, and the others' are at `index` of its slots.
-    DEVICE static void take_all(const Channel& channel, const Elements& own, int index, Elements (&parts)[RANKS]) {
+    // A vector of every rank: this rank has `own`, and the others' are at `index` of its slots, as far as they are there.
+    DEVICE static void peek_all(const Channel& channel, const Elements& own, int index, Elements (&parts)[RANKS]) {
 #pragma unroll
         for (int source = 0; source < RANKS; ++source) {
             Elements part = own;
-            if (source != channel.rank) part.take(channel.slot(channel.own, source), index);
+            if (source != channel.rank) part.peek(channel, source, index);
             parts[source] = part;
+        }
+    }
+
+    DEVICE static void await_all(Channel& channel, int index, Elements (&parts)[RANKS]) {
+#pragma unroll
+        for (int source = 0; source < RANKS; ++source) {
+            if (source != channel.rank) parts[source].await(channel, source, index);
         }
     }
 
@@ -205,9 +259,10 @@ struct Sum {
         return sum.rounded();
     }
 
-    DEVICE static Elements over_ranks(const Channel& channel, const Elements& own, int index) {
+    DEVICE static Elements over_ranks(Channel& channel, const Elements& own, int index) {
         Elements parts[RANKS];
-        take_all(channel, own, index, parts);
+        peek_all(channel, own, index, parts);
+        await_all(channel, index, parts);
         return of(parts);
     }
 };

@@ -232,15 +232,35 @@ DEVICE float4 load_awaited_16(const float4* global) {
     return out;
 }
 
-// A load that sees all that was written, on any GPU, before the store that it reads was released; and that store.
+// The same for what another GPU waits for, 16 bytes and a word.
+DEVICE void store_awaited_system_16(uint32_t* global, const uint32_t (&words)[4]) {
+    asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                 "r"(words[3])
+                 : "memory");
+}
+
+DEVICE void load_awaited_system_16(const uint32_t* global, uint32_t (&words)[4]) {
+    asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "l"(global)
+                 : "memory");
+}
+
+DEVICE void store_awaited_system(uint32_t* global, uint32_t value) {
+    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(global), "r"(value) : "memory");
+}
+
+DEVICE uint32_t load_awaited_system(const uint32_t* global) {
+    uint32_t out;
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(out) : "l"(global) : "memory");
+    return out;
+}
+
+// A load that sees all that was written, on any GPU, before what it reads.
 DEVICE uint32_t load_acquire_system(const uint32_t* global) {
     uint32_t out;
     asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(out) : "l"(global) : "memory");
     return out;
-}
-
-DEVICE void store_release_system(uint32_t* global, uint32_t value) {
-    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(global), "r"(value) : "memory");
 }
 
 // The time of a clock that all blocks share.

@@ -27,7 +27,7 @@ pub struct ExchangeDims {
 }
 
 impl ExchangeDims {
-    /// 128 channels, and slots for 128 KiB of all ranks together: workspaces of 32 MiB.
+    /// 128 channels, and slots for 112 KiB of all other ranks together, nine rows of 6144 bf16 of another one: workspaces of 56 MiB.
     ///
     /// # Errors
     /// More ranks, or fewer, than the kernels are written for.
@@ -37,17 +37,22 @@ impl ExchangeDims {
             let found = ranks.to_string();
             return Err(Error::Value { kernel: "all_reduce", name: "ranks", expected, found });
         }
-        Ok(Self { ranks, channels: 128, slot_bytes: (128 * 1024 / ranks).next_multiple_of(16) })
+        Ok(Self { ranks, channels: 128, slot_bytes: (112 * 1024 / (ranks - 1)).next_multiple_of(16) })
     }
 
     /// Words of a workspace in front of the slots.
     fn header_words(&self) -> usize {
-        (EPOCHS + self.channels + self.channels * self.ranks).next_multiple_of(32)
+        (EPOCHS + self.channels).next_multiple_of(32)
     }
 
-    /// Bytes of a rank's workspace: status, counts and flags, and two slots of every rank for every channel.
+    /// Bytes of slots: four of every other rank for every channel.
+    fn slots_bytes(&self) -> usize {
+        4 * self.channels * (self.ranks - 1) * self.slot_bytes
+    }
+
+    /// Bytes of a rank's workspace: status, counts and slots.
     pub fn workspace_bytes(&self) -> usize {
-        4 * self.header_words() + 2 * self.channels * self.ranks * self.slot_bytes
+        4 * self.header_words() + self.slots_bytes()
     }
 
     /// The constants of `exchange.cuh`, but the threads of a block.
@@ -79,8 +84,11 @@ pub struct Exchange<B> {
 /// Memory.
 pub fn alloc_workspace<D: Device>(device: &D, dims: ExchangeDims) -> Result<D::Buffer> {
     let workspace = device.alloc("the workspace of collectives", dims.workspace_bytes())?;
-    device.write(&workspace, 0, &vec![0; 4 * dims.header_words()])?;
-    // Other devices may write to it as soon as they know it: the zeros must be there.
+    let header_bytes = 4 * dims.header_words();
+    device.write(&workspace, 0, &vec![0; header_bytes])?;
+    // Words that are not there.
+    device.write(&workspace, header_bytes, &vec![0xff; dims.slots_bytes()])?;
+    // Other devices may write to it as soon as they know it: all this must be there.
     device.read(&workspace, 0, &mut [])?;
     Ok(workspace)
 }
@@ -196,7 +204,7 @@ mod tests {
     #[test]
     fn slots_are_dealt_to_blocks_that_have_work() {
         let dims = ExchangeDims::new(8).unwrap();
-        assert_eq!(dims.workspace_bytes(), 4 * 1184 + (32 << 20));
+        assert_eq!(dims.workspace_bytes(), 4 * 160 + (56 << 20));
         // One token of 6144 bf16, 32 of them, and 2048.
         assert_eq!(deal(dims, 768, 16, [128, 64, 1]), Dealt { blocks: 6, segment: 128 });
         assert_eq!(deal(dims, 32 * 768, 16, [512, 64, 8]), Dealt { blocks: 6, segment: 512 });

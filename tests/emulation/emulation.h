@@ -284,6 +284,7 @@ DEVICE T atomicCAS(T* address, typename EmulationSame<T>::type expected, typenam
 }
 
 DEVICE void __threadfence() { emulation_fence(); }
+DEVICE void __threadfence_system() { emulation_fence(); }
 DEVICE void __threadfence_block() { emulation_fence(); }
 
 template <typename T>
@@ -359,8 +360,17 @@ DEVICE float4 load_awaited_16(const float4* global) {
     return {__uint_as_float(words.r[0]), __uint_as_float(words.r[1]), __uint_as_float(words.r[2]), __uint_as_float(words.r[3])};
 }
 
+DEVICE void store_awaited_system_16(uint32_t* global, const uint32_t (&words)[4]) {
+    emulation_store_awaited(global, words[0], words[1], words[2], words[3]);
+}
+DEVICE void load_awaited_system_16(const uint32_t* global, uint32_t (&words)[4]) {
+    const EmulationWords found = emulation_load_awaited(global);
+    for (int i = 0; i < 4; ++i) words[i] = found.r[i];
+}
+DEVICE void store_awaited_system(uint32_t* global, uint32_t value) { emulation_store_release(global, value); }
+DEVICE uint32_t load_awaited_system(const uint32_t* global) { return emulation_load_acquire(global); }
+
 DEVICE uint32_t load_acquire_system(const uint32_t* global) { return emulation_load_acquire(global); }
-DEVICE void store_release_system(uint32_t* global, uint32_t value) { emulation_store_release(global, value); }
 DEVICE uint64_t nanoseconds() { return emulation_nanoseconds(); }
 
 // How the device calls a kernel: parameters as the launcher gave them, and a letter for the type of each to compare with.

@@ -166,7 +166,8 @@ fn run(device: &TestDevice, case: Case) {
             let whole = gather(device, &exchange, &case, &[1 + launch], seed);
             gather(device, &exchange, &case, &[1 + launch, 1 + length % 5], seed);
             bytes.extend(whole);
-            let (shards, parts) = tensors(device, variant, &[3, variant.step], values, seed);
+            let shape = [3, variant.step * (1 + length % 29)];
+            let (shards, parts) = tensors(device, variant, &shape, values, seed);
             let root = launch % variant.ranks;
             broadcast(device, &exchange, &shards, root).unwrap();
             assert_all_hold(device, dtype, &shards, &parts[root]);
@@ -184,34 +185,58 @@ fn every_rank_has_the_sum_the_whole_and_the_roots() {
 #[test]
 fn planted_faults_are_seen() {
     for (file, find, replace) in [
-        // Nobody waits; launches begin where the last one began.
-        ("exchange.cuh", "late = !wait_for(other);", ""),
-        ("exchange.cuh", "if (threadIdx.x == 0) own[EPOCHS + blockIdx.x] = epoch;", ""),
-        // Flags go up before all threads have pushed.
-        ("exchange.cuh", "        __syncthreads();\n        const int other", "        const int other"),
         // Another order on every rank.
         ("exchange.cuh", "parts[source] = part;", "parts[(source + channel.rank) % RANKS] = part;"),
         // Everybody's columns where the first rank's belong, and the second tensor's rows as long as the first one's.
         ("all_gather.cu", "* RANKS + source) * width", "* RANKS + 0) * width"),
         ("all_gather.cu", "width = next ? next_columns : columns;", "width = columns;"),
+        // What others than the root say, that they have come, is taken for data.
+        ("all_gather.cu", "if (source == root) tensors.store", "tensors.store"),
         // The last segment runs over.
         (
             "exchange.cuh",
             "return left < count ? static_cast<int>(left > 0 ? left : 0) : count;",
             "return count;",
         ),
-        // Sums where the parts of the next piece lie; shares that run over; of a thread's vectors only the first.
-        ("all_reduce.cu", "x.take(slot, HALF + i)", "x.take(slot, i)"),
-        ("all_reduce.cu", "of_rank < vectors ? of_rank : vectors", "vectors"),
-        (
-            "exchange.cuh",
-            "for (int i = 0; i < BATCH; ++i) {\n            if (first + i * THREADS < count) store",
-            "for (int i = 0; i < 1; ++i) {\n            if (first + i * THREADS < count) store",
-        ),
+        // Words that are not there are taken, and those that were are found again.
+        ("exchange.cuh", "return all;", "return true;"),
+        ("exchange.cuh", "        nothing.put(", "        if (false) nothing.put("),
+        // A share's first piece, again and again; of a thread's sums only the first.
+        ("all_reduce.cu", "return start + of * share + done;", "return start + of * share;"),
+        ("all_reduce.cu", "{ x.store(data, to + i); }", "{ if (i < THREADS) x.store(data, to + i); }"),
     ] {
         let fault = Fault { file, find, replace };
         parity::catches(fault, cases(&VARIANTS[1..2]), run);
     }
+    // The other words of a vector are not there.
+    let first_word = Fault {
+        file: "exchange.cuh",
+        find: "i < CELL_WORDS; ++i) all = all",
+        replace: "i < 1; ++i) all = all",
+    };
+    parity::catches(first_word, cases(&VARIANTS[3..4]), run);
+}
+
+/// The bits of a word that is not there yet, as data.
+#[test]
+fn a_word_of_all_ones_arrives_as_another_nan() {
+    parity::small_cases(|device| {
+        for variant in [VARIANTS[0], VARIANTS[3]] {
+            let mut exchange = exchange(device, variant.ranks, 64, 0);
+            exchange.patience = Duration::from_secs(5);
+            let tile = AllReduceTile { threads: 32, blocks: 2 };
+            for shots in [Shots::One, Shots::Two] {
+                let (data, parts) = tensors(device, variant, &[9 * variant.step], &Values::Normal, 1);
+                for tensor in &data {
+                    let bytes = parity::read_bytes(device, tensor).len();
+                    device.write(tensor.buffer(), 0, &vec![0xff; bytes]).unwrap();
+                }
+                all_reduce_in(shots, device, &tile, &exchange, &data).unwrap();
+                assert_all_hold(device, variant.dtype, &data, &vec![f64::NAN; parts[0].len()]);
+            }
+            assert_well(device, &exchange);
+        }
+    });
 }
 
 /// Ranks with a launch each, which meet in the middle of it, many times.

@@ -154,25 +154,22 @@ fn every_rank_has_what_the_two_kernels_give() {
 #[test]
 fn planted_faults_are_seen() {
     for (find, replace) in [
-        // Rows of the next slot; of another row's residual.
-        ("cell(of_slot, chunk)", "cell(0, chunk)"),
+        // The first row is pushed again and again; another row's residual.
+        ("rms::VECTORS + cell(row, chunk))", "rms::VECTORS + cell(0, chunk))"),
         (
-            "count) rms::load_row(next, own.x, own.residual, static_cast<int64_t>(first + row + 1)",
-            "count) rms::load_row(next, own.x, own.residual, static_cast<int64_t>(first + row)",
+            "count)\n                    rms::load_row(next, own.x, own.residual, static_cast<int64_t>(first + row + 1)",
+            "count)\n                    rms::load_row(next, own.x, own.residual, static_cast<int64_t>(first + row)",
         ),
         (
-            "    rms::load_row(next, own.x, own.residual, static_cast<int64_t>(first + row + 1)",
-            "    rms::load_row(next, own.x, own.residual, static_cast<int64_t>(first + row)",
+            "{\n                    rms::load_row(next, own.x, own.residual, static_cast<int64_t>(first + row + 1)",
+            "{\n                    rms::load_row(next, own.x, own.residual, static_cast<int64_t>(first + row)",
         ),
         // The sum is not rounded, so to say: only this rank's part is normed.
         ("current.x[chunk][i] = sum.words[i]", "current.x[chunk][i] = own.words[i]"),
-        // What was normed goes to the slots of the first exchange, which are still read.
-        ("push_to_others(normed, workspaces", "push_to_others(channel, workspaces"),
         // The next row's sums of squares are written where this one's are read.
         ("        turn ^= 1;\n", ""),
         // Rows of the wrong keeper.
         ("kept = static_cast<int64_t>(from(keeper, done))", "kept = static_cast<int64_t>(from(rank, done))"),
-        ("const int count = size(rank, done, most);", "const int count = most;"),
         // A share's first piece, again and again.
         ("start + of * share + done;", "start + of * share;"),
     ] {
