@@ -27,7 +27,8 @@ pub struct ExchangeDims {
 }
 
 impl ExchangeDims {
-    /// 128 channels, and slots for 112 KiB of all other ranks together, nine rows of 6144 bf16 of another one: workspaces of 56 MiB.
+    /// 128 channels, and slots for 64 KiB of all other ranks together, and for a row of 6144 bf16 of each at least: workspaces of 32 MiB between
+    /// two ranks, 56 MiB between eight.
     ///
     /// # Errors
     /// More ranks, or fewer, than the kernels are written for.
@@ -37,7 +38,11 @@ impl ExchangeDims {
             let found = ranks.to_string();
             return Err(Error::Value { kernel: "all_reduce", name: "ranks", expected, found });
         }
-        Ok(Self { ranks, channels: 128, slot_bytes: (112 * 1024 / (ranks - 1)).next_multiple_of(16) })
+        Ok(Self {
+            ranks,
+            channels: 128,
+            slot_bytes: (64 * 1024 / (ranks - 1)).max(16 * 1024).next_multiple_of(16),
+        })
     }
 
     /// Words of a workspace in front of the slots.
