@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use dsa80_reference::Breaker;
 
 use crate::checkpoint::Checkpoint;
+use crate::launch::{Phase, RankMemory, Started};
 
 /// What the ranks of this process, and those that it hears of, have done of a start.
 #[derive(Default)]
@@ -24,6 +26,9 @@ struct State {
     /// How far ranks of other processes say that they are.
     heard: BTreeMap<usize, u64>,
     breakers: Vec<Breaker>,
+    /// Phases of this process's start, and when each began.
+    phases: Vec<(&'static str, Instant)>,
+    memory: Vec<RankMemory>,
 }
 
 impl Headway {
@@ -46,6 +51,30 @@ impl Headway {
         state.count += 1;
         state.doing.entry(0).or_default();
         state.doing.values_mut().for_each(|doing| what.clone_into(doing));
+    }
+
+    /// This process begins a phase of its start.
+    pub(crate) fn enter(&self, phase: &'static str) {
+        let mut state = self.lock();
+        state.count += 1;
+        state.phases.push((phase, Instant::now()));
+    }
+
+    /// What the GPU of a rank of this process holds now.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn holds(&self, memory: RankMemory) {
+        self.lock().memory.push(memory);
+    }
+
+    /// What all phases took, of which the last ends now.
+    pub(crate) fn started(&self) -> Started {
+        let (now, state) = (Instant::now(), self.lock());
+        let ends = state.phases.iter().skip(1).map(|(_, began)| *began).chain([now]);
+        let phase = |((name, began), end): (&(&'static str, Instant), Instant)| Phase {
+            name: (*name).to_owned(),
+            seconds: end.duration_since(*began).as_secs_f64(),
+        };
+        Started { phases: state.phases.iter().zip(ends).map(phase).collect(), memory: state.memory.clone() }
     }
 
     /// Another process says how far its `rank` is.
@@ -96,6 +125,22 @@ impl Headway {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_phase_lasts_until_the_next_begins() {
+        const WHILE: std::time::Duration = std::time::Duration::from_millis(40);
+        let headway = Headway::default();
+        assert_eq!(headway.started(), Started::default());
+        headway.enter("weights");
+        std::thread::sleep(WHILE);
+        headway.enter("kernels");
+        let Started { phases, .. } = headway.started();
+        assert_eq!(phases.iter().map(|phase| &*phase.name).collect::<Vec<_>>(), ["weights", "kernels"]);
+        assert!(
+            phases[0].seconds >= WHILE.as_secs_f64() && phases[1].seconds < phases[0].seconds,
+            "{phases:?}"
+        );
+    }
 
     #[test]
     fn what_is_begun_and_what_is_heard_anew_is_headway() {

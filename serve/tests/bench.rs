@@ -127,7 +127,9 @@ fn live_ranks_have_their_collectives_in_their_steps() {
     let sizes = ["--runs", "3", "--batch", "2", "--context", "64", "--chunk", "16"];
     let (text, json) = steps.of(&[&measure[..], &sizes].concat());
     assert_eq!(json["settings"]["gathered"].as_array().unwrap().len(), 2);
-    for words in ["ranks 1 to 2 of 4", "together (threads)", "collectives add", "% of the step"] {
+    for words in
+        ["ranks 1 to 2 of 4", "together (threads)", "collectives add", "% of the step", "lost to ranks"]
+    {
         assert!(text.contains(words), "{text}");
     }
     let settings = &json["settings"];
@@ -140,6 +142,12 @@ fn live_ranks_have_their_collectives_in_their_steps() {
         let alone = of["alone_ms"]["median"].as_f64().unwrap();
         assert!(alone > 0.0 && (number("added_ms") - (step - alone)).abs() < 1e-9, "{case}");
         assert!((number("share") - number("added_ms") / step).abs() < 1e-9, "{case}");
+        let waits = &case["waits"];
+        let lost = waits["lost_ms"]["median"].as_f64().unwrap();
+        assert!(lost >= 0.0 && waits["collectives_ms"]["median"].as_f64() > Some(0.0), "{case}");
+        assert_eq!(waits["of_ranks_ms"].as_array().unwrap().len(), 2);
+        // Without a clock of the device nothing tells the host from it, and nothing is published of this model.
+        assert!(case["shares"].is_null() && case["published"].is_null(), "{case}");
     }
     // What was measured with its collectives needs no file of theirs, and another file says more.
     let project = ["project", "--step", steps.path(), "--gpu", "same"];

@@ -256,20 +256,54 @@ where
 }
 
 #[test]
-fn every_fixture_in_two_ranks_is_as_far_from_hf_as_hf_in_bf16() {
-    let gpus = gpus(2);
-    if gpus.len() < 2 {
-        return tell(&format!("left out: NCCL between two GPUs (there are {})", gpus.len()));
-    }
-    for fixture in fixture::all().unwrap() {
-        if Checkpoint::open(&fixture.dir).unwrap().config().check_tp(2).is_err() {
+fn every_fixture_in_ranks_is_as_far_from_hf_as_hf_in_bf16() {
+    let gpus = gpus(8);
+    for ranks in [2, 4, 8] {
+        let Some(gpus) = gpus.get(..ranks) else {
+            tell(&format!("left out: NCCL between {ranks} GPUs (there are {})", gpus.len()));
             continue;
+        };
+        for fixture in fixture::all().unwrap() {
+            if Checkpoint::open(&fixture.dir).unwrap().config().check_tp(ranks).is_err() {
+                continue;
+            }
+            let nccl = || run(&fixture, gpus, NcclCommunicator::group(gpus, PATIENCE).unwrap());
+            let first = nccl();
+            assert!(nccl().logits == first.logits, "two runs differ");
+            let way = format!("{ranks} ranks, NCCL");
+            let distance = Bf16Distance::of(&fixture, &way, &first);
+            distance.assert_within(BF16_BOUND_OF_ONE_PROMPT, &fixture.name, &way);
         }
-        let nccl = || run(&fixture, &gpus, NcclCommunicator::group(&gpus, PATIENCE).unwrap());
-        let first = nccl();
-        assert!(nccl().logits == first.logits, "two runs differ");
-        let way = "2 ranks, NCCL";
-        Bf16Distance::of(&fixture, way, &first).assert_within(BF16_BOUND_OF_ONE_PROMPT, &fixture.name, way);
+    }
+}
+
+/// What the watch of `dsa80 bench step` counts with.
+#[test]
+fn moments_of_a_recorded_step_are_those_of_its_last_replay() {
+    for gpu in gpus(1) {
+        let rank = NcclCommunicator::group(&[Arc::clone(&gpu)], PATIENCE).unwrap().remove(0);
+        let mut x = floats(&gpu, &[1 << 22], &vec![1.0; 1 << 22]);
+        let mut few = floats(&gpu, &[1], &[1.0]);
+        rank.all_reduce(&mut x).unwrap();
+        let launched = [gpu.moment().unwrap(), gpu.moment().unwrap()];
+        assert!(!launched[0].is_recorded() && launched[0].us_until(&launched[1]).unwrap() >= 0.0);
+        let source = floats(&gpu, &[1 << 22], &vec![2.0; 1 << 22]);
+        let mut moments = Vec::new();
+        let graph = gpu
+            .capture(|| {
+                moments = vec![gpu.moment()?];
+                rank.all_gather(&source, &mut x)?;
+                moments.push(gpu.moment()?);
+                rank.all_reduce(&mut few)?;
+                moments.push(gpu.moment()?);
+                Ok(())
+            })
+            .unwrap();
+        let whole = gpu.time(3, || graph.launch()).unwrap();
+        let [long, short] = [0, 1].map(|at| moments[at].us_until(&moments[at + 1]).unwrap());
+        println!("16 MiB copied in {long:.1} us, nothing in {short:.1}, both in {:.1}", whole[2]);
+        assert!(moments.iter().all(dsa80_cuda::gpu::Moment::is_recorded));
+        assert!(long > short && short >= 0.0 && long + short <= whole[2] + 1.0, "{long} {short} {whole:?}");
     }
 }
 

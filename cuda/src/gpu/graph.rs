@@ -1,9 +1,11 @@
 //! Launches captured once and replayed, and how long they take.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard, PoisonError};
 
-use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUresult, CUstreamCaptureMode};
+use cudarc::driver::sys::{
+    self, CUevent_flags, CUevent_record_flags, CUgraphInstantiate_flags, CUresult, CUstreamCaptureMode,
+};
 use cudarc::driver::{CudaEvent, CudaGraph};
 use dsa80_reference::Result;
 
@@ -19,6 +21,8 @@ pub struct Graph {
     // What it launches stays loaded.
     _modules: Arc<Modules>,
     _cublaslt: Option<Arc<CublasLt>>,
+    // Moments that it marks stay, too.
+    _moments: Vec<Arc<CudaEvent>>,
 }
 
 // SAFETY: a graph has one owner, and the driver asks no more than that two threads do not use it at a time.
@@ -37,6 +41,29 @@ impl Graph {
 impl std::fmt::Debug for Graph {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Graph").finish_non_exhaustive()
+    }
+}
+
+/// A moment of a GPU's work.
+#[derive(Debug)]
+pub struct Moment {
+    event: Arc<CudaEvent>,
+    recorded: bool,
+}
+
+impl Moment {
+    /// Whether it is part of what was captured: then it is the last replay's.
+    pub fn is_recorded(&self) -> bool {
+        self.recorded
+    }
+
+    /// Microseconds from here to `later`, both of which must have been. Waits for that one.
+    ///
+    /// # Errors
+    /// The driver refuses: nothing was replayed, or a launch failed.
+    pub fn us_until(&self, later: &Self) -> Result<f64> {
+        let ms = self.event.elapsed_ms(&later.event).map_err(|error| refuse(driver_message(error)))?;
+        Ok(f64::from(ms) * 1e3)
     }
 }
 
@@ -67,6 +94,7 @@ impl Gpu {
         self.capturing.store(true, Ordering::Relaxed);
         let launched = launches();
         self.capturing.store(false, Ordering::Relaxed);
+        let moments = std::mem::take(&mut *self.moments());
         // The capture must end even when it failed, or the stream stays unusable.
         let graph = self.stream.end_capture(CUgraphInstantiate_flags(0));
         if graph.as_ref().is_err_and(|error| error.0 == CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED) {
@@ -77,7 +105,7 @@ impl Gpu {
             graph.map_err(failed)?.ok_or_else(|| refuse("nothing was launched to be captured".into()))?;
         graph.upload().map_err(failed)?;
         let cublaslt = self.cublaslt.get().cloned().flatten();
-        Ok(Some(Graph { graph, _modules: self.modules.clone(), _cublaslt: cublaslt }))
+        Ok(Some(Graph { graph, _modules: self.modules.clone(), _cublaslt: cublaslt, _moments: moments }))
     }
 
     /// Microseconds of each of `times` runs of `work`, queued one after the other so that the GPU never waits for the host. Waits.
@@ -94,6 +122,32 @@ impl Gpu {
         let elapsed = |pair: &[CudaEvent]| pair[0].elapsed_ms(&pair[1]).map(|ms| f64::from(ms) * 1e3);
         let times: std::result::Result<Vec<f64>, _> = marks.windows(2).map(elapsed).collect();
         times.map_err(|error| refuse(driver_message(error)))
+    }
+
+    /// Marks a moment of what is launched: while launches are captured, of every replay.
+    ///
+    /// # Errors
+    /// The driver refuses.
+    pub fn moment(&self) -> Result<Moment> {
+        let failed = |error| refuse(driver_message(error));
+        let recorded = self.capturing.load(Ordering::Relaxed);
+        if !recorded {
+            return Ok(Moment { event: Arc::new(self.mark()?), recorded });
+        }
+        let event = Arc::new(self.context.new_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(failed)?);
+        let external = CUevent_record_flags::CU_EVENT_RECORD_EXTERNAL as u32;
+        // SAFETY: the event and the stream are of this context and alive, and the graph keeps the event.
+        unsafe { sys::cuEventRecordWithFlags(event.cu_event(), self.stream.cu_stream(), external) }
+            .result()
+            .map_err(failed)?;
+        self.moments().push(Arc::clone(&event));
+        Ok(Moment { event, recorded })
+    }
+
+    /// Of the capture under way.
+    fn moments(&self) -> MutexGuard<'_, Vec<Arc<CudaEvent>>> {
+        // Whole between any two statements that hold the lock.
+        self.moments.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn mark(&self) -> Result<CudaEvent> {

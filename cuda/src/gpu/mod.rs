@@ -21,14 +21,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
-use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
 use dsa80_reference::buffers::HostMemory;
 use dsa80_reference::{Error, RecordedKernel, Result};
 
 pub use self::cache::Compiled;
 pub use self::compiler::Compiler;
 use self::cublaslt::{CublasLt, Pointers, Shape};
-pub use self::graph::Graph;
+pub use self::graph::{Graph, Moment};
 pub use self::memory::GpuBuffer;
 pub use self::nccl::{Nccl, NcclId};
 use self::pinned::Pinned;
@@ -49,6 +49,8 @@ pub struct Gpu {
     modules: Arc<Modules>,
     history: Mutex<History>,
     capturing: AtomicBool,
+    /// What the capture under way has marked.
+    moments: Mutex<Vec<Arc<CudaEvent>>>,
     /// Made by the first large copy.
     staging: Mutex<Option<Staging>>,
     // Loaded with the first product that it may take.
@@ -156,6 +158,7 @@ impl Gpu {
             modules: Arc::new(Modules { loaded: Mutex::default(), stream: stream.clone() }),
             history: Mutex::default(),
             capturing: AtomicBool::new(false),
+            moments: Mutex::default(),
             staging: Mutex::default(),
             cublaslt: OnceLock::new(),
             stream,

@@ -16,7 +16,7 @@ use super::{CPU_CACHE_BYTES, check_cpu, no_device, wgpu};
 use crate::checkpoint::{Checkpoint, Shard};
 use crate::engine::StepLimits;
 use crate::error::LaunchError;
-use crate::measure::{GpuFacts, Measured, MeasuredRanks};
+use crate::measure::{Clock, GpuFacts, HostClock, Measured, MeasuredRanks, Watch, watched};
 use crate::runner::{INDEX_LOGITS, Rank, RankParts, WeightSource};
 
 /// Ranks that are measured, and the GPU that the first is on.
@@ -101,7 +101,8 @@ impl<'a> Request<'a> {
             .into_iter()
             .map(|live| RankParts { kernels: cpu, communicator: Box::new(live) })
             .collect();
-        let ranks = self.group(parts, true).load(self.weights, &limits, INDEX_LOGITS, size_of::<f32>())?;
+        let group = self.group(parts, true).watched(|_| HostClock);
+        let ranks = group.load(self.weights, &limits, INDEX_LOGITS, size_of::<f32>())?;
         Ok(Alone { ranks, between: self.between("threads"), gpu: None })
     }
 
@@ -116,7 +117,8 @@ impl<'a> Request<'a> {
     }
 
     fn group<K: Kernels>(self, parts: Vec<RankParts<K>>, own_collectives: bool) -> Group<'a, K> {
-        Group { parts, own_collectives, options: self.options, measurement: self.measurement }
+        let Self { options, measurement, .. } = self;
+        Group { parts, own_collectives, options, measurement, watches: Vec::new() }
     }
 
     fn between(self, several: &'static str) -> &'static str {
@@ -131,9 +133,23 @@ struct Group<'a, K: Kernels> {
     own_collectives: bool,
     options: &'a LaunchOptions,
     measurement: &'a Measurement,
+    /// Of several, where a clock says how long they are in their collectives.
+    watches: Vec<Arc<dyn Watch>>,
 }
 
 impl<K: Kernels + 'static> Group<'_, K> {
+    /// The same, with collectives that are watched by a clock of each rank.
+    fn watched<C: Clock>(mut self, clock: impl Fn(&K) -> C) -> Self {
+        if self.parts.len() > 1 {
+            let of_rank = |RankParts { kernels, communicator }| {
+                let (communicator, watch) = watched(communicator, clock(&kernels));
+                (RankParts { kernels, communicator }, watch)
+            };
+            (self.parts, self.watches) = self.parts.into_iter().map(of_rank).unzip();
+        }
+        self
+    }
+
     /// Loads all at once.
     fn load(
         self,
@@ -170,6 +186,7 @@ impl<K: Kernels + 'static> Group<'_, K> {
             act_bytes,
             silent,
             own_collectives: self.own_collectives,
+            watches: self.watches,
         }))
     }
 }
@@ -283,7 +300,7 @@ mod gpus {
                     // Before the memory is full.
                     gpu = Some(GpuFacts::of(device, measurement.ceilings)?);
                 }
-                let own = crate::launch::cuda::settle(device, checkpoint, options)?;
+                let own = crate::launch::cuda::settle(device, checkpoint, options)?.limits;
                 limits.num_pages = limits.num_pages.min(own.num_pages);
                 limits.max_model_len = limits.max_model_len.min(own.max_model_len);
             }
@@ -296,6 +313,7 @@ mod gpus {
             };
             let parts = parts.into_iter().map(expanding).collect();
             let group = self.group(parts, between == "peer");
+            let group = group.watched(|kernels| Arc::clone(kernels.device()));
             let (index_logits, act_bytes) =
                 (crate::launch::cuda::INDEX_LOGITS, crate::launch::memory::ACT_BYTES);
             Ok(Alone { ranks: group.load(weights, &limits, index_logits, act_bytes)?, between, gpu })

@@ -4,15 +4,17 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use dsa80_cuda::expanded_mla::Expansion;
-use dsa80_cuda::{Between, Cuda, Device as _, Gpu, GpuOfRank, Nccl, NcclCommunicator, NcclId, RankOnGpu};
+use dsa80_cuda::{
+    Between, Cuda, Device as _, Gpu, GpuOfRank, Nccl, NcclCommunicator, NcclId, RankOnGpu, Tiles,
+};
 use dsa80_reference::Kernels;
 use dsa80_reference::communicator::SingleRank;
 
 use super::limits;
-use super::memory::{self, GpuMemory};
+use super::memory::{self, GpuMemory, Settled};
 use super::options::{Collectives, LaunchOptions};
 use super::warm_up::{Turns, warm_up};
-use super::{reason, start};
+use super::{FIRST_STEPS, PLAN, WEIGHTS, reason, start};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::distributed::{Leader, Member, Place};
@@ -57,24 +59,33 @@ pub(super) fn load(
     let config = checkpoint.config();
     let widest = limits::widest(config, options);
     let weights = start::told(checkpoint, headway);
+    headway.enter(PLAN);
     match opened {
         Opened::One(backend) => {
-            say_what_is_used(backend.device(), config, options);
-            let limits = settle(backend.device(), checkpoint, options)?;
-            let parts = RankParts { kernels: *backend, communicator: Box::new(SingleRank::default()) };
+            let gpu = Arc::new(backend.into_device());
+            say_what_is_used(&gpu, config, options);
+            let settled = settle(&gpu, checkpoint, options)?;
+            headway.enter(WEIGHTS);
+            let kernels = Cuda::new(Arc::clone(&gpu), Tiles::for_gpu(&gpu.limits().name, None)?);
+            let parts = RankParts { kernels, communicator: Box::new(SingleRank::default()) };
+            let limits = settled.limits;
             let model = RankGroup::load_alone(parts, &*weights, &widest, INDEX_LOGITS, |_| Ok(limits))?;
-            ready(model, config, options, headway)
+            ready(model, config, options, headway, &[(gpu, settled)])
         }
         Opened::Several(ranks) => {
             for rank in &ranks {
                 say_what_is_used(rank.backend.device(), config, options);
             }
             let mut limits = widest;
+            let mut gpus = Vec::new();
             for rank in &ranks {
-                let own = settle(rank.backend.device(), checkpoint, options)?;
-                limits.num_pages = limits.num_pages.min(own.num_pages);
-                limits.max_model_len = limits.max_model_len.min(own.max_model_len);
+                let gpu = rank.backend.device();
+                let settled = settle(gpu, checkpoint, options)?;
+                limits.num_pages = limits.num_pages.min(settled.limits.num_pages);
+                limits.max_model_len = limits.max_model_len.min(settled.limits.max_model_len);
+                gpus.push((Arc::clone(gpu), settled));
             }
+            headway.enter(WEIGHTS);
             if let Some(breaker) = ranks.first().and_then(|first| first.communicator.breaker()) {
                 headway.break_with(breaker);
             }
@@ -84,7 +95,7 @@ pub(super) fn load(
                 .collect();
             let group =
                 RankGroup::load_and_settle(parts, &weights, &widest, INDEX_LOGITS, move |_| Ok(limits))?;
-            ready(group, config, options, headway)
+            ready(group, config, options, headway, &gpus)
         }
     }
 }
@@ -145,11 +156,15 @@ pub(super) fn lead(
         fate.on_failure(breaker);
     }
     let widest = limits::widest(config, options);
+    headway.enter(PLAN);
     // By now NCCL has what it takes of the memory.
-    let limits = settle(parts.kernels.device(), checkpoint, options)?;
+    let gpu = Arc::clone(parts.kernels.device());
+    let settled = settle(&gpu, checkpoint, options)?;
+    let limits = settled.limits;
+    headway.enter(WEIGHTS);
     let (others, weights) = (leader.followers(), start::told(checkpoint, headway));
     let group = RankGroup::lead(parts, others, &*weights, &widest, INDEX_LOGITS, move |_| Ok(limits))?;
-    ready(group, config, options, headway)
+    ready(group, config, options, headway, &[(gpu, settled)])
 }
 
 /// Loads another rank of several processes, which then does what rank 0 says.
@@ -170,7 +185,7 @@ pub(super) fn follow(
         fate.on_failure(breaker);
     }
     let widest = limits::widest(config, options);
-    let limits = settle(parts.kernels.device(), checkpoint, options)?;
+    let limits = settle(parts.kernels.device(), checkpoint, options)?.limits;
     member.follow(parts, &*start::told(checkpoint, headway), &widest, INDEX_LOGITS, move |_| Ok(limits))
 }
 
@@ -180,10 +195,15 @@ fn ready<K: Kernels + 'static>(
     config: &ModelConfig,
     options: &LaunchOptions,
     headway: &Headway,
+    gpus: &[(Arc<Gpu>, Settled)],
 ) -> Result<Box<dyn StepModel>, LaunchError> {
     let made_ready = make_ready(&mut model, config, options, headway);
     // The others hear why before rank 0 leaves them.
     made_ready.inspect_err(|error| model.give_up(&error.to_string()))?;
+    let num_pages = model.limits().num_pages;
+    for (rank, (gpu, settled)) in gpus.iter().enumerate() {
+        headway.holds(settled.memory(rank, num_pages, memory_of(gpu)?));
+    }
     Ok(Box::new(model))
 }
 
@@ -196,12 +216,14 @@ fn make_ready<K: Kernels + 'static>(
     tracing::info!(
         "the weights are on the GPU; compiling the kernels: a minute the first time, then they are found on disk"
     );
+    headway.enter(FIRST_STEPS);
     let started = Instant::now();
     let turns = turns(&model.limits(), config);
     warm_up(model, config, turns, &mut || headway.begin_together("a first step"))?;
     tracing::info!(elapsed_ms = started.elapsed().as_millis() as u64, "the kernels are compiled");
     if options.cuda_graphs {
         let started = Instant::now();
+        headway.enter("decode graphs");
         headway.begin_together("recording decode steps");
         let graphs = model.record_graphs()?;
         tracing::info!(
@@ -230,10 +252,13 @@ pub(super) fn settle(
     gpu: &Gpu,
     checkpoint: &Arc<Checkpoint>,
     options: &LaunchOptions,
-) -> Result<StepLimits, LaunchError> {
+) -> Result<Settled, LaunchError> {
+    memory::settle(memory_of(gpu)?, gpu.limits().clone(), checkpoint, options)
+}
+
+fn memory_of(gpu: &Gpu) -> Result<GpuMemory, LaunchError> {
     let (free, total) = gpu.memory()?;
-    let memory = GpuMemory { total: total as u64, free: free as u64 };
-    memory::settle(memory, gpu.limits().clone(), checkpoint, options)
+    Ok(GpuMemory { total: total as u64, free: free as u64 })
 }
 
 /// The attention of chunks is expanded up to some length of what is before them.

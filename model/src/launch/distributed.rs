@@ -8,7 +8,9 @@ use dsa80_reference::cpu::{Cpu, CpuCommunicator};
 use sha2::{Digest, Sha256};
 
 use super::options::{Device, LaunchOptions};
-use super::{OPENING, cpu_limits, limits, no_device, say_what_is_loaded, start, start_engine};
+use super::{
+    DEVICES, OPENING, WEIGHTS, cpu_limits, limits, no_device, say_what_is_loaded, start, start_engine,
+};
 use crate::checkpoint::Checkpoint;
 use crate::distributed::{Creed, Leader, Member, Place};
 use crate::engine::{EngineHandle, StepModel};
@@ -51,6 +53,7 @@ pub fn launch_leader(
 ) -> Result<EngineHandle, LaunchError> {
     limits::check(checkpoint.config(), options)?;
     let (creed, headway) = (creed(checkpoint, options)?, Headway::of(checkpoint));
+    headway.enter("meeting of all ranks");
     let leader = Leader::gather(place.clone(), &creed, options.join_timeout, &headway)?;
     let fate = Arc::clone(leader.fate());
     headway.break_with(fate.breaker());
@@ -61,6 +64,7 @@ pub fn launch_leader(
     };
     let model = start::watched(&headway, options.start_timeout, load);
     let model = model.inspect_err(|error| fate.fail(&format!("rank 0: {error}")))?;
+    headway.started().say();
     Ok(start_engine(model, checkpoint, options))
 }
 
@@ -71,12 +75,14 @@ fn lead(
     place: &Place,
     headway: &Arc<Headway>,
 ) -> Result<Box<dyn StepModel>, LaunchError> {
+    headway.enter(DEVICES);
     headway.begin(0, OPENING);
     match open(options, place)? {
         opened @ Opened::Cpu => {
             leader.begin(opened.name(), &[])?;
             let limits = cpu_limits(checkpoint.config(), options)?;
             say_what_is_loaded(checkpoint.config(), options, &limits);
+            headway.enter(WEIGHTS);
             let cpu = Cpu::<f32>::new();
             let communicator = Box::new(CpuCommunicator::new(cpu, leader.meeting()?));
             let parts = RankParts { kernels: cpu, communicator };

@@ -9,6 +9,7 @@ use dsa80_reference::LoneRank;
 use super::cuda::{INDEX_LOGITS, turns};
 use super::limits::{CacheMemory, page_bytes, widest, within};
 use super::options::{KvCacheDtype, LaunchOptions};
+use super::started::RankMemory;
 use super::warm_up::{warm_up, warm_up_context};
 use crate::checkpoint::Checkpoint;
 use crate::dummy::DummyWeights;
@@ -32,6 +33,12 @@ pub(super) struct GpuMemory {
     pub(super) total: u64,
     /// Before anything of ours is on it.
     pub(super) free: u64,
+}
+
+impl GpuMemory {
+    fn used(self) -> u64 {
+        self.total.saturating_sub(self.free)
+    }
 }
 
 /// What a rank takes beside its caches, in bytes.
@@ -105,7 +112,7 @@ impl Needs {
         options: &LaunchOptions,
     ) -> Result<u64, LaunchError> {
         let Self { weights, workspace, graphs } = self;
-        let used = memory.total.saturating_sub(memory.free);
+        let used = memory.used();
         let budget = (memory.total as f64 * options.gpu_memory_utilization) as u64;
         let left = |weights: u64| budget.checked_sub(used + weights + workspace + graphs + RESERVE);
         if let Some(left) = left(weights).filter(|&left| left > 0) {
@@ -128,7 +135,7 @@ impl Needs {
 
     /// How the caches' memory comes about, in words.
     pub(super) fn arithmetic(self, memory: GpuMemory, options: &LaunchOptions) -> String {
-        let used = memory.total.saturating_sub(memory.free);
+        let used = memory.used();
         format!(
             "--gpu-memory-utilization {} is {}, less {} in use before, {} of weights, {} of workspace, {} of graphs, {} for kernels",
             options.gpu_memory_utilization,
@@ -142,13 +149,39 @@ impl Needs {
     }
 }
 
+/// What holds for a GPU before anything is on it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Settled {
+    pub(super) limits: StepLimits,
+    needs: Needs,
+    /// What was in use before.
+    used: u64,
+    page_bytes: u64,
+}
+
+impl Settled {
+    /// What `rank` has taken with so many pages, now that no more than `free` is left, beside what was planned.
+    pub(super) fn memory(&self, rank: usize, num_pages: usize, now: GpuMemory) -> RankMemory {
+        let Needs { weights, workspace, graphs } = self.needs;
+        RankMemory {
+            rank,
+            weights,
+            workspace,
+            graphs,
+            caches: self.page_bytes * num_pages as u64,
+            reserve: RESERVE,
+            taken: now.used().saturating_sub(self.used),
+        }
+    }
+}
+
 /// The limits, from what the GPU's memory holds beside weights and workspace. Nothing has been allocated yet.
 pub(super) fn settle(
     memory: GpuMemory,
     device: Limits,
     checkpoint: &Arc<Checkpoint>,
     options: &LaunchOptions,
-) -> Result<StepLimits, LaunchError> {
+) -> Result<Settled, LaunchError> {
     let needs = Needs::rehearse(device, checkpoint, options)?;
     let left = needs.left(memory, checkpoint, options)?;
     // What is asked for, and what the limits are taken from, is over all ranks, which are alike.
@@ -173,8 +206,8 @@ pub(super) fn settle(
             other => other,
         },
     )?;
-    let caches =
-        (limits.num_pages as u64).saturating_mul(page_bytes(checkpoint.config(), options, ACT_BYTES) as u64);
+    let page_bytes = page_bytes(checkpoint.config(), options, ACT_BYTES) as u64;
+    let caches = page_bytes.saturating_mul(limits.num_pages as u64);
     if caches > left {
         return Err(LaunchError::Options(format!(
             "--num-pages {} takes {caches} bytes, but {left} are left: {}; lower it, or raise --gpu-memory-utilization",
@@ -189,7 +222,7 @@ pub(super) fn settle(
         "memory: {}; {caches} bytes are the caches'",
         needs.arithmetic(memory, options)
     );
-    Ok(limits)
+    Ok(Settled { limits, needs, used: memory.used(), page_bytes })
 }
 
 /// What to do where the caches of a GPU are too small, and what it would come to.
@@ -316,7 +349,8 @@ mod tests {
         let checkpoint = checkpoint();
         let memory = GpuMemory { total: 80 * GIB, free: 79 * GIB };
         let options = LaunchOptions::default();
-        let limits = settle(memory, a100(), &checkpoint, &options).unwrap();
+        let settled = settle(memory, a100(), &checkpoint, &options).unwrap();
+        let limits = settled.limits;
         // Full contexts for all sequences are less than there is.
         assert_eq!((limits.max_model_len, limits.num_pages), (8192, 32 * 128));
         // Enough for the weights, and for little more than the reserve.
@@ -325,7 +359,7 @@ mod tests {
         let total = needs.weights + needs.workspace + needs.graphs + RESERVE + 10 * page + page / 2;
         let tight = GpuMemory { total, free: total };
         let all = LaunchOptions { gpu_memory_utilization: 1.0, ..options };
-        assert_eq!(settle(tight, a100(), &checkpoint, &all).unwrap().num_pages, 10);
+        assert_eq!(settle(tight, a100(), &checkpoint, &all).unwrap().limits.num_pages, 10);
         let refused =
             |options: LaunchOptions| settle(tight, a100(), &checkpoint, &options).unwrap_err().to_string();
         let long = refused(LaunchOptions { max_model_len: Some(8192), ..all.clone() });
@@ -336,6 +370,11 @@ mod tests {
         ] {
             assert!(long.contains(words), "{long}");
         }
+        // All is taken that was planned, and a GiB is left.
+        let settled = settle(tight, a100(), &checkpoint, &all).unwrap();
+        let took = settled.memory(1, 10, GpuMemory { total, free: GIB + page / 2 });
+        assert_eq!((took.caches, took.planned() + page / 2), (10 * page, total));
+        assert_eq!((took.rank, took.taken), (1, took.planned() - GIB));
         let pages = refused(LaunchOptions { num_pages: Some(11), ..all.clone() });
         assert!(pages.contains("--num-pages 11 takes") && pages.contains("of workspace"), "{pages}");
         let cache = refused(LaunchOptions { kv_cache_bytes: Some(11 * page as usize), ..all });

@@ -11,6 +11,7 @@ mod limits;
 mod memory;
 mod options;
 mod start;
+mod started;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 mod warm_up;
 #[cfg(feature = "wgpu")]
@@ -30,6 +31,7 @@ use dsa80_reference::cpu::{Cpu, ThreadCommunicator};
 pub use self::alone::{Alone, Measurement, launch_alone};
 pub use self::distributed::{follow, launch_leader};
 pub use self::options::{Collectives, Device, Dtype, KvCacheDtype, LaunchOptions, LoadFormat};
+pub use self::started::{Phase, RankMemory, Started};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::engine::{Engine, EngineHandle, EngineOptions, StepLimits, StepModel};
@@ -39,6 +41,13 @@ use crate::runner::{RankGroup, RankParts};
 
 /// Caches in host memory, where nothing else is said.
 const CPU_CACHE_BYTES: usize = 256 << 20;
+/// Phases of a start.
+const DEVICES: &str = "devices";
+#[cfg(feature = "cuda")]
+const PLAN: &str = "memory plan";
+const WEIGHTS: &str = "weights and caches";
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+const FIRST_STEPS: &str = "kernels and first steps";
 /// What a rank does before all else.
 const OPENING: &str = "opening its device";
 
@@ -48,14 +57,28 @@ const OPENING: &str = "opening its device";
 /// A device that this build or this machine does not have, options that do not fit the model (with the arithmetic and what
 /// would fit), a damaged checkpoint, or a rank that does not get on for [`LaunchOptions::start_timeout`].
 pub fn launch(checkpoint: &Arc<Checkpoint>, options: &LaunchOptions) -> Result<EngineHandle, LaunchError> {
+    launch_and_tell(checkpoint, options).map(|(engine, _)| engine)
+}
+
+/// [`launch`], and what it took.
+///
+/// # Errors
+/// As there.
+pub fn launch_and_tell(
+    checkpoint: &Arc<Checkpoint>,
+    options: &LaunchOptions,
+) -> Result<(EngineHandle, Started), LaunchError> {
     limits::check(checkpoint.config(), options)?;
     let headway = Headway::of(checkpoint);
     let load = {
         let (checkpoint, options, headway) = (Arc::clone(checkpoint), options.clone(), Arc::clone(&headway));
         move || load(&checkpoint, &options, &headway)
     };
+    headway.enter(DEVICES);
     let model = start::watched(&headway, options.start_timeout, load)?;
-    Ok(start_engine(model, checkpoint, options))
+    let started = headway.started();
+    started.say();
+    Ok((start_engine(model, checkpoint, options), started))
 }
 
 fn load(
@@ -166,6 +189,7 @@ fn on_cpu(
 ) -> Result<Box<dyn StepModel>, LaunchError> {
     let limits = cpu_limits(checkpoint.config(), options)?;
     say_what_is_loaded(checkpoint.config(), options, &limits);
+    headway.enter(WEIGHTS);
     let cpu = Cpu::<f32>::new();
     let ranks: Vec<_> = ThreadCommunicator::group(cpu, options.tp)
         .into_iter()

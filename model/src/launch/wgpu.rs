@@ -10,7 +10,7 @@ use dsa80_reference::{Communicator, DType};
 use super::limits::{self, CacheMemory};
 use super::options::{Dtype, LaunchOptions};
 use super::warm_up::{Turns, first_step, warm_up};
-use super::{Hardware, reason, say_what_is_loaded, start};
+use super::{FIRST_STEPS, Hardware, WEIGHTS, reason, say_what_is_loaded, start};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::engine::{StepLimits, StepModel};
@@ -49,7 +49,9 @@ pub(super) fn load(
     }
     let limits = settle(&context, config, options)?;
     say_what_is_loaded(config, options, &limits);
+    headway.enter(WEIGHTS);
     let mut group = RankGroup::load(parts(&context, options.tp), &start::told(checkpoint, headway), limits)?;
+    headway.enter(FIRST_STEPS);
     let started = Instant::now();
     let mut begin = || headway.begin_together("a first step");
     let warmed = if context.is_hardware() {

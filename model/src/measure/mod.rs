@@ -7,6 +7,7 @@ mod ranks;
 mod seen;
 mod sums;
 mod traffic;
+mod waits;
 mod work;
 
 use std::sync::Arc;
@@ -21,6 +22,7 @@ pub use self::ranks::Measured;
 pub use self::seen::Seen;
 pub use self::sums::Check;
 pub use self::traffic::{ReadBytes, cache_bytes_per_token, flops, gathered};
+pub use self::waits::{Clock, HostClock, Waits, Watch, watched};
 use crate::engine::{SampleTarget, Step, StepLimits};
 use crate::error::LaunchError;
 
@@ -63,6 +65,8 @@ pub struct StepTimes {
     /// Of several ranks: the same without their collectives, each alone with tokens of its own part of the vocabulary. By the device's clock
     /// where it has one, else by the host's.
     pub alone_us: Vec<f64>,
+    /// Of several ranks whose collectives are watched: what they wait for each other.
+    pub waits: Option<Waits>,
     /// The kernels of it, on the first rank; without collectives where those are a library's.
     pub kernels: Vec<KernelTimes>,
 }

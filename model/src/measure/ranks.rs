@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use dsa80_reference::{Batch, Error, Kernels, RecordedKernel};
 
-use super::{KernelTimes, MeasuredRanks, Seen, StepTimes, microseconds};
+use super::{KernelTimes, MeasuredRanks, Seen, StepTimes, Waits, Watch, microseconds};
 use crate::checkpoint::Shard;
 use crate::engine::{Step, StepLimits};
 use crate::error::LaunchError;
@@ -26,6 +26,8 @@ pub struct Measured<K: Kernels> {
     pub silent: Arc<AtomicBool>,
     /// Whether collectives are kernels of ours, which can be recorded one by one.
     pub own_collectives: bool,
+    /// What tells how long each of them is in its collectives; none where nothing does.
+    pub watches: Vec<Arc<dyn Watch>>,
 }
 
 /// Kernels are shorter than steps, and there are many.
@@ -83,12 +85,29 @@ impl<K: Kernels> MeasuredRanks for Measured<K> {
             if times.kernels.is_empty() {
                 times.kernels = alone.kernels;
             }
+            times.waits = self.waits(step, runs)?;
         }
         Ok(times)
     }
 }
 
 impl<K: Kernels> Measured<K> {
+    /// What ranks wait for each other in a step.
+    fn waits(&mut self, step: &Step, runs: usize) -> Result<Option<Waits>, LaunchError> {
+        if self.watches.is_empty() {
+            return Ok(None);
+        }
+        let watches = self.watches.clone();
+        let of_ranks = self.together(|index, rank| {
+            let watch = &*watches[index];
+            watch.begin();
+            let took = watched_runs(rank, watch, step, runs);
+            watch.end();
+            took
+        })?;
+        Ok(Waits::of(&of_ranks))
+    }
+
     /// What `body` gives on every rank, which all run it at the same time. The error is that of the rank that failed by itself.
     fn together<R: Send>(
         &mut self,
@@ -143,6 +162,29 @@ fn on_device<K: Kernels>(
         times.kernels.push(KernelTimes { name, shape, launches, us });
     }
     Ok(times)
+}
+
+/// How long a rank was in every collective of a step, run by run.
+fn watched_runs<K: Kernels>(
+    rank: &mut Rank<K>,
+    watch: &dyn Watch,
+    step: &Step,
+    runs: usize,
+) -> Result<Vec<Vec<f64>>, LaunchError> {
+    let recorded = rank.record_step(step, false)?;
+    let mut took = Vec::new();
+    for _ in 0..runs {
+        match &recorded {
+            // The second begins when all ranks have ended the first: hosts, which begin when they like, are out of it.
+            Some(RecordedStep { whole, .. }) => drop(rank.kernels().time_replays(whole, 2)?),
+            None => {
+                watch.begin();
+                rank.step(step)?;
+            }
+        }
+        took.push(watch.took()?);
+    }
+    Ok(took)
 }
 
 /// From the step to its tokens, as the engine makes it.

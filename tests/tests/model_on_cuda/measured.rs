@@ -68,7 +68,9 @@ fn steps_of_two_ranks_of_eight_are_timed_with_and_without_their_collectives() {
     };
     let ranks = parts.into_iter().map(load).collect();
     let silent = Arc::clone(&silent);
-    let mut measured = Measured { ranks, first, limits, act_bytes: 2, silent, own_collectives: true };
+    let watches = Vec::new();
+    let mut measured =
+        Measured { ranks, first, limits, act_bytes: 2, silent, own_collectives: true, watches };
     let tokens: Vec<u32> = (0..6).map(|i| (limits.vocab_size / 4 + i) as u32).collect();
     for new in [1, 6] {
         let slice = SequenceSlice { token_ids: &tokens[6 - new..], computed_len: 6 - new, pages: &[0] };

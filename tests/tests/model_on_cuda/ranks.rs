@@ -139,6 +139,14 @@ fn ranks_with_a_device_each_in_emulation_are_as_far_from_hf_as_hf_in_bf16() {
     }
 }
 
+/// More than two that push into each other's memory.
+#[test]
+fn four_and_eight_ranks_with_a_device_each_in_emulation_are_as_far_from_hf_as_hf_in_bf16() {
+    for (ranks, ways) in [(4, &BOTH[..]), (8, &BOTH[1..])] {
+        compare(&fixture(), ranks, ways, Placement::Apart, |_| devices::emulator());
+    }
+}
+
 /// What ranks gather before its norms is what one rank multiplies, to the bit: of one token, of a few, and of as many as a tile of its own
 /// serves.
 fn compare_latents(ways: &[usize], lengths: &[usize], device: impl Fn(usize) -> Option<TestDevice>) {

@@ -6,7 +6,9 @@ mod load;
 mod project;
 mod serve;
 mod spread;
+mod start;
 mod step;
+mod summary;
 pub(super) mod table;
 
 use std::io::Write;
@@ -31,10 +33,14 @@ enum Bench {
     Step(Box<step::StepArgs>),
     /// Sums over ranks, by size.
     Collectives(collectives::CollectivesArgs),
+    /// The start of a server, by phase, and the memory that every GPU has afterwards beside what was planned.
+    Start(Box<start::StartArgs>),
     /// Loading a checkpoint for one rank, beside a plain read of the same files.
     Load(Box<load::LoadArgs>),
     /// A server's latencies and throughput under load: any that speaks OpenAI's API.
     Serve(Box<serve::ServeArgs>),
+    /// Tables in Markdown of what the others have written.
+    Summary(summary::SummaryArgs),
     /// A projection: what measured steps and collectives come to on eight GPUs of a kind.
     Project(project::ProjectArgs),
 }
@@ -55,8 +61,10 @@ pub(super) fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
     match args.what {
         Bench::Step(args) => step::run(*args),
         Bench::Collectives(args) => collectives::run(args),
+        Bench::Start(args) => start::run(&args),
         Bench::Load(args) => load::run(*args),
         Bench::Serve(args) => serve::run(&args),
+        Bench::Summary(args) => summary::run(&args),
         Bench::Project(args) => project::run(&args),
     }?;
     Ok(ExitCode::SUCCESS)

@@ -17,7 +17,8 @@ use serde::{Deserialize, Serialize};
 
 use self::client::Endpoint;
 use self::drive::{Pace, drive};
-use self::report::{Conditions, ServeReport};
+use self::report::Conditions;
+pub(super) use self::report::{Latency, ServeReport};
 use self::workload::{Lengths, PromptKind, TokensOfWords, Workload};
 use super::environment::Environment;
 use super::{ReportArgs, print};

@@ -1,6 +1,7 @@
 //! `dsa80 bench step`
 
 mod cases;
+mod published;
 mod report;
 
 use std::path::PathBuf;
@@ -14,11 +15,14 @@ use dsa80_model::dummy::{DummyWeights, GLM_5_2};
 use dsa80_model::launch::{
     Alone, Collectives, Device, Dtype, KvCacheDtype, LaunchOptions, Measurement, launch_alone,
 };
-use dsa80_model::measure::{ReadBytes, StepTimes, cache_bytes_per_token, flops, gathered};
+use dsa80_model::measure::{ReadBytes, StepTimes, Waits, cache_bytes_per_token, flops, gathered};
 use dsa80_model::plan::Plan;
 
 use self::cases::{Case, Kind, SEGMENT};
-pub(super) use self::report::{CaseReport, CollectivesOfStep, KernelReport, StepReport, StepSettings};
+use self::published::{Published, is_published};
+pub(super) use self::report::{
+    CaseReport, CollectivesOfStep, KernelReport, Shares, StepReport, StepSettings, WaitsOfStep,
+};
 use super::environment::Environment;
 use super::spread::Spread;
 use super::{ReportArgs, print};
@@ -175,7 +179,7 @@ pub(super) fn run(args: StepArgs) -> anyhow::Result<()> {
         let read = ReadBytes::of(config, &plan, &limits, ranks.act_bytes(), &step.batch, &seen, sampled > 0);
         let times = ranks.time(&step, args.runs.into(), !args.no_kernels)?;
         let experts = Spread::of(&seen.experts.values().map(|&n| n as f64).collect::<Vec<_>>(), 1.0);
-        let result = case_report(
+        let mut result = case_report(
             &case,
             &report.environment,
             times,
@@ -187,6 +191,11 @@ pub(super) fn run(args: StepArgs) -> anyhow::Result<()> {
                 ..CaseReport::default()
             },
         );
+        if case.kind == Kind::Decode && args.live == args.tp && is_published(config) {
+            let gpu = report.environment.gpu.as_ref();
+            result.published =
+                gpu.and_then(|gpu| Published::beside(result.tokens_per_s, case.sequences, args.live, gpu));
+        }
         print(&result.text(&report.environment))?;
         report.cases.push(result);
         // What is measured stays, whatever becomes of the rest.
@@ -270,7 +279,8 @@ fn notes(live: usize) -> Vec<String> {
     } else {
         "live ranks with random weights, of which the slowest counts: they sum and gather in the shapes of the whole group, and what ranks that \
          are not there would add, to the sums and to what is moved, is left out; alone: the same step without collectives, each rank with \
-         tokens of its own part of the vocabulary; what collectives add is the difference, in which waiting for the slower rank is contained"
+         tokens of its own part of the vocabulary; what collectives add is the difference, in which waiting for the slower rank is contained; lost to skew: how long a \
+         rank is in every collective of a replayed step beyond the one that came to it last, all together, the mean over ranks"
     };
     [
         ranks,
@@ -294,7 +304,7 @@ fn case_report(
     rest: CaseReport,
 ) -> CaseReport {
     const MILLI: f64 = 1e-3;
-    let StepTimes { step_us, host_us, device_us, alone_us, kernels } = times;
+    let StepTimes { step_us, host_us, device_us, alone_us, waits, kernels } = times;
     let (step_ms, device_ms) = (Spread::of(&step_us, MILLI), Spread::of(&device_us, MILLI));
     let ms = device_ms.or(step_ms).map_or(f64::NAN, |spread| spread.median);
     let device_us = device_ms.map(|spread| spread.median / MILLI);
@@ -321,6 +331,19 @@ fn case_report(
             sums.map(|kernel| kernel.us).sum::<f64>() * MILLI
         }),
     });
+    let waits = waits.and_then(|waits: Waits| {
+        Some(WaitsOfStep {
+            lost_ms: Spread::of(&waits.lost_us, MILLI)?,
+            collectives_ms: Spread::of(&waits.collectives_us, MILLI)?,
+            of_ranks_ms: waits.of_ranks_us.iter().map(|us| us * MILLI).collect(),
+        })
+    });
+    let shares = step_ms.and_then(|step| {
+        let device_ms = device_ms?.median;
+        let alone_ms = collectives.map_or(device_ms, |of| of.alone_ms.median);
+        let lost_ms = waits.as_ref().map(|waits| waits.lost_ms.median);
+        Some(Shares::of(step.median, device_ms, alone_ms, lost_ms))
+    });
     let gpu = environment.gpu.as_ref();
     let of_ceiling = |value: f64, ceiling: Option<f64>| ceiling.map(|ceiling| value / ceiling);
     let (read_gb_s, tflop_s) = (rest.read.total() as f64 / ms / 1e6, rest.flops / ms / 1e9);
@@ -339,6 +362,8 @@ fn case_report(
         read_share: of_ceiling(read_gb_s, gpu.and_then(|gpu| gpu.read_gb_s)),
         mma_share: of_ceiling(tflop_s, gpu.and_then(|gpu| gpu.mma_tflop_s)),
         collectives,
+        waits,
+        shares,
         kernels_ms: device_us.map(|_| kernels.iter().map(|kernel| kernel.us).sum::<f64>() * MILLI),
         kernels,
         ..rest

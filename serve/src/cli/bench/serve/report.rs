@@ -15,16 +15,16 @@ use crate::cli::bench::table::Table;
 
 /// What was asked of whom.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(super) struct Conditions {
+pub(in crate::cli::bench) struct Conditions {
     pub(super) url: String,
     pub(super) api: Api,
     pub(super) model: String,
     /// Of a Poisson process.
     pub(super) request_rate: Option<f64>,
-    pub(super) concurrency: Option<usize>,
+    pub(in crate::cli::bench) concurrency: Option<usize>,
     pub(super) warmup: usize,
-    pub(super) input_len: Lengths,
-    pub(super) output_len: Lengths,
+    pub(in crate::cli::bench) input_len: Lengths,
+    pub(in crate::cli::bench) output_len: Lengths,
     pub(super) ignore_eos: bool,
     pub(super) prompts: PromptKind,
     /// As the server counted them, where prompts are words and it counts.
@@ -34,11 +34,11 @@ pub(super) struct Conditions {
 
 /// Milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub(super) struct Latency {
+pub(in crate::cli::bench) struct Latency {
     pub(super) mean: f64,
-    pub(super) p50: f64,
+    pub(in crate::cli::bench) p50: f64,
     pub(super) p90: f64,
-    pub(super) p99: f64,
+    pub(in crate::cli::bench) p99: f64,
     pub(super) max: f64,
 }
 
@@ -64,11 +64,11 @@ pub(super) struct OneRequest {
 
 /// A run of `bench serve`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(super) struct ServeReport {
-    pub(super) environment: Environment,
-    pub(super) conditions: Conditions,
-    pub(super) requests: usize,
-    pub(super) completed: usize,
+pub(in crate::cli::bench) struct ServeReport {
+    pub(in crate::cli::bench) environment: Environment,
+    pub(in crate::cli::bench) conditions: Conditions,
+    pub(in crate::cli::bench) requests: usize,
+    pub(in crate::cli::bench) completed: usize,
     pub(super) errors: BTreeMap<String, Failures>,
     /// From the first request to the end of the last.
     pub(super) seconds: f64,
@@ -78,14 +78,14 @@ pub(super) struct ServeReport {
     pub(super) input_tokens_per_s: f64,
     /// Of completed requests.
     pub(super) output_tokens: usize,
-    pub(super) output_tokens_per_s: f64,
+    pub(in crate::cli::bench) output_tokens_per_s: f64,
     /// Completed requests whose tokens the server did not count: pieces of text stand for them.
     pub(super) uncounted: usize,
     /// Completed requests with fewer tokens than were asked for.
     pub(super) shorter: usize,
-    pub(super) time_to_first_token: Option<Latency>,
+    pub(in crate::cli::bench) time_to_first_token: Option<Latency>,
     /// From text to text, of all requests together.
-    pub(super) inter_token_latency: Option<Latency>,
+    pub(in crate::cli::bench) inter_token_latency: Option<Latency>,
     /// Of a request from its first token to its end, by the number of the other tokens.
     pub(super) time_per_output_token: Option<Latency>,
     pub(super) end_to_end: Option<Latency>,

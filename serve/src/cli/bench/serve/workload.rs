@@ -12,7 +12,7 @@ use super::arrivals::Dice;
 
 /// A length in tokens, or any between two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Lengths {
+pub(in crate::cli::bench) struct Lengths {
     pub(super) least: usize,
     pub(super) most: usize,
 }

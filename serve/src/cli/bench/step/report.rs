@@ -10,6 +10,8 @@ use crate::cli::bench::spread::{Spread, digits};
 use crate::cli::bench::table::Table;
 use crate::cli::size;
 
+use super::published::Published;
+
 /// A run of `bench step`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(in crate::cli::bench) struct StepReport {
@@ -66,6 +68,56 @@ pub(in crate::cli::bench) struct CollectivesOfStep {
     pub(in crate::cli::bench) kernels_ms: Option<f64>,
 }
 
+/// What ranks wait for each other in a step, in milliseconds.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(in crate::cli::bench) struct WaitsOfStep {
+    /// Lost to skew: the mean over ranks of what they wait in all collectives for the one that comes last.
+    pub(in crate::cli::bench) lost_ms: Spread,
+    /// The collectives, each as long as on that one.
+    pub(in crate::cli::bench) collectives_ms: Spread,
+    /// What every rank waits. The slowest waits least.
+    pub(in crate::cli::bench) of_ranks_ms: Vec<f64>,
+}
+
+/// Where a step's time goes, from the step to its tokens: together 1.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub(in crate::cli::bench) struct Shares {
+    /// The slowest rank's own kernels.
+    pub(in crate::cli::bench) kernels: f64,
+    /// What collectives add to them.
+    pub(in crate::cli::bench) collectives: f64,
+    /// What is lost to skew, which is part of that.
+    pub(in crate::cli::bench) skew: Option<f64>,
+    /// What is not the device's.
+    pub(in crate::cli::bench) host: f64,
+}
+
+impl Shares {
+    /// Of a step of `step_ms`, of which the device has `device_ms`, `alone_ms` of that without collectives.
+    pub(super) fn of(step_ms: f64, device_ms: f64, alone_ms: f64, lost_ms: Option<f64>) -> Self {
+        // Measured one after the other: a replay may have taken longer than the step.
+        let whole_ms = step_ms.max(device_ms);
+        Self {
+            kernels: alone_ms / whole_ms,
+            collectives: (device_ms - alone_ms) / whole_ms,
+            skew: lost_ms.map(|ms| ms / whole_ms),
+            host: (whole_ms - device_ms) / whole_ms,
+        }
+    }
+
+    fn words(&self) -> String {
+        let percent = |share: f64| format!("{:.1} %", 100.0 * share);
+        let skew = self.skew.map_or_else(String::new, |skew| format!(" ({} lost to skew)", percent(skew)));
+        let Self { kernels, collectives, host, .. } = self;
+        format!(
+            "kernels {}, collectives {}{skew}, host {}",
+            percent(*kernels),
+            percent(*collectives),
+            percent(*host)
+        )
+    }
+}
+
 /// One step.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(in crate::cli::bench) struct CaseReport {
@@ -99,6 +151,15 @@ pub(in crate::cli::bench) struct CaseReport {
     /// Of live ranks.
     #[serde(default)]
     pub(in crate::cli::bench) collectives: Option<CollectivesOfStep>,
+    /// Of live ranks whose collectives are watched.
+    #[serde(default)]
+    pub(in crate::cli::bench) waits: Option<WaitsOfStep>,
+    /// Of a step that a device's clock has timed.
+    #[serde(default)]
+    pub(in crate::cli::bench) shares: Option<Shares>,
+    /// Of the whole model on a card for every rank.
+    #[serde(default)]
+    pub(in crate::cli::bench) published: Option<Published>,
     /// The sum of the kernels' times.
     pub(in crate::cli::bench) kernels_ms: Option<f64>,
     pub(in crate::cli::bench) kernels: Vec<KernelReport>,
@@ -183,6 +244,24 @@ impl CaseReport {
                 ),
             );
         }
+        if let Some(WaitsOfStep { lost_ms, collectives_ms, of_ranks_ms }) = &self.waits {
+            let of_ranks: Vec<String> = of_ranks_ms.iter().map(|&ms| digits(ms)).collect();
+            line(
+                "skew",
+                format!(
+                    "{} ms lost to ranks that wait for a slower one (rank by rank {}), of {} ms of collectives and waits",
+                    digits(lost_ms.median),
+                    of_ranks.join(", "),
+                    digits(lost_ms.median + collectives_ms.median)
+                ),
+            );
+        }
+        if let Some(shares) = &self.shares {
+            line("shares", shares.words());
+        }
+        if let Some(published) = &self.published {
+            line("beside", published.words());
+        }
         line("read", self.read_words(environment));
         if let Some(share) = self.mma_share {
             line(
@@ -248,6 +327,16 @@ fn beginning(shape: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_shares_of_a_step_are_all_of_it() {
+        let shares = Shares::of(10.0, 9.0, 7.0, Some(0.5));
+        assert_eq!(shares, Shares { kernels: 0.7, collectives: 0.2, skew: Some(0.05), host: 0.1 });
+        assert_eq!(shares.words(), "kernels 70.0 %, collectives 20.0 % (5.0 % lost to skew), host 10.0 %");
+        let one = Shares::of(8.0, 10.0, 10.0, None);
+        assert_eq!((one.kernels, one.collectives, one.host), (1.0, 0.0, 0.0));
+        assert!(!one.words().contains("skew"));
+    }
 
     #[test]
     fn the_kernels_are_shown_longest_first_with_their_sum() {
