@@ -23,8 +23,9 @@ PARTS=${PARTS:-fixtures collectives start step serve fault summary}
 # config.json of the model, whose weights are random, and the tokenizer beside which it is served.
 CONFIG=${CONFIG:-model/src/glm_5_2.json}
 TOKENIZER=${TOKENIZER:-fixtures/default}
-# Layers; without it, as many as a rank's memory holds.
+# Layers; without it, as many as a rank's memory holds beside caches of so many tokens.
 LAYERS=${LAYERS:-}
+TOKENS=${TOKENS:-65536}
 # Of `bench step`: where not all layers fit, the whole model in so many ranks, of which as many as there are GPUs step.
 SHARDS=${SHARDS:-8}
 BATCH=${BATCH:-1,4,8,16,32,64}
@@ -77,13 +78,13 @@ with_layers() { sed "s/\"num_hidden_layers\": *[0-9]*/\"num_hidden_layers\": $1/
 if [ -z "$LAYERS" ]; then
   LAYERS=$all
   if [ "$DEVICE" = cuda ]; then
-    # What is left beside workspace and kernels, in GiB, must hold 64K tokens.
+    # What workspace and kernels leave, in GiB.
     memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | sort -n | head -1) || exit 1
     memory=$((memory * 9 / 10 / 1024 - 4))
     for ((; LAYERS > 4; LAYERS -= 2)); do
       with_layers "$LAYERS"
-      context=$("$DSA80" inspect "$OUT/model" --tp "$RANKS" --memory "$memory" --json | grep -o '"longest_context": *[0-9]*' | grep -o '[0-9]*$')
-      [ "${context:-0}" -ge 65536 ] && break
+      held=$("$DSA80" inspect "$OUT/model" --tp "$RANKS" --memory "$memory" --json | grep -o '"cache_tokens": *[0-9]*' | grep -o '[0-9]*$')
+      [ "${held:-0}" -ge "$TOKENS" ] && break
     done
   fi
 fi
