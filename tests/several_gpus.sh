@@ -72,8 +72,15 @@ fi
 
 # The model: a config and a tokenizer. Its first layers are the dense ones, so that fewer layers are still the model's beginning.
 mkdir -p "$OUT/model"
-cp "$TOKENIZER"/tokenizer.json "$TOKENIZER"/tokenizer_config.json "$OUT/model/" || exit 1
-all=$(grep -o '"num_hidden_layers": *[0-9]*' "$CONFIG" | grep -o '[0-9]*$')
+cp "$TOKENIZER/tokenizer_config.json" "$OUT/model/" || exit 1
+# A text for every token: those that the tokenizer has not are called w1000 and so on, since a stream is timed by the texts that come.
+number() { grep -oE "$1" "$2" | grep -oE '[0-9]+$' | sort -n | tail -1; }
+known=$(number '": *[0-9]+' "$TOKENIZER/tokenizer.json")
+seq $((known + 1)) $(($(number '"vocab_size": *[0-9]+' "$CONFIG") - 1)) | sed 's/.*/"w&":&,/' | tr -d '\n' >"$OUT/model/names"
+awk 'NR == FNR { names = $0; next } { sub(/"vocab": *[{]/, "&" names); print }' \
+  <(cat "$OUT/model/names" && echo) "$TOKENIZER/tokenizer.json" >"$OUT/model/tokenizer.json"
+rm "$OUT/model/names"
+all=$(number '"num_hidden_layers": *[0-9]+' "$CONFIG")
 with_layers() { sed "s/\"num_hidden_layers\": *[0-9]*/\"num_hidden_layers\": $1/" "$CONFIG" >"$OUT/model/config.json"; }
 if [ -z "$LAYERS" ]; then
   LAYERS=$all

@@ -62,7 +62,13 @@ impl Drop for Folder {
 #[test]
 fn every_part_is_done_and_leaves_its_results() {
     let folder = Folder::new("all");
-    let (status, said) = folder.run("2", &[]);
+    // More tokens than the tokenizer has.
+    let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/default/config.json");
+    let config = std::fs::read_to_string(config).unwrap();
+    let larger = config.replace("\"vocab_size\": 768", "\"vocab_size\": 4096");
+    assert_ne!(larger, config);
+    std::fs::write(folder.0.join("config.json"), larger).unwrap();
+    let (status, said) = folder.run("2", &[("CONFIG", folder.0.join("config.json").to_str().unwrap())]);
     assert_eq!(status, Some(0), "{said}");
     let summary = folder.read("summary.md");
     for words in [
@@ -76,6 +82,10 @@ fn every_part_is_done_and_leaves_its_results() {
     ] {
         assert!(summary.contains(words), "{words:?} is not in\n{summary}");
     }
+    // Every token of a random model has a text.
+    let served: serde_json::Value = serde_json::from_str(&folder.read("serve_1.json")).unwrap();
+    assert_eq!((&served["output_tokens"], &served["uncounted"]), (&800.into(), &0.into()));
+    assert!(served["inter_token_latency"]["p50"].as_f64() > Some(0.0), "{}", served["inter_token_latency"]);
     let fault: serde_json::Value = serde_json::from_str(&folder.read("fault.json")).unwrap();
     assert_eq!(fault["fault"], "rank 1 of 2 killed under load");
     assert!(fault["all_ended_after_ms"].as_f64() < Some(20e3), "{fault}");

@@ -294,13 +294,13 @@ mod gpus {
         ) -> Result<Alone, LaunchError> {
             let Request { checkpoint, weights, options, measurement } = self;
             let (mut gpu, mut limits) = (None, limits::widest(checkpoint.config(), options));
-            for part in &parts {
-                let device = part.kernels.device();
-                if gpu.is_none() {
-                    // Before the memory is full.
-                    gpu = Some(GpuFacts::of(device, measurement.ceilings)?);
-                }
-                let own = crate::launch::cuda::settle(device, checkpoint, options)?.limits;
+            let gpus: Vec<Arc<Gpu>> = parts.iter().map(|part| Arc::clone(part.kernels.device())).collect();
+            if let Some(first) = gpus.first() {
+                // Before the memory is full.
+                gpu = Some(GpuFacts::of(first, measurement.ceilings)?);
+            }
+            for settled in crate::launch::cuda::settle_all(&gpus, checkpoint, options)? {
+                let own = settled.limits;
                 limits.num_pages = limits.num_pages.min(own.num_pages);
                 limits.max_model_len = limits.max_model_len.min(own.max_model_len);
             }

@@ -77,14 +77,13 @@ pub(super) fn load(
                 say_what_is_used(rank.backend.device(), config, options);
             }
             let mut limits = widest;
-            let mut gpus = Vec::new();
-            for rank in &ranks {
-                let gpu = rank.backend.device();
-                let settled = settle(gpu, checkpoint, options)?;
-                limits.num_pages = limits.num_pages.min(settled.limits.num_pages);
-                limits.max_model_len = limits.max_model_len.min(settled.limits.max_model_len);
-                gpus.push((Arc::clone(gpu), settled));
+            let gpus: Vec<Arc<Gpu>> = ranks.iter().map(|rank| Arc::clone(rank.backend.device())).collect();
+            let settled = settle_all(&gpus, checkpoint, options)?;
+            for Settled { limits: own, .. } in &settled {
+                limits.num_pages = limits.num_pages.min(own.num_pages);
+                limits.max_model_len = limits.max_model_len.min(own.max_model_len);
             }
+            let gpus: Vec<_> = gpus.into_iter().zip(settled).collect();
             headway.enter(WEIGHTS);
             if let Some(breaker) = ranks.first().and_then(|first| first.communicator.breaker()) {
                 headway.break_with(breaker);
@@ -254,6 +253,16 @@ pub(super) fn settle(
     options: &LaunchOptions,
 ) -> Result<Settled, LaunchError> {
     memory::settle(memory_of(gpu)?, gpu.limits().clone(), checkpoint, options)
+}
+
+/// [`settle`] of every GPU.
+pub(super) fn settle_all(
+    gpus: &[Arc<Gpu>],
+    checkpoint: &Arc<Checkpoint>,
+    options: &LaunchOptions,
+) -> Result<Vec<Settled>, LaunchError> {
+    let gpus = gpus.iter().map(|gpu| Ok((memory_of(gpu)?, gpu.limits().clone())));
+    memory::settle_all(&gpus.collect::<Result<Vec<_>, LaunchError>>()?, checkpoint, options)
 }
 
 fn memory_of(gpu: &Gpu) -> Result<GpuMemory, LaunchError> {

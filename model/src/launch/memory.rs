@@ -182,7 +182,32 @@ pub(super) fn settle(
     checkpoint: &Arc<Checkpoint>,
     options: &LaunchOptions,
 ) -> Result<Settled, LaunchError> {
-    let needs = Needs::rehearse(device, checkpoint, options)?;
+    settle_needs(Needs::rehearse(device, checkpoint, options)?, memory, checkpoint, options)
+}
+
+/// The same of several GPUs: what those that are alike need is worked out once.
+pub(super) fn settle_all(
+    gpus: &[(GpuMemory, Limits)],
+    checkpoint: &Arc<Checkpoint>,
+    options: &LaunchOptions,
+) -> Result<Vec<Settled>, LaunchError> {
+    let mut rehearsed = Vec::<(&Limits, Needs)>::new();
+    let mut all = Vec::new();
+    for (memory, device) in gpus {
+        let known = rehearsed.iter().find(|(like, _)| *like == device).map(|(_, needs)| *needs);
+        let needs = known.map_or_else(|| Needs::rehearse(device.clone(), checkpoint, options), Ok)?;
+        rehearsed.push((device, needs));
+        all.push(settle_needs(needs, *memory, checkpoint, options)?);
+    }
+    Ok(all)
+}
+
+fn settle_needs(
+    needs: Needs,
+    memory: GpuMemory,
+    checkpoint: &Arc<Checkpoint>,
+    options: &LaunchOptions,
+) -> Result<Settled, LaunchError> {
     let left = needs.left(memory, checkpoint, options)?;
     // What is asked for, and what the limits are taken from, is over all ranks, which are alike.
     let all_ranks = left.saturating_mul(options.tp as u64);
@@ -370,6 +395,12 @@ mod tests {
         ] {
             assert!(long.contains(words), "{long}");
         }
+        // GPUs that are alike, of which the second has less free, and another kind.
+        let less = GpuMemory { total, free: total - 2 * page };
+        let other = Limits { name: "another".into(), ..a100() };
+        let gpus = [(tight, a100()), (less, a100()), (tight, other)];
+        let pages = settle_all(&gpus, &checkpoint, &all).unwrap();
+        assert_eq!(pages.iter().map(|settled| settled.limits.num_pages).collect::<Vec<_>>(), [10, 8, 10]);
         // All is taken that was planned, and a GiB is left.
         let settled = settle(tight, a100(), &checkpoint, &all).unwrap();
         let took = settled.memory(1, 10, GpuMemory { total, free: GIB + page / 2 });

@@ -140,6 +140,7 @@ mod tests {
               rank   weights  workspace   graphs    caches  reserve    planned      taken    over
                  0  50.0 GiB    2.0 GiB  1.0 GiB  46.0 GiB  1.0 GiB  100.0 GiB   99.0 GiB  -1.0 %
                  1  50.0 GiB    2.0 GiB  1.0 GiB  46.0 GiB  1.0 GiB  100.0 GiB  101.0 GiB  +1.0 %
-        "#]].assert_eq(rest);
+        "#]]
+        .assert_eq(rest);
     }
 }
