@@ -395,12 +395,14 @@ mod tests {
         ] {
             assert!(long.contains(words), "{long}");
         }
-        // GPUs that are alike, of which the second has less free, and another kind.
+        // GPUs that are alike, of which the second has less free, and another kind, whose tiles need more: in the memory of the first it is refused.
         let less = GpuMemory { total, free: total - 2 * page };
         let other = Limits { name: "another".into(), ..a100() };
-        let gpus = [(tight, a100()), (less, a100()), (tight, other)];
-        let pages = settle_all(&gpus, &checkpoint, &all).unwrap();
-        assert_eq!(pages.iter().map(|settled| settled.limits.num_pages).collect::<Vec<_>>(), [10, 8, 10]);
+        let alike = [(tight, a100()), (less, a100())];
+        let pages = settle_all(&alike, &checkpoint, &all).unwrap();
+        assert_eq!(pages.iter().map(|settled| settled.limits.num_pages).collect::<Vec<_>>(), [10, 8]);
+        let unlike = [(tight, a100()), (tight, other)];
+        assert!(settle_all(&unlike, &checkpoint, &all).is_err());
         // All is taken that was planned, and a GiB is left.
         let settled = settle(tight, a100(), &checkpoint, &all).unwrap();
         let took = settled.memory(1, 10, GpuMemory { total, free: GIB + page / 2 });
