@@ -82,6 +82,7 @@ fn every_part_is_done_and_leaves_its_results() {
     ] {
         assert!(summary.contains(words), "{words:?} is not in\n{summary}");
     }
+    assert!(folder.read("step.json").contains("\"model\": \"model\""), "a folder's name alone");
     // Every token of a random model has a text.
     let served: serde_json::Value = serde_json::from_str(&folder.read("serve_1.json")).unwrap();
     assert_eq!((&served["output_tokens"], &served["uncounted"]), (&800.into(), &0.into()));

@@ -93,6 +93,11 @@ fn without_folders(arguments: Vec<String>) -> Vec<String> {
     arguments.into_iter().map(shown).collect()
 }
 
+/// A model's folder, by its name.
+pub(super) fn folder(dir: &Path) -> String {
+    dir.file_name().map_or_else(|| dir.display().to_string(), |name| name.display().to_string())
+}
+
 /// What stands after `name` and a colon in one of the kernel's tables.
 pub(super) fn field(path: &str, name: &str) -> Option<String> {
     let text = std::fs::read_to_string(path).ok()?;

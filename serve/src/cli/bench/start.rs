@@ -8,7 +8,7 @@ use dsa80_model::launch::{RankMemory, Started, launch_and_tell};
 use dsa80_model::measure::GpuFacts;
 use serde::{Deserialize, Serialize};
 
-use super::environment::Environment;
+use super::environment::{Environment, folder};
 use super::table::Table;
 use super::{ReportArgs, print};
 use crate::cli::args::ModelArgs;
@@ -41,7 +41,8 @@ pub(super) struct StartReport {
 pub(super) fn run(args: &StartArgs) -> anyhow::Result<()> {
     let checkpoint = load::open_for(&args.model)?;
     let options = args.model.launch_options();
-    let (name, layers) = (checkpoint.name().to_owned(), checkpoint.config().num_hidden_layers);
+    let name = args.model.model.as_deref().map_or_else(|| checkpoint.name().to_owned(), folder);
+    let layers = checkpoint.config().num_hidden_layers;
     let began = Instant::now();
     let (engine, started) = launch_and_tell(&Arc::new(checkpoint), &options)?;
     let seconds = began.elapsed().as_secs_f64();

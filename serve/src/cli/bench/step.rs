@@ -23,7 +23,7 @@ use self::published::{Published, is_published};
 pub(super) use self::report::{
     CaseReport, CollectivesOfStep, KernelReport, Shares, StepReport, StepSettings, WaitsOfStep,
 };
-use super::environment::Environment;
+use super::environment::{Environment, folder};
 use super::spread::Spread;
 use super::{ReportArgs, print};
 use crate::cli::size;
@@ -121,7 +121,7 @@ pub(super) fn run(args: StepArgs) -> anyhow::Result<()> {
     let environment = Environment::of(gpu, args.report.git.as_deref());
     let mut report = StepReport {
         settings: StepSettings {
-            model: args.model.as_ref().map_or_else(|| "GLM-5.2".to_owned(), |dir| dir.display().to_string()),
+            model: args.model.as_deref().map_or_else(|| "GLM-5.2".to_owned(), folder),
             tp: args.tp,
             rank: args.rank,
             live: args.live,
