@@ -46,8 +46,10 @@ all_reduce(void* data0, void* data1, void* data2, void* data3, void* data4, void
             if (start + stride < vectors) channel.end_exchange();
         }
     } else {
-        const int64_t shares = static_cast<int64_t>(gridDim.x) * RANKS, share = (vectors + shares - 1) / shares;
-        const int64_t start = blockIdx.x * share * RANKS;
+        const int64_t shares = static_cast<int64_t>(gridDim.x) * RANKS, of_all = (vectors + shares - 1) / shares;
+        const int64_t start = blockIdx.x * of_all * RANKS;
+        // Where the first rank's is shorter the others have none. Who has nothing to exchange counts no exchange.
+        const int64_t share = of_all < vectors - start ? of_all : vectors - start;
         // A part of the share of a rank, in this exchange.
         const auto place = [&](int of, int64_t done) { return start + of * share + done; };
         const auto size = [&](int of, int64_t done) {

@@ -127,8 +127,10 @@ all_reduce_norm(BY_RANK(const void*, x), BY_RANK(float*, residual), BY_RANK(cons
             if (first + stride < rows) channel.end_exchange();
         }
     } else {
-        const int shares = static_cast<int>(gridDim.x) * RANKS, share = (rows + shares - 1) / shares;
-        const int start = static_cast<int>(blockIdx.x) * share * RANKS;
+        const int shares = static_cast<int>(gridDim.x) * RANKS, of_all = (rows + shares - 1) / shares;
+        const int start = static_cast<int>(blockIdx.x) * of_all * RANKS;
+        // Where the first rank's is shorter the others have none. Who has nothing to exchange counts no exchange.
+        const int share = of_all < rows - start ? of_all : rows - start;
         // A part of the rows of a rank's share, in this exchange.
         const auto from = [&](int of, int done) { return start + of * share + done; };
         const auto size = [&](int of, int done) {
@@ -160,7 +162,7 @@ all_reduce_norm(BY_RANK(const void*, x), BY_RANK(float*, residual), BY_RANK(cons
                 // Under way while this one is normed.
                 rms::Row next = {};
                 Other next_other = {};
-                if (row + 1 < count) {
+                if (ROWS_OF_SLOT > 1 && row + 1 < count) {
                     rms::load_row(next, own.x, own.residual, static_cast<int64_t>(first + row + 1) * WIDTH);
                     if constexpr (AHEAD) next_other.peek(channel, row + 1);
                 }
