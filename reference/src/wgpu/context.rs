@@ -54,8 +54,8 @@ pub struct WgpuContext {
     written: AtomicUsize,
 }
 
-/// Bytes on their way to the device at most: until they are there the host has them too.
-const WRITTEN_AT_ONCE: usize = 64 << 20;
+/// Bytes on their way to the device at most, a multiple of a word: until they are there the host has them too.
+pub(super) const WRITTEN_AT_ONCE: usize = 64 << 20;
 
 /// How often the host has turned to the device since it was opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -218,14 +218,13 @@ impl WgpuContext {
         self.submissions.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Waits until what was written is there when it has become much.
-    pub(super) fn count_written(&self, bytes: usize) -> Result<()> {
-        if self.written.fetch_add(bytes, Ordering::Relaxed) + bytes < WRITTEN_AT_ONCE {
-            return Ok(());
+    /// Whether so much was written by now that it is to be waited for.
+    pub(super) fn count_written(&self, bytes: usize) -> bool {
+        let much = self.written.fetch_add(bytes, Ordering::Relaxed) + bytes >= WRITTEN_AT_ONCE;
+        if much {
+            self.written.store(0, Ordering::Relaxed);
         }
-        self.written.store(0, Ordering::Relaxed);
-        self.queue.submit([]);
-        self.wait()
+        much
     }
 
     /// Waits for all that was submitted.
@@ -241,15 +240,15 @@ impl WgpuContext {
         self.failure.get().map_or(Ok(()), |failure| Err(refuse(failure.clone())))
     }
 
-    /// Runs `work` and fails with the error that it raised, if it is one of `filter`.
-    pub(super) fn scoped<T>(
-        &self,
-        filter: wgpu::ErrorFilter,
-        work: impl FnOnce() -> T,
-    ) -> std::result::Result<T, String> {
-        let scope = self.device.push_error_scope(filter);
+    /// Runs `work` and fails with an error that it raised.
+    pub(super) fn scoped<T>(&self, work: impl FnOnce() -> T) -> std::result::Result<T, String> {
+        use wgpu::ErrorFilter::{Internal, OutOfMemory, Validation};
+        let scopes = [Internal, Validation, OutOfMemory].map(|filter| self.device.push_error_scope(filter));
         let made = work();
-        block_on(scope.pop()).map_or(Ok(made), |error| Err(told(&error)))
+        // Scopes end in the order in which they lie on each other.
+        let errors = scopes.into_iter().rev().filter_map(|scope| block_on(scope.pop()));
+        // All of them end, whatever the first says.
+        errors.collect::<Vec<_>>().first().map_or(Ok(made), |error| Err(told(error)))
     }
 
     /// Builds a pipeline, or finds it.
@@ -277,7 +276,7 @@ impl WgpuContext {
             label: Some(shader.name),
             source: wgpu::ShaderSource::Wgsl(source.into()),
         };
-        let module = self.scoped(wgpu::ErrorFilter::Validation, || {
+        let module = self.scoped(|| {
             // What was edited may do anything.
             if self.edits.is_empty() && is_robust(self.info.backend) {
                 self.trusted(descriptor)
@@ -317,7 +316,7 @@ impl WgpuContext {
             .collect();
         let constants: Vec<(&str, f64)> =
             key.constants.iter().map(|&(name, bits)| (name, f64::from_bits(bits))).collect();
-        self.scoped(wgpu::ErrorFilter::Validation, || {
+        self.scoped(|| {
             let layout = self.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
                 label: None,
                 entries: &entries,
@@ -348,8 +347,8 @@ fn is_robust(backend: wgpu::Backend) -> bool {
     matches!(backend, wgpu::Backend::Vulkan | wgpu::Backend::Dx12)
 }
 
-/// What `*_matrix.wgsl` have in a workgroup's memory, rounded up: `sparse_mla_matrix` takes the most, some 38 KiB for 8-bit rows.
-const MATRICES_SHARED: u32 = 40 << 10;
+/// What `*_matrix.wgsl` have in a workgroup's memory, rounded up: `sparse_mla_matrix` takes the most.
+const MATRICES_SHARED: u32 = 48 << 10;
 
 /// What `*_matrix.wgsl` need.
 const MATRICES: wgpu::Features =
@@ -375,10 +374,14 @@ fn experimental() -> wgpu::ExperimentalFeatures {
 /// Reports that the device was lost, unless it was let go.
 fn lost(failure: &OnceLock<String>, reason: wgpu::DeviceLostReason, message: &str) {
     if reason != wgpu::DeviceLostReason::Destroyed {
+        // What the device runs out of by itself, in a submission, it is lost by.
+        let next = if message.to_lowercase().contains("memory") {
+            "with a lower batch or cache size"
+        } else {
+            "and look for the driver's messages in the system's log"
+        };
         // The first is the cause.
-        let _ = failure.set(format!(
-            "the device was lost ({message}); restart the process, and look for the driver's messages in the system's log"
-        ));
+        let _ = failure.set(format!("the device was lost ({message}); restart the process, {next}"));
     }
 }
 

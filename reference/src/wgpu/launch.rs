@@ -184,7 +184,7 @@ impl Wgpu {
             .collect();
         let group = self
             .context
-            .scoped(wgpu::ErrorFilter::Validation, || {
+            .scoped(|| {
                 self.context.device.create_bind_group(&wgpu::BindGroupDescriptor {
                     label: Some(launch.kernel),
                     layout: &pipeline.layout,

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use half::{bf16, f16};
 
 use super::act::ActType;
-use super::context::{WgpuContext, lock, refuse};
+use super::context::{WRITTEN_AT_ONCE, WgpuContext, lock, refuse};
 use super::tensor::WgpuTensor;
 use super::{Wgpu, WgpuOptions};
 use crate::error::{Error, Result};
@@ -114,38 +114,28 @@ impl Wgpu {
     ) -> std::result::Result<wgpu::Buffer, String> {
         let usage = usage | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
         let descriptor = wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false };
-        self.context.scoped(wgpu::ErrorFilter::OutOfMemory, || {
-            self.context
-                .scoped(wgpu::ErrorFilter::Validation, || self.context.device.create_buffer(&descriptor))
-        })?
+        self.context.scoped(|| self.context.device.create_buffer(&descriptor))
     }
 
     /// Replaces the first bytes of a tensor, after all that was launched before.
     pub(super) fn write_bytes_to(&self, tensor: &WgpuTensor, bytes: &[u8]) -> Result<()> {
-        if bytes.is_empty() {
-            return Ok(());
-        }
         let mut recorder = self.recorder();
-        if !recorder.is_empty() && bytes.len() < LARGE {
-            let staging = self.staging(bytes)?;
-            return recorder.record(&self.context, |encoder| {
-                encoder.copy_buffer_to_buffer(&staging, 0, tensor.buffer(), 0, staging.size());
-            });
-        }
-        // A write goes before what is submitted next.
-        recorder.submit(&self.context)?;
-        let (words, rest) = bytes.split_at(bytes.len() / 4 * 4);
-        let queue = &self.context.queue;
-        let written = self.context.scoped(wgpu::ErrorFilter::OutOfMemory, || {
-            queue.write_buffer(tensor.buffer(), 0, words);
-            if !rest.is_empty() {
-                let mut last = [0; 4];
-                last[..rest.len()].copy_from_slice(rest);
-                queue.write_buffer(tensor.buffer(), words.len() as u64, &last);
+        let mut offset = 0;
+        // Through buffers of our own: where there is no memory for one the queue's own write loses the device.
+        for piece in bytes.chunks(WRITTEN_AT_ONCE) {
+            let staging = self.staging(piece)?;
+            recorder.record(&self.context, |encoder| {
+                encoder.copy_buffer_to_buffer(&staging, 0, tensor.buffer(), offset, staging.size());
+            })?;
+            offset += staging.size();
+            let much = self.context.count_written(piece.len());
+            if much || bytes.len() >= LARGE {
+                recorder.submit(&self.context)?;
             }
-        });
-        written.map_err(refuse)?;
-        self.context.count_written(bytes.len())?;
+            if much {
+                self.context.wait()?;
+            }
+        }
         self.context.check()
     }
 
@@ -158,10 +148,7 @@ impl Wgpu {
             mapped_at_creation: true,
         };
         let device = &self.context.device;
-        let staging = self
-            .context
-            .scoped(wgpu::ErrorFilter::OutOfMemory, || device.create_buffer(&descriptor))
-            .map_err(refuse)?;
+        let staging = self.context.scoped(|| device.create_buffer(&descriptor)).map_err(refuse)?;
         let mapped = staging.get_mapped_range_mut(..);
         let mut mapped =
             mapped.map_err(|error| refuse(format!("what the device reads cannot be written: {error}")))?;
@@ -185,10 +172,7 @@ impl Wgpu {
             mapped_at_creation: false,
         };
         let device = &self.context.device;
-        let staging = self
-            .context
-            .scoped(wgpu::ErrorFilter::OutOfMemory, || device.create_buffer(&descriptor))
-            .map_err(refuse)?;
+        let staging = self.context.scoped(|| device.create_buffer(&descriptor)).map_err(refuse)?;
         let mut recorder = self.recorder();
         recorder.record(&self.context, |encoder| {
             encoder.copy_buffer_to_buffer(tensor.buffer(), 0, &staging, 0, size);
@@ -295,5 +279,63 @@ mod tests {
                 assert!(wgpu.read(out).unwrap().iter().all(|&x| x == expected), "{columns} columns");
             }
         }
+    }
+
+    /// In the child of the test below.
+    const CHILD: &str = "DSA80_TEST_WITHOUT_MEMORY";
+    /// Bytes of the tensors that it takes until there is no memory for another.
+    const SIZES: [usize; 2] = [1 << 30, 1 << 26];
+
+    /// An adapter that is a CPU has the memory that the process may have.
+    #[test]
+    fn what_there_is_no_memory_for_is_an_error_and_the_rest_goes_on() {
+        if std::env::var_os(CHILD).is_some() {
+            return runs_out_of_memory();
+        }
+        let Some(context) = WgpuContext::of_tests() else { return };
+        if context.is_hardware() || cfg!(not(unix)) {
+            return;
+        }
+        let child = std::process::Command::new("sh")
+            .args(["-c", "ulimit -v 8000000 && exec \"$0\" --exact --nocapture --test-threads 1 \"$1\""])
+            .arg(std::env::current_exe().unwrap())
+            .arg("wgpu::memory::tests::what_there_is_no_memory_for_is_an_error_and_the_rest_goes_on")
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&child.stdout);
+        assert!(child.status.success() && said.contains("went on"), "{child:?}");
+    }
+
+    fn runs_out_of_memory() {
+        let wgpu = Wgpu::new(WgpuContext::of_tests().unwrap());
+        let filled = |value: f64| {
+            let mut tensor = wgpu.tensor(DType::Act, &[2, 8]).unwrap();
+            wgpu.write(&[value; 16], &mut tensor).unwrap();
+            tensor
+        };
+        let (gate, up, mut out) = (filled(10.0), filled(2.0), filled(0.0));
+        let (bytes, mut taken) = (vec![1; SIZES[1]], Vec::new());
+        for size in SIZES {
+            let error = loop {
+                assert!(taken.len() < 1000, "the address space is not limited");
+                match wgpu.tensor(DType::Fp8, &[size]) {
+                    Ok(tensor) => taken.push(tensor),
+                    Err(error) => break error.to_string(),
+                }
+            };
+            for part in [&format!("[{size}] was refused"), "Out of Memory", "lower the batch or cache size"] {
+                assert!(error.contains(part), "{error:?} lacks {part:?}");
+            }
+        }
+        // The host's side of a copy has no room either.
+        let last = taken.last().unwrap();
+        for error in [wgpu.read_bytes_of(last).unwrap_err(), wgpu.write_bytes_to(last, &bytes).unwrap_err()] {
+            let text = error.to_string();
+            assert!(text.contains("lower the batch or cache size"), "{text}");
+        }
+        wgpu.silu_mul(&gate, &up, &mut out).unwrap();
+        assert!(wgpu.read(&out).unwrap().iter().all(|&x| x == 20.0));
+        println!("went on");
     }
 }

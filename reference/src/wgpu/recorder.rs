@@ -50,11 +50,6 @@ impl Recorder {
         if self.commands < SUBMITTED_AT_ONCE { Ok(()) } else { self.submit(context) }
     }
 
-    /// Whether nothing waits for the next submission.
-    pub(super) fn is_empty(&self) -> bool {
-        self.encoder.is_none()
-    }
-
     /// Hands what was recorded to the device; does not wait.
     pub(super) fn submit(&mut self, context: &WgpuContext) -> Result<()> {
         self.commands = 0;
@@ -63,7 +58,7 @@ impl Recorder {
         context.check()?;
         let Some(encoder) = encoder else { return Ok(()) };
         context
-            .scoped(wgpu::ErrorFilter::Validation, || context.queue.submit([encoder.finish()]))
+            .scoped(|| context.queue.submit([encoder.finish()]))
             .map_err(|message| refuse(format!("a launch was refused: {message}")))?;
         context.count_submission();
         context.check()
