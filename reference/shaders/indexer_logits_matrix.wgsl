@@ -1,5 +1,5 @@
 // `indexer_logits.wgsl` by matrices of 16 by 16 halves, where subgroups have 32 lanes: one workgroup 64 keys of one sequence and a few of its
-// tokens. `fp8.wgsl` and `paged.wgsl` go before it.
+// tokens. `paged.wgsl` and `halves.wgsl` go before it.
 //
 // Halves hold what bf16 has, but not as far: queries of a token, and keys, are brought near 2^13 by a power of two. What underflows is 2^-38 of
 // the largest. 8-bit codes are halves as they are. A subgroup keeps 16 keys.
@@ -13,10 +13,10 @@ const WIDTH: u32 = 128u;
 const ROW_VECTORS: u32 = 16u;
 // Of a row in vectors of four halves: rows lie in different banks.
 const STRIDE: u32 = 34u;
-// What the largest element has as its exponent, biased as in f32.
-const TARGET: u32 = 140u;
 
 override FP8: bool = false;
+// Of a key, vectors of 16 bytes.
+override KEY_QUADS: u32 = select(16u, 8u, FP8);
 
 struct Params {
     // The chunk: its first row in the step, its rows, the columns of its logits.
@@ -34,6 +34,8 @@ struct Params {
     // Rows of a workgroup, and blocks of keys.
     group_rows: u32,
     blocks: u32,
+    // Blocks of keys of a workgroup.
+    group_blocks: u32,
 }
 
 var<immediate> params: Params;
@@ -70,18 +72,15 @@ fn cached(slot: u32, at: u32) -> vec4<u32> {
     }
 }
 
-// Vector `v` of eight columns of a key, of 8 bits in the first two words.
-fn key_words(slot: u32, v: u32) -> vec4<u32> {
+// Vector `i` of 16 bytes of a key.
+fn key_quad(slot: u32, i: u32) -> vec4<u32> {
     let own = in_window(slot);
     if !FP8 {
-        return cached(slot, own * ROW_VECTORS + v);
+        return cached(slot, own * KEY_QUADS + i);
     }
-    // A page's codes and then its scales.
-    let word = own / params.page_size * params.page_size * (params.row_words + 1u)
-        + own % params.page_size * params.row_words + 2u * v;
-    let words = cached(slot, word / 4u);
-    // A word of 32 lies anywhere among four: an even number of them, for page_size is a multiple of 4.
-    return select(words, words.zwxy, word % 4u == 2u);
+    // A page's codes and then its scales: whole vectors, for page_size is a multiple of 4.
+    let word = own / params.page_size * params.page_size * (params.row_words + 1u) + own % params.page_size * params.row_words;
+    return cached(slot, word / 4u + i);
 }
 
 fn key_scale(slot: u32) -> f32 {
@@ -91,12 +90,6 @@ fn key_scale(slot: u32) -> f32 {
     return bitcast<f32>(cached(slot, word / 4u)[word % 4u]);
 }
 
-// The largest exponent of eight columns, in its place in a word.
-fn largest(words: vec4<u32>) -> u32 {
-    let both = max(words & vec4(0x7f800000u), (words << vec4(16u)) & vec4(0x7f800000u));
-    return max(max(both.x, both.y), max(both.z, both.w));
-}
-
 // That of all lanes, as a number whose powers are numbers. All lanes call it.
 fn largest_of_all(exponent: u32, lane: Lane) -> u32 {
     let own = subgroupMax(exponent);
@@ -104,37 +97,25 @@ fn largest_of_all(exponent: u32, lane: Lane) -> u32 {
         exponents[lane.subgroup] = own;
     }
     workgroupBarrier();
-    let all = max(max(exponents[0], exponents[1]), max(exponents[2], exponents[3])) >> 23u;
-    return clamp(all, TARGET - 120u, 254u);
-}
-
-// The power of two that brings `exponent` to TARGET; its inverse is that of `2 * TARGET - exponent`.
-fn power(exponent: u32) -> f32 {
-    return bitcast<f32>((127u + TARGET - exponent) << 23u);
-}
-
-fn four_codes(codes: u32) -> vec4<f16> {
-    return vec4<f16>(vec4(
-        fp8_decode(codes & 0xffu),
-        fp8_decode((codes >> 8u) & 0xffu),
-        fp8_decode((codes >> 16u) & 0xffu),
-        fp8_decode(codes >> 24u),
-    ));
+    return exponent_of(max(max(exponents[0], exponents[1]), max(exponents[2], exponents[3])));
 }
 
 // Vector `i` of a block: zeros where there is no key.
-fn key_vector(i: u32) -> vec4<u32> {
-    let slot = slots[i / ROW_VECTORS];
-    let words = key_words(select(slot, 0u, slot == HOLE), i % ROW_VECTORS);
+fn block_quad(i: u32) -> vec4<u32> {
+    let slot = slots[i / KEY_QUADS];
+    let words = key_quad(select(slot, 0u, slot == HOLE), i % KEY_QUADS);
     return select(words, vec4(0u), slot == HOLE);
 }
 
 fn put_key(i: u32, words: vec4<u32>, factor: f32) {
-    let at = i / ROW_VECTORS * STRIDE + 2u * (i % ROW_VECTORS);
     if FP8 {
+        let at = i / KEY_QUADS * STRIDE + 4u * (i % KEY_QUADS);
         keys[at] = four_codes(words.x);
         keys[at + 1u] = four_codes(words.y);
+        keys[at + 2u] = four_codes(words.z);
+        keys[at + 3u] = four_codes(words.w);
     } else {
+        let at = i / KEY_QUADS * STRIDE + 2u * (i % KEY_QUADS);
         let values = eight_bf16(words);
         keys[at] = vec4<f16>(values.low * factor);
         keys[at + 1u] = vec4<f16>(values.high * factor);
@@ -154,38 +135,42 @@ fn load_keys(seq: u32, first: u32, last: u32, lane: Lane) {
         slots[lane.index] = slot;
         var scale = params.scale;
         if FP8 && slot != HOLE {
-            scale *= key_scale(slot);
+            scale *= CODE * key_scale(slot);
         }
         key_scales[lane.index] = scale;
     }
     workgroupBarrier();
     // All of a lane's vectors are on their way at once.
-    let a = key_vector(lane.index);
-    let b = key_vector(lane.index + LANES);
-    let c = key_vector(lane.index + 2u * LANES);
-    let d = key_vector(lane.index + 3u * LANES);
-    let e = key_vector(lane.index + 4u * LANES);
-    let f = key_vector(lane.index + 5u * LANES);
-    let g = key_vector(lane.index + 6u * LANES);
-    let h = key_vector(lane.index + 7u * LANES);
-    var factor = 1.0;
-    if !FP8 {
+    let a = block_quad(lane.index);
+    let b = block_quad(lane.index + LANES);
+    let c = block_quad(lane.index + 2u * LANES);
+    let d = block_quad(lane.index + 3u * LANES);
+    if FP8 {
+        put_key(lane.index, a, 1.0);
+        put_key(lane.index + LANES, b, 1.0);
+        put_key(lane.index + 2u * LANES, c, 1.0);
+        put_key(lane.index + 3u * LANES, d, 1.0);
+    } else {
+        let e = block_quad(lane.index + 4u * LANES);
+        let f = block_quad(lane.index + 5u * LANES);
+        let g = block_quad(lane.index + 6u * LANES);
+        let h = block_quad(lane.index + 7u * LANES);
         let first_half = max(max(largest(a), largest(b)), max(largest(c), largest(d)));
         let second_half = max(max(largest(e), largest(f)), max(largest(g), largest(h)));
         let exponent = largest_of_all(max(first_half, second_half), lane);
-        factor = power(exponent);
+        let factor = power(exponent);
         if lane.index < KEYS {
             key_scales[lane.index] *= power(2u * TARGET - exponent);
         }
+        put_key(lane.index, a, factor);
+        put_key(lane.index + LANES, b, factor);
+        put_key(lane.index + 2u * LANES, c, factor);
+        put_key(lane.index + 3u * LANES, d, factor);
+        put_key(lane.index + 4u * LANES, e, factor);
+        put_key(lane.index + 5u * LANES, f, factor);
+        put_key(lane.index + 6u * LANES, g, factor);
+        put_key(lane.index + 7u * LANES, h, factor);
     }
-    put_key(lane.index, a, factor);
-    put_key(lane.index + LANES, b, factor);
-    put_key(lane.index + 2u * LANES, c, factor);
-    put_key(lane.index + 3u * LANES, d, factor);
-    put_key(lane.index + 4u * LANES, e, factor);
-    put_key(lane.index + 5u * LANES, f, factor);
-    put_key(lane.index + 6u * LANES, g, factor);
-    put_key(lane.index + 7u * LANES, h, factor);
     workgroupBarrier();
 }
 
@@ -203,25 +188,41 @@ fn put_query(i: u32, words: vec4<u32>, factor: f32) {
     queries[at + 1u] = vec4<f16>(values.high * factor);
 }
 
-// Queries `first_head..first_head + HEADS` of a token, and their heads' weights. Returns what their products are to be multiplied by.
-fn load_queries(t: u32, first_head: u32, lane: Lane) -> f32 {
+// What a lane loads of a token's queries, and a head's weight.
+struct Queries {
+    a: vec4<u32>,
+    b: vec4<u32>,
+    c: vec4<u32>,
+    d: vec4<u32>,
+    weight: f32,
+}
+
+// Of queries `first_head..first_head + HEADS` of a token.
+fn load_queries(t: u32, first_head: u32, lane: Lane) -> Queries {
     let head = first_head + lane.index / ROW_VECTORS;
     let v = lane.index % ROW_VECTORS;
-    let a = query_words(t, head, v);
-    let b = query_words(t, head + 8u, v);
-    let c = query_words(t, head + 16u, v);
-    let d = query_words(t, head + 24u, v);
-    let exponent = largest_of_all(max(max(largest(a), largest(b)), max(largest(c), largest(d))), lane);
-    put_query(lane.index, a, power(exponent));
-    put_query(lane.index + LANES, b, power(exponent));
-    put_query(lane.index + 2u * LANES, c, power(exponent));
-    put_query(lane.index + 3u * LANES, d, power(exponent));
+    var weight = 0.0;
+    if lane.index < HEADS && first_head + lane.index < params.heads {
+        weight = weights[t * params.heads + first_head + lane.index];
+    }
+    return Queries(
+        query_words(t, head, v),
+        query_words(t, head + 8u, v),
+        query_words(t, head + 16u, v),
+        query_words(t, head + 24u, v),
+        weight,
+    );
+}
+
+// Returns what their products are to be multiplied by. All lanes call it.
+fn put_queries(own: Queries, lane: Lane) -> f32 {
+    let exponent = largest_of_all(max(max(largest(own.a), largest(own.b)), max(largest(own.c), largest(own.d))), lane);
+    put_query(lane.index, own.a, power(exponent));
+    put_query(lane.index + LANES, own.b, power(exponent));
+    put_query(lane.index + 2u * LANES, own.c, power(exponent));
+    put_query(lane.index + 3u * LANES, own.d, power(exponent));
     if lane.index < HEADS {
-        var weight = 0.0;
-        if first_head + lane.index < params.heads {
-            weight = weights[t * params.heads + first_head + lane.index];
-        }
-        head_weights[lane.index] = weight;
+        head_weights[lane.index] = own.weight;
     }
     workgroupBarrier();
     return power(2u * TARGET - exponent);
@@ -245,10 +246,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     // What is more than there are does the last one's work again: matrices want no lane to have left.
     let row_groups = (params.rows + params.group_rows - 1u) / params.group_rows;
     let number = min(flat(group, groups), row_groups * params.blocks - 1u);
-    let first_key = number % params.blocks * KEYS;
     let first_row = number / params.blocks * params.group_rows;
     let end_row = min(first_row + params.group_rows, params.rows);
-    // Of the sums over heads: two lanes of a subgroup have a key of it, and half of the heads each.
+    // Of the sums over heads: two lanes of a subgroup have a key of it, and every second head each.
     let own_key = lane.place % 16u;
     let own_half = lane.place / 16u;
     let key = 16u * lane.subgroup + own_key;
@@ -261,55 +261,78 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     var key_5 = Right();
     var key_6 = Right();
     var key_7 = Right();
-    for (var row = first_row; row < end_row; row++) {
-        let t = params.first_row + row;
-        let position = positions[t];
-        if position < first_key {
-            continue;
-        }
-        let seq = seq_ids[t];
-        if seq != loaded {
-            // The last row of a sequence in this group sees most.
-            var last = t;
-            for (var next = row + 1u; next < end_row && seq_ids[params.first_row + next] == seq; next++) {
-                last = params.first_row + next;
+    // Queries that come while others are worked on, and those that are there: their places, and what their products are multiplied by.
+    var ahead = Queries();
+    var ahead_at = HOLE;
+    var put_at = HOLE;
+    var unit = 0.0;
+    for (var block = 0u; block < params.group_blocks; block++) {
+        let first_key = (number % params.blocks * params.group_blocks + block) * KEYS;
+        loaded = HOLE;
+        for (var row = first_row; row < end_row; row++) {
+            let t = params.first_row + row;
+            let position = positions[t];
+            if position < first_key {
+                continue;
             }
-            load_keys(seq, first_key, positions[last], lane);
-            loaded = seq;
-            key_0 = key_matrix(0u, lane);
-            key_1 = key_matrix(16u, lane);
-            key_2 = key_matrix(32u, lane);
-            key_3 = key_matrix(48u, lane);
-            key_4 = key_matrix(64u, lane);
-            key_5 = key_matrix(80u, lane);
-            key_6 = key_matrix(96u, lane);
-            key_7 = key_matrix(112u, lane);
-        }
-        var sum = 0.0;
-        for (var first_head = 0u; first_head < params.heads; first_head += HEADS) {
-            let unit = load_queries(t, first_head, lane);
-            for (var half = 0u; half < HEADS; half += 16u) {
-                var dots = coopMultiplyAdd(query_matrix(half, 0u), key_0, Sums());
-                dots = coopMultiplyAdd(query_matrix(half, 16u), key_1, dots);
-                dots = coopMultiplyAdd(query_matrix(half, 32u), key_2, dots);
-                dots = coopMultiplyAdd(query_matrix(half, 48u), key_3, dots);
-                dots = coopMultiplyAdd(query_matrix(half, 64u), key_4, dots);
-                dots = coopMultiplyAdd(query_matrix(half, 80u), key_5, dots);
-                dots = coopMultiplyAdd(query_matrix(half, 96u), key_6, dots);
-                dots = coopMultiplyAdd(query_matrix(half, 112u), key_7, dots);
-                coopStoreT(dots, &parts[512u * lane.subgroup + 16u * half], 16u);
+            let seq = seq_ids[t];
+            if seq != loaded {
+                // The last row of a sequence in this group sees most.
+                var last = t;
+                for (var next = row + 1u; next < end_row && seq_ids[params.first_row + next] == seq; next++) {
+                    last = params.first_row + next;
+                }
+                load_keys(seq, first_key, positions[last], lane);
+                loaded = seq;
+                key_0 = key_matrix(0u, lane);
+                key_1 = key_matrix(16u, lane);
+                key_2 = key_matrix(32u, lane);
+                key_3 = key_matrix(48u, lane);
+                key_4 = key_matrix(64u, lane);
+                key_5 = key_matrix(80u, lane);
+                key_6 = key_matrix(96u, lane);
+                key_7 = key_matrix(112u, lane);
             }
-            workgroupBarrier();
-            var of_heads = 0.0;
-            for (var i = 0u; i < 16u; i++) {
-                let head = 16u * own_half + i;
-                of_heads += head_weights[head] * relu(parts[512u * lane.subgroup + 16u * head + own_key]);
+            var sum = 0.0;
+            for (var first_head = 0u; first_head < params.heads; first_head += HEADS) {
+                let at = t * params.heads + first_head;
+                if at != put_at {
+                    if at != ahead_at {
+                        ahead = load_queries(t, first_head, lane);
+                    }
+                    unit = put_queries(ahead, lane);
+                    put_at = at;
+                    let of_token = first_head + HEADS < params.heads;
+                    if of_token || row + 1u < end_row {
+                        let next_head = select(0u, first_head + HEADS, of_token);
+                        let next = select(t + 1u, t, of_token);
+                        ahead = load_queries(next, next_head, lane);
+                        ahead_at = next * params.heads + next_head;
+                    }
+                }
+                for (var half = 0u; half < HEADS; half += 16u) {
+                    var dots = coopMultiplyAdd(query_matrix(half, 0u), key_0, Sums());
+                    dots = coopMultiplyAdd(query_matrix(half, 16u), key_1, dots);
+                    dots = coopMultiplyAdd(query_matrix(half, 32u), key_2, dots);
+                    dots = coopMultiplyAdd(query_matrix(half, 48u), key_3, dots);
+                    dots = coopMultiplyAdd(query_matrix(half, 64u), key_4, dots);
+                    dots = coopMultiplyAdd(query_matrix(half, 80u), key_5, dots);
+                    dots = coopMultiplyAdd(query_matrix(half, 96u), key_6, dots);
+                    dots = coopMultiplyAdd(query_matrix(half, 112u), key_7, dots);
+                    coopStoreT(dots, &parts[512u * lane.subgroup + 16u * half], 16u);
+                }
+                workgroupBarrier();
+                var of_heads = 0.0;
+                for (var i = 0u; i < HEADS; i += 2u) {
+                    let head = i + own_half;
+                    of_heads += head_weights[head] * relu(parts[512u * lane.subgroup + 16u * head + own_key]);
+                }
+                sum += unit * of_heads;
             }
-            sum += unit * of_heads;
-        }
-        sum += subgroupShuffleXor(sum, 16u);
-        if own_half == 0u && first_key + key <= position {
-            logits[row * params.columns + first_key + key] = sum * key_scales[key];
+            sum += subgroupShuffleXor(sum, 16u);
+            if own_half == 0u && first_key + key <= position {
+                logits[row * params.columns + first_key + key] = sum * key_scales[key];
+            }
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::fp8::IndexerPage;
 use crate::tensor::{DType, DeviceTensor};
 
 static SHADER: Shader = shader!("indexer_logits", after "fp8", "paged");
-static BY_MATRICES: Shader = shader!("indexer_logits_matrix", enabling MATRICES, after "fp8", "paged");
+static BY_MATRICES: Shader = shader!("indexer_logits_matrix", enabling MATRICES, after "paged", "halves");
 
 /// Of a workgroup: lanes, keys of bf16 or f32, heads at once, rows where sequences have several.
 const LANES: u32 = 128;
@@ -22,6 +22,9 @@ const KEYS_OF_FLOATS: usize = 16;
 const HEADS: usize = 32;
 const ROWS: usize = 16;
 const ROWS_OF_MATRICES: usize = 64;
+/// Workgroups that fill a large GPU, and blocks of keys of one at most.
+const ENOUGH: usize = 1024;
+const MOST_BLOCKS: usize = 8;
 /// Columns of a key that matrices take.
 const WIDTH: usize = 128;
 
@@ -98,7 +101,30 @@ pub(super) fn indexer_logits(
     for window in wgpu.windows(kernel, "logits", rows.len(), columns * 4)? {
         let (first, count) = (rows.start + window.start, window.len());
         let longest = (first..first + count).map(|t| host.visible(t)).max().unwrap_or(0);
-        let (groups, blocks) = (count.div_ceil(group_rows), longest.div_ceil(keys));
+        let (groups, all_blocks) = (count.div_ceil(group_rows), longest.div_ceil(keys));
+        // A row's queries are put in their place once for several blocks, where there are enough of them.
+        let group_blocks = match by_matrices && group_rows == 1 {
+            true => (groups * all_blocks / ENOUGH).clamp(1, MOST_BLOCKS),
+            false => 1,
+        };
+        let blocks = all_blocks.div_ceil(group_blocks);
+        let mut params = vec![
+            first as u32,
+            count as u32,
+            columns as u32,
+            heads as u32,
+            (width / 2) as u32,
+            (if fp8 { width / 4 } else { width * q.width / 4 }) as u32,
+            (scale as f32).to_bits(),
+            host.page_size as u32,
+            cache.window_pages() as u32,
+            host.max_blocks as u32,
+            group_rows as u32,
+            blocks as u32,
+        ];
+        if by_matrices {
+            params.push(group_blocks as u32);
+        }
         wgpu.launch(&Launch {
             kernel,
             shader,
@@ -116,20 +142,7 @@ pub(super) fn indexer_logits(
                 d,
                 logits.writes_window(window.start * columns..window.end * columns),
             ],
-            params: &[
-                first as u32,
-                count as u32,
-                columns as u32,
-                heads as u32,
-                (width / 2) as u32,
-                (if fp8 { width / 4 } else { width * q.width / 4 }) as u32,
-                (scale as f32).to_bits(),
-                host.page_size as u32,
-                cache.window_pages() as u32,
-                host.max_blocks as u32,
-                group_rows as u32,
-                blocks as u32,
-            ],
+            params: &params,
             groups: wgpu.fold(groups * blocks),
             shape: format!("{count} rows of {heads} x {width}, {longest} keys"),
         })?;

@@ -138,6 +138,27 @@ fn agrees_with_the_oracle() {
     contract::check::<IndexerLogits>();
 }
 
+/// So many blocks of keys that workgroups have several.
+#[test]
+fn long_contexts_agree_too() {
+    contract::on_wgpu(|kernels| {
+        let sequences: Vec<_> = (0..32).map(|i| (4160 + 7 * i, 1)).collect();
+        for fp8 in [false, true] {
+            let case = Case {
+                batch: BatchCase::of(64, &sequences),
+                rows: (0, 16),
+                spare: 0,
+                heads: 2,
+                dims: 128,
+                fp8,
+                values: [Values::Normal, Values::Normal, Values::Ties],
+                seed: 5,
+            };
+            IndexerLogits::run(kernels, &case);
+        }
+    });
+}
+
 #[test]
 fn planted_faults_are_seen() {
     for (find, replace) in [
@@ -163,14 +184,16 @@ fn planted_faults_are_seen() {
         contract::catches::<IndexerLogits>(Edit { shader: "indexer_logits", find, replace });
     }
     for (find, replace) in [
-        ("scale *= key_scale(slot);", "scale += 0.0 * key_scale(slot);"),
-        ("select(words, words.zwxy, word % 4u == 2u)", "words"),
+        ("scale *= CODE * key_scale(slot);", "scale *= CODE + 0.0 * key_scale(slot);"),
+        ("+ own % params.page_size * params.row_words;", "+ own % params.page_size;"),
         (
             "key_scales[lane.index] *= power(2u * TARGET - exponent);",
             "key_scales[lane.index] *= power(2u * TARGET - exponent - 1u);",
         ),
         ("sum += unit * of_heads;", "sum = unit * of_heads;"),
-        ("let head = 16u * own_half + i;", "let head = i;"),
+        ("let head = i + own_half;", "let head = i;"),
+        // A token's queries for the next one's.
+        ("ahead = load_queries(next, next_head, lane);", "ahead = load_queries(t, next_head, lane);"),
     ] {
         contract::catches::<IndexerLogits>(Edit { shader: "indexer_logits_matrix", find, replace });
     }
