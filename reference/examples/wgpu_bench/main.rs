@@ -1,7 +1,7 @@
 //! Times of the WGSL kernels at GLM-5.2's shapes, beside what a copy reaches and beside the oracle's on the CPU.
 //!
 //! ```sh
-//! cargo run --release -p dsa80-reference --features wgpu --example wgpu_bench -- [--json FILE] [--no-oracle] [--only KERNEL] [PART OF THE ADAPTER'S NAME]
+//! cargo run --release -p dsa80-reference --features wgpu --example wgpu_bench -- [--json FILE] [--no-oracle] [--only KERNEL,KERNEL] [PART OF THE ADAPTER'S NAME]
 //! ```
 //!
 //! A call's time is a share of many that follow each other, by the device's clock: what lies between launches is in it. Weights take turns,
@@ -174,7 +174,8 @@ fn copy_rate(wgpu: &Wgpu) -> Result<f64> {
 }
 
 fn main() -> Result<()> {
-    let (mut options, mut json, mut with_oracle, mut only) = (WgpuOptions::default(), None, true, None);
+    let (mut options, mut json, mut with_oracle, mut only) =
+        (WgpuOptions::default(), None, true, None::<String>);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
@@ -192,7 +193,10 @@ fn main() -> Result<()> {
         "kernel", "shape", "time", "bytes", "copy", "the oracle's"
     );
     let mut lines = Vec::new();
-    for case in cases().into_iter().filter(|case| only.as_ref().is_none_or(|only| case.kernel() == only)) {
+    for case in cases()
+        .into_iter()
+        .filter(|case| only.as_ref().is_none_or(|only| only.split(',').any(|name| case.kernel() == name)))
+    {
         let line = Line::measure(&wgpu, case, with_oracle)?;
         println!("{}", line.table(copy));
         lines.push(line.json(copy));
