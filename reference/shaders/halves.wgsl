@@ -42,13 +42,3 @@ fn four_codes(codes: u32) -> vec4<f16> {
     let high = unpack2x16float((even >> 16u) | (odd & 0xffff0000u));
     return vec4<f16>(vec4(low, high));
 }
-
-// The larger of `most` and of `halves` without their signs.
-fn larger(most: vec4<f16>, halves: vec4<f16>) -> vec4<f16> {
-    return max(most, abs(halves));
-}
-
-fn largest_half(most: vec4<f16>) -> f32 {
-    let two = max(most.xy, most.zw);
-    return f32(max(two.x, two.y));
-}

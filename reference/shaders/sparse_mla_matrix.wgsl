@@ -1,9 +1,11 @@
 // `sparse_mla.wgsl` by matrices of 16 by 16 halves, where subgroups have 32 lanes: one workgroup a token, eight heads and a share of the
-// token's selected rows, 16 rows at a time. `fp8.wgsl` and `paged.wgsl` go before it.
+// token's selected rows, 16 rows at a time. `paged.wgsl` and `halves.wgsl` go before it.
 //
-// Halves hold what bf16 has, but not as far: rows and queries are brought near 2^13 by a power of two, rows by one that rises with the largest
-// of them. What underflows is 2^-38 of that. 8-bit codes are halves as they are: a subgroup has the columns of one scale, and weights times
-// that scale. Weights are relative to a highest score that is raised only once a row is far above it.
+// While a tile of rows is worked on, the next is on its way. A subgroup keeps a quarter of the queries' columns, and of the sums'.
+//
+// Rows and queries are brought near 2^13 by a power of two, rows by one that rises with the largest of them: what underflows is 2^-38 of that.
+// 8-bit codes are halves as they are: a subgroup has the columns of one scale, and weights times that scale, each scale relative to its own
+// power of two. Weights are relative to a highest score that is raised only once a row is far above it.
 
 const HEADS: u32 = 8u;
 const KEYS: u32 = 16u;
@@ -11,25 +13,18 @@ const LANES: u32 = 128u;
 const SUBGROUPS: u32 = 4u;
 // Columns of a latent: 8 matrices of a subgroup.
 const LATENT: u32 = 512u;
-// What the largest element of a tile has as its exponent, biased as in f32.
-const TARGET: u32 = 140u;
 // A score may be so far above the reference: its weight is a half.
 const AHEAD: f32 = 8.0;
 const LOWEST: f32 = -0x1p127f;
 
 override FP8: bool = false;
-// Vectors of eight columns of a row: a multiple of 8, so that subgroups have as many matrices of it.
+// Vectors of eight columns of a row: those of the latent, and eight others or none.
 override ROW_VECTORS: u32 = 72u;
 // Of a row in `tile`, in vectors of four halves: rows lie in different banks.
-override STRIDE: u32 = 2u * ROW_VECTORS + 2u;
-// Rows of queries, then those of the cache. Queries are as many as a matrix has: what those behind the eighth give is left.
-override TILE: u32 = (HEADS + KEYS) * STRIDE;
-override PARTS: u32 = 1024u;
-// Vectors of 16 bytes of a row that are its numbers.
-override ROW_QUADS: u32 = select(ROW_VECTORS, ROW_VECTORS - CODES, FP8);
-// Of an 8-bit row, and of a subgroup's columns.
+const STRIDE: u32 = 146u;
+// Of a row's latent: vectors of 16 bytes of 8-bit codes, of columns.
 const CODES: u32 = 32u;
-const GROUP_VECTORS: u32 = 16u;
+const VECTORS: u32 = 64u;
 
 struct Params {
     tokens: u32,
@@ -58,20 +53,26 @@ var<immediate> params: Params;
 // As in `sparse_mla.wgsl`.
 @group(0) @binding(8) var<storage, read_write> out: array<u32>;
 
-var<workgroup> tile: array<vec4<f16>, TILE>;
-// Of a subgroup: its part of the scores, or a matrix of its sums. Then, of 8-bit rows, its part of the scores by rotary columns.
+// The queries at first, of which what a matrix has behind the eighth is nobody's; then a tile of rows.
+var<workgroup> tile: array<vec4<f16>, 2336>;
+// Of a subgroup: a matrix of its sums, or its part of the scores. Then, of 8-bit rows, its part of the scores by other columns than codes.
+override PARTS: u32 = select(1024u, 2048u, FP8);
 var<workgroup> parts: array<f32, PARTS>;
 // Weights of a tile, by heads: a matrix, of which the rows behind the eighth are nobody's; of 8-bit rows, one of each subgroup.
-var<workgroup> weights: array<f16, 1024>;
+override WEIGHTS: u32 = select(256u, 1024u, FP8);
+var<workgroup> weights: array<f16, WEIGHTS>;
 var<workgroup> scales: array<vec4<f32>, KEYS>;
+// Of two tiles.
+var<workgroup> slots: array<u32, 32>;
 var<workgroup> factors: array<f32, HEADS>;
 var<workgroup> totals: array<f32, HEADS>;
 var<workgroup> references: array<f32, HEADS>;
-// Of subgroups: their largest exponents, of numbers and of scales.
-var<workgroup> largest_exponents: array<vec2<u32>, SUBGROUPS>;
+// The largest exponents so far: of each scale, of numbers, of queries.
+var<workgroup> exponents: array<atomic<u32>, 6>;
+const OF_NUMBERS: u32 = 4u;
+const OF_QUERIES: u32 = 5u;
 // Whether sums are to be rescaled.
 var<workgroup> rises: u32;
-var<workgroup> slots: array<u32, 32>;
 
 alias Left = coop_mat16x16<f16, A>;
 alias Right = coop_mat16x16<f16, B>;
@@ -87,76 +88,26 @@ fn cached(slot: u32, i: u32) -> vec4<u32> {
     }
 }
 
-// Where the row at `place` of the token's selection lies.
-fn selected(t: u32, place: u32) -> u32 {
-    var position = -1;
+// The position at `place` of the token's selection; below zero where there is none.
+fn position_at(t: u32, place: u32) -> i32 {
     if place < params.k {
-        position = topk_indices[t * params.k + place];
+        return topk_indices[t * params.k + place];
     }
+    return -1;
+}
+
+fn page_of(first_page: u32, position: i32) -> u32 {
+    return block_table[first_page + u32(max(position, 0)) / params.page_size];
+}
+
+fn slot_at(page: u32, position: i32) -> u32 {
     if position < 0 {
         return HOLE;
     }
-    let page = block_table[seq_ids[t] * params.max_blocks + u32(position) / params.page_size];
     return slot_of(page, u32(position) % params.page_size, params.page_size, params.window_pages);
 }
 
-// Vector `i` of a row's numbers in the cache.
-fn row_quad(slot: u32, i: u32) -> vec4<u32> {
-    // Between codes and rotary columns lie the scales.
-    return cached(slot, select(i, i + 1u, FP8 && i >= CODES));
-}
-
-// The largest exponent of eight columns, in its place in a word.
-fn largest(words: vec4<u32>) -> u32 {
-    let both = max(words & vec4(0x7f800000u), (words << vec4(16u)) & vec4(0x7f800000u));
-    return max(max(both.x, both.y), max(both.z, both.w));
-}
-
-// Those of all lanes, as numbers whose powers are numbers. All lanes call it.
-fn largest_of_all(own: vec2<u32>, lane: Lane) -> vec2<u32> {
-    let part = subgroupMax(own);
-    if lane.place == 0u {
-        largest_exponents[lane.subgroup] = part;
-    }
-    workgroupBarrier();
-    let all = max(max(largest_exponents[0], largest_exponents[1]), max(largest_exponents[2], largest_exponents[3])) >> vec2(23u);
-    return clamp(all, vec2(TARGET - 120u), vec2(250u));
-}
-
-// The power of two that brings `exponent` to TARGET; its inverse is that of `2 * TARGET - exponent`.
-fn power(exponent: u32) -> f32 {
-    return bitcast<f32>((127u + TARGET - exponent) << 23u);
-}
-
-fn put(at: u32, words: vec4<u32>, factor: f32) {
-    let values = eight_bf16(words);
-    tile[at] = vec4<f16>(values.low * factor);
-    tile[at + 1u] = vec4<f16>(values.high * factor);
-}
-
-fn four_codes(codes: u32) -> vec4<f16> {
-    return vec4<f16>(vec4(
-        fp8_decode(codes & 0xffu),
-        fp8_decode((codes >> 8u) & 0xffu),
-        fp8_decode((codes >> 16u) & 0xffu),
-        fp8_decode(codes >> 24u),
-    ));
-}
-
-fn put_row(row: u32, i: u32, words: vec4<u32>, factor: f32) {
-    let start = (HEADS + row) * STRIDE;
-    if FP8 && i < CODES {
-        let at = start + 4u * i;
-        tile[at] = four_codes(words.x);
-        tile[at + 1u] = four_codes(words.y);
-        tile[at + 2u] = four_codes(words.z);
-        tile[at + 3u] = four_codes(words.w);
-    } else {
-        put(start + 2u * select(i, i + CODES, FP8), words, factor);
-    }
-}
-
-// What a lane loads of a tile: every LANES-th vector of 16 bytes; and a row's scales.
+// What a lane loads of a tile, 16 bytes each: of two rows every 16th vector of the latent, and one of other columns; and a row's scales.
 struct Rows {
     a: vec4<u32>,
     b: vec4<u32>,
@@ -166,98 +117,169 @@ struct Rows {
     f: vec4<u32>,
     g: vec4<u32>,
     h: vec4<u32>,
-    i: vec4<u32>,
+    other: vec4<u32>,
     scales: vec4<u32>,
 }
 
-// Vector `i` of a tile; what lies behind its end is anything.
-fn quad(turn: u32, i: u32) -> vec4<u32> {
-    let within = min(i, KEYS * ROW_QUADS - 1u);
-    let slot = slots[turn + within / ROW_QUADS];
-    let words = row_quad(select(slot, 0u, slot == HOLE), within % ROW_QUADS);
-    return select(words, vec4(0u), slot == HOLE);
+// A slot that can be read.
+fn some_slot(slot: u32) -> u32 {
+    return select(slot, 0u, slot == HOLE);
 }
 
+// `turn` is where a tile's slots begin.
 fn load_rows(turn: u32, lane: Lane) -> Rows {
     var rows: Rows;
-    rows.a = quad(turn, lane.index);
-    rows.b = quad(turn, lane.index + LANES);
-    rows.c = quad(turn, lane.index + 2u * LANES);
-    rows.d = quad(turn, lane.index + 3u * LANES);
-    rows.e = quad(turn, lane.index + 4u * LANES);
-    if KEYS * ROW_QUADS > 5u * LANES {
-        rows.f = quad(turn, lane.index + 5u * LANES);
-        rows.g = quad(turn, lane.index + 6u * LANES);
-        rows.h = quad(turn, lane.index + 7u * LANES);
-        rows.i = quad(turn, lane.index + 8u * LANES);
+    let first = some_slot(slots[turn + lane.index / 16u]);
+    let second = some_slot(slots[turn + 8u + lane.index / 16u]);
+    let v = lane.index % 16u;
+    rows.a = cached(first, v);
+    rows.b = cached(first, v + 16u);
+    rows.c = cached(second, v);
+    rows.d = cached(second, v + 16u);
+    if !FP8 {
+        rows.e = cached(first, v + 32u);
+        rows.f = cached(first, v + 48u);
+        rows.g = cached(second, v + 32u);
+        rows.h = cached(second, v + 48u);
+    }
+    let third = some_slot(slots[turn + lane.index / 8u]);
+    if ROW_VECTORS > VECTORS {
+        // Between codes and other columns lie the scales.
+        rows.other = cached(third, select(VECTORS, CODES + 1u, FP8) + lane.index % 8u);
     }
     if FP8 {
-        let slot = slots[turn + lane.index % KEYS];
-        let words = cached(select(slot, 0u, slot == HOLE), CODES);
-        rows.scales = select(words, vec4(0u), slot == HOLE);
+        rows.scales = cached(some_slot(slots[turn + lane.index % KEYS]), CODES);
     }
     return rows;
 }
 
-// The largest exponent of vector `i` of a tile, unless it is of codes.
-fn largest_of(words: vec4<u32>, i: u32) -> u32 {
-    return select(largest(words), 0u, FP8 && i % ROW_QUADS < CODES);
-}
-
-fn largest_of_rows(rows: Rows, lane: Lane) -> u32 {
-    let at = lane.index;
-    var most = max(largest_of(rows.a, at), largest_of(rows.b, at + LANES));
-    most = max(most, max(largest_of(rows.c, at + 2u * LANES), largest_of(rows.d, at + 3u * LANES)));
-    most = max(most, largest_of(rows.e, at + 4u * LANES));
-    if KEYS * ROW_QUADS > 5u * LANES {
-        most = max(most, max(largest_of(rows.f, at + 5u * LANES), largest_of(rows.g, at + 6u * LANES)));
-        most = max(most, max(largest_of(rows.h, at + 7u * LANES), largest_of(rows.i, at + 8u * LANES)));
+// Rows of holes become zeros: the memory there may hold anything.
+fn without_holes(own: Rows, turn: u32, lane: Lane) -> Rows {
+    var rows = own;
+    let none = vec4(0u);
+    if slots[turn + lane.index / 16u] == HOLE {
+        rows.a = none;
+        rows.b = none;
+        rows.e = none;
+        rows.f = none;
     }
-    return most;
-}
-
-fn put_quad(i: u32, words: vec4<u32>, factor: f32) {
-    if i < KEYS * ROW_QUADS {
-        put_row(i / ROW_QUADS, i % ROW_QUADS, words, factor);
+    if slots[turn + 8u + lane.index / 16u] == HOLE {
+        rows.c = none;
+        rows.d = none;
+        rows.g = none;
+        rows.h = none;
     }
+    if slots[turn + lane.index / 8u] == HOLE {
+        rows.other = none;
+    }
+    if slots[turn + lane.index % KEYS] == HOLE {
+        rows.scales = none;
+    }
+    return rows;
 }
 
+// Rows as they are to be put in their place.
+fn whole(rows: Rows, turn: u32, lane: Lane) -> Rows {
+    if subgroupAny(slots[turn + lane.index % KEYS] == HOLE) {
+        return without_holes(rows, turn, lane);
+    }
+    return rows;
+}
+
+// The largest exponent of the numbers among them.
+fn largest_of_rows(rows: Rows) -> u32 {
+    var most = largest(rows.other);
+    if !FP8 {
+        most = max(most, max(max(largest(rows.a), largest(rows.b)), max(largest(rows.c), largest(rows.d))));
+        most = max(most, max(max(largest(rows.e), largest(rows.f)), max(largest(rows.g), largest(rows.h))));
+    }
+    return exponent_of(most);
+}
+
+// Puts eight columns in their place, times a factor.
+fn put(at: u32, words: vec4<u32>, factor: f32) {
+    let values = eight_bf16(words);
+    tile[at] = vec4<f16>(values.low * factor);
+    tile[at + 1u] = vec4<f16>(values.high * factor);
+}
+
+fn put_codes(at: u32, words: vec4<u32>) {
+    tile[at] = four_codes(words.x);
+    tile[at + 1u] = four_codes(words.y);
+    tile[at + 2u] = four_codes(words.z);
+    tile[at + 3u] = four_codes(words.w);
+}
+
+// Puts a tile's rows in their place, numbers times a factor.
 fn put_rows(rows: Rows, factor: f32, lane: Lane) {
-    put_quad(lane.index, rows.a, factor);
-    put_quad(lane.index + LANES, rows.b, factor);
-    put_quad(lane.index + 2u * LANES, rows.c, factor);
-    put_quad(lane.index + 3u * LANES, rows.d, factor);
-    put_quad(lane.index + 4u * LANES, rows.e, factor);
-    if KEYS * ROW_QUADS > 5u * LANES {
-        put_quad(lane.index + 5u * LANES, rows.f, factor);
-        put_quad(lane.index + 6u * LANES, rows.g, factor);
-        put_quad(lane.index + 7u * LANES, rows.h, factor);
-        put_quad(lane.index + 8u * LANES, rows.i, factor);
+    let v = lane.index % 16u;
+    let first = lane.index / 16u * STRIDE;
+    let second = first + 8u * STRIDE;
+    if FP8 {
+        put_codes(first + 4u * v, rows.a);
+        put_codes(first + 4u * v + 64u, rows.b);
+        put_codes(second + 4u * v, rows.c);
+        put_codes(second + 4u * v + 64u, rows.d);
+    } else {
+        put(first + 2u * v, rows.a, factor);
+        put(first + 2u * v + 32u, rows.b, factor);
+        put(second + 2u * v, rows.c, factor);
+        put(second + 2u * v + 32u, rows.d, factor);
+        put(first + 2u * v + 64u, rows.e, factor);
+        put(first + 2u * v + 96u, rows.f, factor);
+        put(second + 2u * v + 64u, rows.g, factor);
+        put(second + 2u * v + 96u, rows.h, factor);
+    }
+    if ROW_VECTORS > VECTORS {
+        put(lane.index / 8u * STRIDE + 2u * (VECTORS + lane.index % 8u), rows.other, factor);
     }
 }
 
-// What the sums are multiplied by, while the exponents are those of the rows and of their scales; and its inverse.
-fn factor_of_sums(exponents: vec2<u32>) -> f32 {
-    return select(power(exponents.x), bitcast<f32>((254u - exponents.y) << 23u), FP8);
+// Puts the scales of a tile in their place, and the exponents of those that are beyond `of_scales` into `exponents`.
+fn put_scales(own: vec4<u32>, of_scales: vec4<u32>, lane: Lane) {
+    if lane.index < KEYS {
+        scales[lane.index] = bitcast<vec4<f32>>(own);
+        let of_own = min((own & vec4(0x7f800000u)) >> vec4(23u), vec4(MOST_EXPONENT));
+        if any(of_own > of_scales + vec4(1u)) {
+            atomicMax(&exponents[0], of_own.x);
+            atomicMax(&exponents[1], of_own.y);
+            atomicMax(&exponents[2], of_own.z);
+            atomicMax(&exponents[3], of_own.w);
+        }
+    }
 }
 
-fn unit_of_sums(exponents: vec2<u32>) -> f32 {
-    return select(power(2u * TARGET - exponents.x), bitcast<f32>(exponents.y << 23u), FP8);
+fn exponents_of_scales() -> vec4<u32> {
+    return vec4(
+        atomicLoad(&exponents[0]),
+        atomicLoad(&exponents[1]),
+        atomicLoad(&exponents[2]),
+        atomicLoad(&exponents[3]),
+    );
 }
 
-// Multiplies a subgroup's matrix, which lies in `parts`, by its heads' factors. The sums of heads behind the eighth are nobody's.
-fn rescale(lane: Lane) {
+// Puts vector `i` of the queries, of which there are `count`, in its place; zeros behind them.
+fn put_query(i: u32, count: u32, words: vec4<u32>, exponent: u32) {
+    if i < HEADS * ROW_VECTORS {
+        put(i / ROW_VECTORS * STRIDE + 2u * (i % ROW_VECTORS), select(vec4(0u), words, i < count), power(exponent));
+    }
+}
+
+// What subgroups have of a number of `parts`.
+fn of_subgroups(i: u32) -> vec4<f32> {
+    return vec4(parts[i], parts[256u + i], parts[512u + i], parts[768u + i]);
+}
+
+// Multiplies a subgroup's sums by their heads' factors and by `ratio`. The sums of heads behind the eighth are nobody's.
+fn rescaled(sums: Sums, ratio: f32, lane: Lane) -> Sums {
+    let start = 256u * lane.subgroup;
+    coopStoreT(sums, &parts[start], 16u);
+    workgroupBarrier();
     for (var i = lane.place; i < HEADS * 16u; i += 32u) {
-        parts[256u * lane.subgroup + i] *= factors[i / 16u];
+        parts[start + i] *= factors[i / 16u] * ratio;
     }
-}
-
-fn rescaled(sums: Sums, lane: Lane) -> Sums {
-    coopStoreT(sums, &parts[256u * lane.subgroup], 16u);
     workgroupBarrier();
-    rescale(lane);
-    workgroupBarrier();
-    return coopLoadT<Sums>(&parts[256u * lane.subgroup], 16u);
+    return coopLoadT<Sums>(&parts[start], 16u);
 }
 
 // Writes matrix `j` of every subgroup.
@@ -270,17 +292,17 @@ fn put_out(sums: Sums, j: u32, unit: f32, row: u32, heads: u32, split: u32, lane
         let column = 2u * (i % 8u);
         let at = 256u * lane.subgroup + 16u * head + column;
         let pair = unit * vec2(parts[at], parts[at + 1u]);
-        let first = 128u * lane.subgroup + 16u * j + column;
+        let place = 128u * lane.subgroup + 16u * j + column;
         let total = totals[head];
         if params.splits == 1u {
             // Nothing selected gives zeros.
             let mean = pair / select(total, 1.0, total == 0.0);
-            out[((row + head) * LATENT + first) / 2u] = pack_bf16(mean.x, mean.y);
+            out[((row + head) * LATENT + place) / 2u] = pack_bf16(mean.x, mean.y);
         } else {
             let of_split = ((row + head) * params.splits + split) * (LATENT + 2u);
-            out[of_split + first] = bitcast<u32>(pair.x);
-            out[of_split + first + 1u] = bitcast<u32>(pair.y);
-            if first == 0u {
+            out[of_split + place] = bitcast<u32>(pair.x);
+            out[of_split + place + 1u] = bitcast<u32>(pair.y);
+            if place == 0u {
                 out[of_split + LATENT] = bitcast<u32>(references[head]);
                 out[of_split + LATENT + 1u] = bitcast<u32>(total);
             }
@@ -288,21 +310,26 @@ fn put_out(sums: Sums, j: u32, unit: f32, row: u32, heads: u32, split: u32, lane
     }
 }
 
-// What subgroups have of a number of `parts`.
-fn of_subgroups(i: u32) -> vec4<f32> {
-    return vec4(parts[i], parts[256u + i], parts[512u + i], parts[768u + i]);
+// What a subgroup multiplies by its queries: 16 columns of eight steps, of codes those of its scale, and then one of others.
+fn own_vector(step: u32, lane: Lane) -> u32 {
+    if step == 8u {
+        return VECTORS + 2u * lane.subgroup;
+    }
+    return select(2u * (lane.subgroup + step * SUBGROUPS), 16u * lane.subgroup + 2u * step, FP8);
 }
 
-// Adds the products of columns `8 * v..8 * v + 16`.
-fn dots_of(v: u32, dots: Sums) -> Sums {
-    let queries = coopLoadT<Left>(&tile[2u * v], STRIDE);
-    let keys = coopLoad<Right>(&tile[HEADS * STRIDE + 2u * v], STRIDE);
+fn query_of(step: u32, lane: Lane) -> Left {
+    return coopLoadT<Left>(&tile[2u * own_vector(step, lane)], STRIDE);
+}
+
+fn dots_of(queries: Left, step: u32, dots: Sums, lane: Lane) -> Sums {
+    let keys = coopLoad<Right>(&tile[2u * own_vector(step, lane)], STRIDE);
     return coopMultiplyAdd(queries, keys, dots);
 }
 
-fn product(weights: Left, first: u32, sums: Sums) -> Sums {
-    let values = coopLoadT<Right>(&tile[HEADS * STRIDE + first / 4u], STRIDE);
-    return coopMultiplyAdd(weights, values, sums);
+fn product(left: Left, column: u32, sums: Sums) -> Sums {
+    let values = coopLoadT<Right>(&tile[column / 4u], STRIDE);
+    return coopMultiplyAdd(left, values, sums);
 }
 
 @compute @workgroup_size(LANES)
@@ -314,29 +341,68 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     let t = number / params.splits / head_groups;
     let first_head = number / params.splits % head_groups * HEADS;
     let heads = min(HEADS, params.heads - first_head);
-    let first_query = (t * params.heads + first_head) * ROW_VECTORS;
-
-    var exponent = 0u;
-    for (var i = lane.index; i < heads * ROW_VECTORS; i += LANES) {
-        exponent = max(exponent, largest(q[first_query + i]));
-    }
-    let of_queries = largest_of_all(vec2(exponent, 0u), lane).x;
-    for (var i = lane.index; i < HEADS * ROW_VECTORS; i += LANES) {
-        var words = vec4(0u);
-        if i < heads * ROW_VECTORS {
-            words = q[first_query + i];
-        }
-        put(i / ROW_VECTORS * STRIDE + 2u * (i % ROW_VECTORS), words, power(of_queries));
-    }
-    let query_unit = params.scale * power(2u * TARGET - of_queries);
-
+    let first = split * params.split;
+    let end = min(params.k, first + params.split);
     // Of the softmax: one row, one head.
     let own_head = lane.index / KEYS;
     let own_key = lane.index % KEYS;
+
+    // Where a row lies is known by loads that wait for each other: they are made long before.
+    let first_page = seq_ids[t] * params.max_blocks;
+    let position_0 = position_at(t, first + own_key);
+    let position_1 = position_at(t, first + KEYS + own_key);
+    var position = position_at(t, first + 2u * KEYS + own_key);
+    var position_after = position_at(t, first + 3u * KEYS + own_key);
+    let first_query = (t * params.heads + first_head) * ROW_VECTORS;
+    let queries = heads * ROW_VECTORS;
+    let query_0 = q[first_query + min(lane.index, queries - 1u)];
+    let query_1 = q[first_query + min(lane.index + LANES, queries - 1u)];
+    let query_2 = q[first_query + min(lane.index + 2u * LANES, queries - 1u)];
+    let query_3 = q[first_query + min(lane.index + 3u * LANES, queries - 1u)];
+    let query_4 = q[first_query + min(lane.index + 4u * LANES, queries - 1u)];
+    let page_0 = page_of(first_page, position_0);
+    let page_1 = page_of(first_page, position_1);
+    var page = page_of(first_page, position);
+    if lane.index < KEYS {
+        slots[lane.index] = slot_at(page_0, position_0);
+        slots[KEYS + lane.index] = slot_at(page_1, position_1);
+    }
+    if lane.index < 6u {
+        atomicStore(&exponents[lane.index], LEAST_EXPONENT);
+    }
+    rises = 0u;
+    workgroupBarrier();
+    var rows = load_rows(0u, lane);
+    let of_query = max(max(largest(query_0), largest(query_1)), max(largest(query_2), largest(query_3)));
+    atomicMax(&exponents[OF_QUERIES], exponent_of(max(of_query, largest(query_4))));
+    workgroupBarrier();
+    let of_queries = atomicLoad(&exponents[OF_QUERIES]);
+    put_query(lane.index, queries, query_0, of_queries);
+    put_query(lane.index + LANES, queries, query_1, of_queries);
+    put_query(lane.index + 2u * LANES, queries, query_2, of_queries);
+    put_query(lane.index + 3u * LANES, queries, query_3, of_queries);
+    put_query(lane.index + 4u * LANES, queries, query_4, of_queries);
+    let query_unit = params.scale * power(2u * TARGET - of_queries);
+    workgroupBarrier();
+    let left_0 = query_of(0u, lane);
+    let left_1 = query_of(1u, lane);
+    let left_2 = query_of(2u, lane);
+    let left_3 = query_of(3u, lane);
+    let left_4 = query_of(4u, lane);
+    let left_5 = query_of(5u, lane);
+    let left_6 = query_of(6u, lane);
+    let left_7 = query_of(7u, lane);
+    var left_8 = Left();
+    if ROW_VECTORS > VECTORS {
+        left_8 = query_of(8u, lane);
+    }
+    workgroupBarrier();
+
     var reference = LOWEST;
     var total = 0.0;
     // The exponents that rows are brought to TARGET from, and scales to 1.
-    var of_rows = vec2(TARGET - 120u);
+    var of_rows = LEAST_EXPONENT;
+    var of_scales = vec4(LEAST_EXPONENT);
     var sums_0 = Sums();
     var sums_1 = Sums();
     var sums_2 = Sums();
@@ -345,59 +411,70 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     var sums_5 = Sums();
     var sums_6 = Sums();
     var sums_7 = Sums();
-
-    let end = min(params.k, (split + 1u) * params.split);
     var turn = 0u;
-    if lane.index < 2u * KEYS {
-        slots[lane.index] = selected(t, split * params.split + lane.index);
-    }
-    workgroupBarrier();
-    var rows = load_rows(0u, lane);
-    // Two tiles ahead: where a row lies is known by loads that wait for each other.
-    var ahead = selected(t, split * params.split + 2u * KEYS + own_key);
-    for (var first = split * params.split; first < end; first += KEYS) {
-        workgroupBarrier();
-        var own = vec2(largest_of_rows(rows, lane), 0u);
-        if FP8 && lane.index < KEYS {
-            scales[lane.index] = bitcast<vec4<f32>>(rows.scales);
-            own.y = max(max(rows.scales.x, rows.scales.y), max(rows.scales.z, rows.scales.w)) & 0x7f800000u;
+    for (var first_row = first; first_row < end; first_row += KEYS) {
+        rows = whole(rows, turn, lane);
+        let own = largest_of_rows(rows);
+        if own > of_rows + 1u {
+            atomicMax(&exponents[OF_NUMBERS], own);
         }
-        let of_tile = largest_of_all(own, lane);
-        if lane.index == 0u {
-            rises = 0u;
+        if FP8 {
+            put_scales(rows.scales, of_scales, lane);
         }
-        let before = of_rows;
-        of_rows = select(of_rows, of_tile, of_tile > of_rows + vec2(1u));
-        put_rows(rows, power(of_rows.x), lane);
+        put_rows(rows, power(of_rows), lane);
         let there = slots[turn + own_key] != HOLE;
         workgroupBarrier();
-        if lane.index < KEYS {
-            slots[turn + lane.index] = ahead;
+        // What the sums are to be multiplied by, for their unit changes.
+        var ratio = 1.0;
+        let most = atomicLoad(&exponents[OF_NUMBERS]);
+        if most > of_rows + 1u {
+            // Rarely, and in the first tile: numbers are beyond halves by the exponent so far.
+            if !FP8 {
+                ratio = falls(of_rows, most);
+            }
+            of_rows = most;
+            put_rows(rows, power(most), lane);
+            workgroupBarrier();
         }
-        ahead = selected(t, first + 3u * KEYS + own_key);
+        if FP8 {
+            let before = of_scales[lane.subgroup];
+            let met = exponents_of_scales();
+            of_scales = select(of_scales, met, met > of_scales + vec4(1u));
+            ratio = falls(before, of_scales[lane.subgroup]);
+        }
+        if lane.index < KEYS {
+            slots[turn + lane.index] = slot_at(page, position);
+        }
+        page = page_of(first_page, position_after);
+        position = position_after;
+        position_after = position_at(t, first_row + 4u * KEYS + own_key);
         turn ^= KEYS;
         // They come while this tile is worked on.
         rows = load_rows(turn, lane);
 
-        var dots = Sums();
+        var dots = dots_of(left_0, 0u, Sums(), lane);
+        dots = dots_of(left_1, 1u, dots, lane);
+        dots = dots_of(left_2, 2u, dots, lane);
+        dots = dots_of(left_3, 3u, dots, lane);
+        dots = dots_of(left_4, 4u, dots, lane);
+        dots = dots_of(left_5, 5u, dots, lane);
+        dots = dots_of(left_6, 6u, dots, lane);
+        dots = dots_of(left_7, 7u, dots, lane);
         if FP8 {
-            for (var step = 0u; step < GROUP_VECTORS / 2u; step++) {
-                dots = dots_of(GROUP_VECTORS * lane.subgroup + 2u * step, dots);
-            }
             coopStoreT(dots, &parts[256u * lane.subgroup], 16u);
             dots = Sums();
         }
-        // The other columns: of 8-bit rows the rotary ones.
-        let first_vector = select(0u, 2u * CODES, FP8);
-        for (var step = 0u; step < (ROW_VECTORS - first_vector) / (2u * SUBGROUPS); step++) {
-            dots = dots_of(first_vector + 2u * (lane.subgroup + step * SUBGROUPS), dots);
+        if ROW_VECTORS > VECTORS {
+            dots = dots_of(left_8, 8u, dots, lane);
         }
-        let others = select(0u, 1024u, FP8);
-        coopStoreT(dots, &parts[others + 256u * lane.subgroup], 16u);
+        coopStoreT(dots, &parts[select(0u, 1024u, FP8) + 256u * lane.subgroup], 16u);
         workgroupBarrier();
-        var dot_product = dot(of_subgroups(others + lane.index), vec4(1.0)) * power(2u * TARGET - of_rows.x);
+
+        let own_scales = scales[own_key];
+        let others = of_subgroups(select(0u, 1024u, FP8) + lane.index);
+        var dot_product = dot(others, vec4(1.0)) * power(2u * TARGET - of_rows);
         if FP8 {
-            dot_product += dot(of_subgroups(lane.index), scales[own_key]);
+            dot_product += dot(of_subgroups(lane.index), own_scales) * CODE;
         }
         let score = select(LOWEST, query_unit * dot_product, there);
         var highest = score;
@@ -409,12 +486,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
         let factor = exp(reference - raised);
         let weight = select(0.0, exp(score - raised), there);
         total = total * factor + weight;
-        let factor_of_all = factor_of_sums(of_rows) * unit_of_sums(before);
         // Before the first tile there is nothing to rescale.
-        let changes = first != split * params.split && (factor_of_all != 1.0 || raised != reference);
+        if first_row != first && (ratio != 1.0 || raised != reference) {
+            rises = 1u;
+        }
         reference = raised;
         if FP8 {
-            let scaled = weight * (scales[own_key] * factor_of_sums(of_rows));
+            let units = (vec4(254u) - of_scales) << vec4(23u);
+            let scaled = weight * (own_scales * bitcast<vec4<f32>>(units));
             weights[lane.index] = f16(scaled.x);
             weights[256u + lane.index] = f16(scaled.y);
             weights[512u + lane.index] = f16(scaled.z);
@@ -423,20 +502,22 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
             weights[lane.index] = f16(weight);
         }
         if own_key == 0u {
-            factors[own_head] = factor * factor_of_all;
+            factors[own_head] = factor;
         }
-        if changes {
-            rises = 1u;
-        }
-        if workgroupUniformLoad(&rises) != 0u {
-            sums_0 = rescaled(sums_0, lane);
-            sums_1 = rescaled(sums_1, lane);
-            sums_2 = rescaled(sums_2, lane);
-            sums_3 = rescaled(sums_3, lane);
-            sums_4 = rescaled(sums_4, lane);
-            sums_5 = rescaled(sums_5, lane);
-            sums_6 = rescaled(sums_6, lane);
-            sums_7 = rescaled(sums_7, lane);
+        workgroupBarrier();
+        if rises != 0u {
+            workgroupBarrier();
+            if lane.index == 0u {
+                rises = 0u;
+            }
+            sums_0 = rescaled(sums_0, ratio, lane);
+            sums_1 = rescaled(sums_1, ratio, lane);
+            sums_2 = rescaled(sums_2, ratio, lane);
+            sums_3 = rescaled(sums_3, ratio, lane);
+            sums_4 = rescaled(sums_4, ratio, lane);
+            sums_5 = rescaled(sums_5, ratio, lane);
+            sums_6 = rescaled(sums_6, ratio, lane);
+            sums_7 = rescaled(sums_7, ratio, lane);
         }
         let left = coopLoadT<Left>(&weights[select(0u, 256u * lane.subgroup, FP8)], 16u);
         let column = 128u * lane.subgroup;
@@ -448,6 +529,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
         sums_5 = product(left, column + 80u, sums_5);
         sums_6 = product(left, column + 96u, sums_6);
         sums_7 = product(left, column + 112u, sums_7);
+        workgroupBarrier();
     }
 
     total += subgroupShuffleXor(total, 8u);
@@ -458,7 +540,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
         totals[own_head] = total;
         references[own_head] = reference;
     }
-    let unit = unit_of_sums(of_rows);
+    let of_codes = CODE * bitcast<f32>(of_scales[lane.subgroup] << 23u);
+    let unit = select(power(2u * TARGET - of_rows), of_codes, FP8);
     let row = t * params.heads + first_head;
     put_out(sums_0, 0u, unit, row, heads, split, lane);
     put_out(sums_1, 1u, unit, row, heads, split, lane);

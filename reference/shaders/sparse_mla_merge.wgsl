@@ -1,4 +1,4 @@
-// One workgroup a token and head: the splits of `sparse_mla.wgsl`, in their order.
+// One workgroup a token and head: the splits of `sparse_mla.wgsl`, in their order. Every lane looks at all of them: they are few, and nobody waits.
 
 struct Params {
     rows: u32,
@@ -11,15 +11,24 @@ var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read> parts: array<f32>;
 @group(0) @binding(1) var<storage, read_write> out: array<ActPair>;
 
-// What split `i` is multiplied by, which has nothing where there is none.
-fn factor(start: u32, stride: u32, i: u32, highest: f32) -> f32 {
-    let at = start + min(i, params.splits - 1u) * stride + params.columns;
-    return select(0.0, exp(parts[at] - highest), i < params.splits);
+// Where split `i` has its number `column`; of those behind the last, the last has.
+fn place(start: u32, i: u32, column: u32) -> u32 {
+    return start + min(i, params.splits - 1u) * (params.columns + 2u) + column;
 }
 
-fn pair(start: u32, stride: u32, i: u32, word: u32) -> vec2<f32> {
-    let at = start + min(i, params.splits - 1u) * stride + 2u * word;
-    return vec2(parts[at], parts[at + 1u]);
+fn highest_of(start: u32, i: u32) -> f32 {
+    return parts[place(start, i, params.columns)];
+}
+
+// What split `i` is multiplied by, which has nothing where there is none.
+fn factor(start: u32, i: u32, highest: f32) -> f32 {
+    return select(0.0, exp(highest_of(start, i) - highest), i < params.splits);
+}
+
+// Of a split: a pair of its sums, and what it is divided by.
+fn sums(start: u32, i: u32, word: u32) -> vec3<f32> {
+    let at = place(start, i, 2u * word);
+    return vec3(parts[at], parts[at + 1u], parts[place(start, i, params.columns + 1u)]);
 }
 
 @compute @workgroup_size(WORKGROUP)
@@ -28,29 +37,24 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     if row >= params.rows {
         return;
     }
-    let stride = params.columns + 2u;
-    let start = row * params.splits * stride;
-    var highest = parts[start + params.columns];
-    for (var i = lane.index; i < params.splits; i += WORKGROUP) {
-        highest = max(highest, parts[start + i * stride + params.columns]);
+    let start = row * params.splits * (params.columns + 2u);
+    // Four at a time: what is loaded does not wait for what is added.
+    var highest = highest_of(start, 0u);
+    for (var i = 0u; i < params.splits; i += 4u) {
+        let first = max(highest_of(start, i), highest_of(start, i + 1u));
+        let second = max(highest_of(start, i + 2u), highest_of(start, i + 3u));
+        highest = max(highest, max(first, second));
     }
-    highest = workgroup_max(highest, lane);
-    var total = 0.0;
-    for (var i = lane.index; i < params.splits; i += WORKGROUP) {
-        total += factor(start, stride, i, highest) * parts[start + i * stride + params.columns + 1u];
-    }
-    total = workgroup_sum(total, lane);
     for (var word = lane.index; word < params.columns / 2u; word += WORKGROUP) {
-        var sum = vec2(0.0);
-        // Four at a time: what is loaded does not wait for what is added.
+        var sum = vec3(0.0);
         for (var i = 0u; i < params.splits; i += 4u) {
-            let a = factor(start, stride, i, highest) * pair(start, stride, i, word);
-            let b = factor(start, stride, i + 1u, highest) * pair(start, stride, i + 1u, word);
-            let c = factor(start, stride, i + 2u, highest) * pair(start, stride, i + 2u, word);
-            let d = factor(start, stride, i + 3u, highest) * pair(start, stride, i + 3u, word);
+            let a = factor(start, i, highest) * sums(start, i, word);
+            let b = factor(start, i + 1u, highest) * sums(start, i + 1u, word);
+            let c = factor(start, i + 2u, highest) * sums(start, i + 2u, word);
+            let d = factor(start, i + 3u, highest) * sums(start, i + 3u, word);
             sum += (a + b) + (c + d);
         }
-        sum /= select(total, 1.0, total == 0.0);
-        out[row * params.columns / 2u + word] = pack_act(sum);
+        let mean = sum.xy / select(sum.z, 1.0, sum.z == 0.0);
+        out[row * params.columns / 2u + word] = pack_act(mean);
     }
 }

@@ -11,7 +11,7 @@ use crate::fp8::MlaRow;
 use crate::tensor::{DType, DeviceTensor};
 
 static SHADER: Shader = shader!("sparse_mla", after "fp8", "paged");
-static BY_MATRICES: Shader = shader!("sparse_mla_matrix", enabling MATRICES, after "fp8", "paged");
+static BY_MATRICES: Shader = shader!("sparse_mla_matrix", enabling MATRICES, after "paged", "halves");
 static MERGE: Shader = shader!("sparse_mla_merge");
 
 /// Of a workgroup: lanes, heads, rows of bf16 or f32 at once.
@@ -94,7 +94,6 @@ pub(super) fn sparse_mla(
     let ([a, b, c, d], windows) = cache.reads()?;
     let mut constants = vec![("FP8", f64::from(fp8)), ("ROW_VECTORS", vectors as f64), ("WINDOWS", windows)];
     let shader = if by_matrices {
-        constants.push(("PARTS", if fp8 { 2048.0 } else { 1024.0 }));
         &BY_MATRICES
     } else {
         constants.extend([

@@ -23,6 +23,10 @@ struct Case {
     /// Of queries and of cache rows.
     values: (Values, Values),
     scale: f64,
+    /// Of a latent's columns each group of the 8-bit cache's is smaller than the one before by so many powers of two.
+    falls: i32,
+    /// Few rows are much larger than all others.
+    peaks: bool,
     seed: u64,
 }
 
@@ -65,6 +69,14 @@ impl Case {
         let layout = MlaRow { kv_lora_rank: rank, rope: self.dims.1 };
         let values = self.values.1.take(self.seed ^ 1, slots * width);
         let mut rows: Vec<Vec<f64>> = values.chunks(width).map(<[f64]>::to_vec).collect();
+        for (slot, row) in rows.iter_mut().enumerate() {
+            let peak = if self.peaks && slot % 32 == 5 { 64.0 } else { 1.0 };
+            for (column, x) in row.iter_mut().enumerate() {
+                // Exact, and a bf16 as before.
+                let falls = if column < rank { self.falls * (column / MLA_GROUP) as i32 } else { 0 };
+                *x *= peak * 2.0_f64.powi(-falls);
+            }
+        }
         let mut bytes = Vec::new();
         for (slot, row) in rows.iter_mut().enumerate() {
             let mut out = vec![0; layout.row_bytes()];
@@ -92,7 +104,7 @@ impl Case {
     /// How far an element may be from the oracle's: a score is off by what f32 sums of `width` products lose, its weight by the exponential
     /// of that and by its own rounding; some backends round weights to bf16, and what is relative to a maximum that
     /// may lag by 2^8 underflows below 2^-118; the result is rounded to bf16. In halves weights underflow below 2^-25, and rows lose what is
-    /// below 2^-37 of the largest number of all.
+    /// below 2^-37 of the largest number of all; with 8-bit codes weights are times their scale, in units of the largest one of the group.
     fn bounds<K>(
         &self,
         kernels: &Backend<'_, K>,
@@ -124,6 +136,13 @@ impl Case {
             let relative = (2.0 * lost).exp_m1() + 2.0 * F32_UNIT * (self.k as f64 + 64.0) + weights;
             let numbers = selected.iter().flat_map(|row| row.iter());
             let largest_of_all = numbers.fold(0.0_f64, |largest, x| largest.max(x.abs()));
+            let largest_of_groups: Vec<f64> = (0..rank.div_ceil(MLA_GROUP))
+                .map(|group| {
+                    let columns = group * MLA_GROUP..((group + 1) * MLA_GROUP).min(rank);
+                    let numbers = selected.iter().flat_map(|row| &row[columns.clone()]);
+                    numbers.fold(0.0_f64, |largest, x| largest.max(x.abs()))
+                })
+                .collect();
             for column in 0..rank {
                 let (mut weighted, mut largest, mut sizes) = (0.0, 0.0_f64, 0.0);
                 for (row, score) in selected.iter().zip(&scores) {
@@ -133,7 +152,9 @@ impl Case {
                 }
                 let out = expected[i * rank + column].abs();
                 // However wrong the weights are, the output lies among the values.
-                let below = if halves && self.dims == BY_MATRICES {
+                let below = if halves && self.dims == BY_MATRICES && self.fp8 {
+                    selected.len() as f64 * largest_of_groups[column / MLA_GROUP] * (-25.0_f64).exp2()
+                } else if halves && self.dims == BY_MATRICES {
                     sizes * (-25.0_f64).exp2() + largest_of_all * (-37.0_f64).exp2()
                 } else {
                     sizes * (-118.0_f64).exp2()
@@ -193,8 +214,9 @@ impl Contract for SparseMla {
         let dims = select(&[(64_usize, 16_usize), (48, 16), (144, 16), BY_MATRICES][..]);
         let shape = (select(&[8_usize, 16, 24][..]), prop_oneof![0..=60_usize, 60..=260_usize], holes);
         let scale = select(&[0.1, 1.0][..]);
-        (batches, dims, any::<bool>(), shape, select(VALUES), scale, any::<u64>()).prop_map(
-            |(batch, dims, fp8, (heads, k, holes), values, scale, seed)| Case {
+        let cache = (prop_oneof![Just((false, 0)), Just((true, 0)), Just((true, 12))], any::<bool>());
+        (batches, dims, cache, shape, select(VALUES), scale, any::<u64>()).prop_map(
+            |(batch, dims, ((fp8, falls), peaks), (heads, k, holes), values, scale, seed)| Case {
                 batch,
                 dims,
                 fp8,
@@ -203,6 +225,8 @@ impl Contract for SparseMla {
                 holes,
                 values,
                 scale,
+                falls,
+                peaks,
                 seed,
             },
         )
@@ -243,22 +267,31 @@ fn planted_faults_are_seen() {
         contract::catches::<SparseMla>(Edit { shader: "sparse_mla", find, replace });
     }
     for (find, replace) in [
-        // Splits are added up as if they were relative to the same score; the last is left out.
-        ("exp(parts[at] - highest)", "1.0"),
-        ("(c + d)", "c"),
+        // Splits are added up as if they were relative to the same score; one is left out, or the last.
+        ("exp(highest_of(start, i) - highest)", "1.0"),
+        ("(c + d)", "d"),
         ("i < params.splits);", "i + 1u < params.splits);"),
     ] {
         contract::catches::<SparseMla>(Edit { shader: "sparse_mla_merge", find, replace });
     }
     for (find, replace) in [
         // Sums that were relative to a lower score.
-        ("factors[own_head] = factor * factor_of_all;", "factors[own_head] = factor_of_all;"),
+        ("factors[own_head] = factor;", "factors[own_head] = 1.0;"),
         ("total = total * factor + weight", "total = total + weight"),
         ("select(0.0, exp(score - raised), there)", "exp(select(0.0, score, there) - raised)"),
         // The codes' scales.
-        ("dot(of_subgroups(lane.index), scales[own_key])", "dot(of_subgroups(lane.index), scales[0])"),
+        ("let own_scales = scales[own_key];", "let own_scales = scales[0];"),
         ("f16(scaled.w)", "f16(scaled.z)"),
-        ("select(i, i + 1u, FP8 && i >= CODES)", "i"),
+        ("select(VECTORS, CODES + 1u, FP8)", "select(VECTORS, CODES, FP8)"),
+        // A tile that is larger than those before: its rows, and what was added up.
+        ("put_rows(rows, power(most), lane);", ""),
+        ("ratio = falls(of_rows, most);", ""),
+        ("ratio = falls(before, of_scales[lane.subgroup]);", ""),
+        // The tile after the next.
+        (
+            "position_at(t, first_row + 4u * KEYS + own_key)",
+            "position_at(t, first_row + 3u * KEYS + own_key)",
+        ),
     ] {
         contract::catches::<SparseMla>(Edit { shader: "sparse_mla_matrix", find, replace });
     }
@@ -279,8 +312,19 @@ fn nothing_selected_gives_zeros() {
         for (k, holes) in [(60, 8), (200, 8), (0, 0)] {
             let values = (Values::Normal, Values::Normal);
             let batch = BatchCase::of(16, &[(70, 2)]);
-            let case =
-                Case { batch, dims: (64, 16), fp8: false, heads: 8, k, holes, values, scale: 0.3, seed: 3 };
+            let case = Case {
+                batch,
+                dims: (64, 16),
+                fp8: false,
+                heads: 8,
+                k,
+                holes,
+                values,
+                scale: 0.3,
+                falls: 0,
+                peaks: false,
+                seed: 3,
+            };
             case.judge(kernels, kernels.context().has_matrices());
         }
     });
