@@ -10,9 +10,9 @@ fn blocks_that_meet_are_all_resident() {
     let source = "KERNEL void kernel(uint32_t* flags, uint32_t* out) {
         for (uint32_t round = 1; round <= 3; ++round) {
             __syncthreads();
-            if (threadIdx.x == 0) store_release_system(flags + blockIdx.x, round);
+            if (threadIdx.x == 0) store_awaited_system(flags + blockIdx.x, round);
             if (threadIdx.x < gridDim.x)
-                while (load_acquire_system(flags + threadIdx.x) < round) {}
+                while (load_awaited_system(flags + threadIdx.x) < round) {}
             __syncthreads();
         }
         if (threadIdx.x == 0) out[blockIdx.x] = blockIdx.x + 1;
@@ -30,8 +30,8 @@ fn blocks_that_meet_are_all_resident() {
 #[test]
 fn a_thread_waits_for_another_of_its_warp() {
     let source = "KERNEL void kernel(uint32_t* flags) {
-        if (threadIdx.x == 5) while (load_acquire_system(flags) == 0) {}
-        if (threadIdx.x == 4) store_release_system(flags, 1);
+        if (threadIdx.x == 5) while (load_awaited_system(flags) == 0) {}
+        if (threadIdx.x == 4) store_awaited_system(flags, 1);
     }";
     let Some(snippet) = Snippet::new(source) else { return };
     let flags = snippet.buffer("flags", &[0_u32]);
@@ -41,8 +41,8 @@ fn a_thread_waits_for_another_of_its_warp() {
 #[test]
 fn launches_of_two_threads_meet() {
     let source = "KERNEL void kernel(uint32_t* flags, int rank) {
-        store_release_system(flags + rank, 1);
-        while (load_acquire_system(flags + 1 - rank) == 0) {}
+        store_awaited_system(flags + rank, 1);
+        while (load_awaited_system(flags + 1 - rank) == 0) {}
     }";
     let Some(snippet) = Snippet::new(source) else { return };
     let flags = snippet.buffer("flags", &[0_u32; 2]);
@@ -56,7 +56,7 @@ fn launches_of_two_threads_meet() {
 
 #[test]
 fn waiting_in_vain_ends_with_the_launch() {
-    let source = "KERNEL void kernel(uint32_t* flags) { while (load_acquire_system(flags) == 0) {} }";
+    let source = "KERNEL void kernel(uint32_t* flags) { while (load_awaited_system(flags) == 0) {} }";
     let Some(mut snippet) = Snippet::new(source) else { return };
     snippet.emulator = snippet.emulator.with_time_limit(1);
     let flags = snippet.buffer("flags", &[0_u32]);
