@@ -98,6 +98,7 @@ fn every_part_is_done_and_leaves_its_results() {
 #[test]
 fn what_fails_is_said_and_the_rest_is_done() {
     let folder = Folder::new("fails");
+    std::fs::write(folder.0.join("start.json"), "of another run").unwrap();
     // Three ranks do not divide the model: sums do not mind.
     let (status, said) = folder.run("3", &[("PARTS", "start collectives nothing")]);
     assert_eq!(status, Some(1), "{said}");
@@ -105,6 +106,7 @@ fn what_fails_is_said_and_the_rest_is_done() {
         assert!(said.contains(words), "{said}");
     }
     assert!(folder.read("collectives.json").contains("\"tp\": 3"));
+    assert!(!folder.0.join("start.json").exists(), "what another run left is no result of this one");
     let (status, said) = folder.run("none", &[]);
     assert!(status == Some(2) && said.contains("RANKS FOLDER"), "{status:?}: {said}");
 }

@@ -192,9 +192,7 @@ pub(super) fn run(args: StepArgs) -> anyhow::Result<()> {
             },
         );
         if case.kind == Kind::Decode && args.live == args.tp && is_published(config) {
-            let gpu = report.environment.gpu.as_ref();
-            result.published =
-                gpu.and_then(|gpu| Published::beside(result.tokens_per_s, case.sequences, args.live, gpu));
+            result.published = Published::of(&result, args.live, report.environment.gpu.as_ref());
         }
         print(&result.text(&report.environment))?;
         report.cases.push(result);
@@ -342,7 +340,8 @@ fn case_report(
         let device_ms = device_ms?.median;
         let alone_ms = collectives.map_or(device_ms, |of| of.alone_ms.median);
         let lost_ms = waits.as_ref().map(|waits| waits.lost_ms.median);
-        Some(Shares::of(step.median, device_ms, alone_ms, lost_ms))
+        let host_ms = Spread::of(&host_us, MILLI).map(|host| host.median);
+        Some(Shares::of(step.median, device_ms, alone_ms, host_ms, lost_ms))
     });
     let gpu = environment.gpu.as_ref();
     let of_ceiling = |value: f64, ceiling: Option<f64>| ceiling.map(|ceiling| value / ceiling);
