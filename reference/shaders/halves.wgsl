@@ -4,7 +4,7 @@
 const TARGET: u32 = 140u;
 // Exponents from here to MOST_EXPONENT have powers that are numbers.
 const LEAST_EXPONENT: u32 = TARGET - 120u;
-const MOST_EXPONENT: u32 = 250u;
+const MOST_EXPONENT: u32 = 254u;
 // What the half of an 8-bit code is to be multiplied by.
 const CODE: f32 = 256.0;
 

@@ -23,6 +23,8 @@ override ROW_VECTORS: u32 = 72u;
 // Of a row in `tile`, in vectors of four halves: rows lie in different banks.
 const STRIDE: u32 = 146u;
 const ONCE: u32 = 1u;
+// Scales' exponents up to here have inverses that are normal numbers, with room for a rise.
+const MOST_OF_SCALES: u32 = 250u;
 // Of a row's latent: vectors of 16 bytes of 8-bit codes, of columns.
 const CODES: u32 = 32u;
 const VECTORS: u32 = 64u;
@@ -240,7 +242,7 @@ fn put_rows(rows: Rows, factor: f32, lane: Lane) {
 fn put_scales(own: vec4<u32>, of_scales: vec4<u32>, lane: Lane) {
     if lane.index < KEYS {
         scales[lane.index] = bitcast<vec4<f32>>(own);
-        let of_own = min((own & vec4(0x7f800000u)) >> vec4(23u), vec4(MOST_EXPONENT));
+        let of_own = min((own & vec4(0x7f800000u)) >> vec4(23u), vec4(MOST_OF_SCALES));
         if any(of_own > of_scales + vec4(1u)) {
             atomicMax(&exponents[0], of_own.x);
             atomicMax(&exponents[1], of_own.y);

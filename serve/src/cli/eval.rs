@@ -43,7 +43,6 @@ struct Results {
     model: String,
     device: String,
     tp: usize,
-    #[serde(default)]
     dtype: String,
     kv_cache_dtype: String,
     seconds: f64,

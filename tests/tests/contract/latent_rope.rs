@@ -59,17 +59,12 @@ pub(crate) fn assert_written<K>(
     for (t, &slot) in batch.batch.slot_mapping.iter().enumerate() {
         of_slot[slot as usize] = Some(t);
     }
-    assert_close(
-        "cache",
-        width,
-        found,
-        expected,
-        kernels.relative_l2(values, RELATIVE_L2),
-        |i| match of_slot[i / width] {
+    assert_close("cache", width, found, expected, kernels.relative_l2(values, expected, RELATIVE_L2), |i| {
+        match of_slot[i / width] {
             None => 0.0,
             Some(t) => intervals[t * width + i % width].farthest(expected[i]),
-        },
-    );
+        }
+    });
 }
 
 struct LatentRope;

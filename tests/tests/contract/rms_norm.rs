@@ -98,10 +98,21 @@ impl Contract for RmsNorm {
         }
         let (found, expected) = (kernels.read(&out.1).unwrap(), oracle.read(&out.0).unwrap());
         let intervals = intervals(case, &normed, &oracle.read(&weight.0).unwrap(), kernels.act());
-        assert_close("out", width, &found, &expected, kernels.relative_l2(case.values, RELATIVE_L2), |i| {
-            assert!(intervals[i].contains(expected[i]), "the bound misses the oracle: {:?}", intervals[i]);
-            intervals[i].farthest(expected[i])
-        });
+        assert_close(
+            "out",
+            width,
+            &found,
+            &expected,
+            kernels.relative_l2(case.values, &expected, RELATIVE_L2),
+            |i| {
+                assert!(
+                    intervals[i].contains(expected[i]),
+                    "the bound misses the oracle: {:?}",
+                    intervals[i]
+                );
+                intervals[i].farthest(expected[i])
+            },
+        );
     }
 }
 

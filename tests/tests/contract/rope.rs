@@ -50,10 +50,21 @@ impl Contract for Rope {
         for (i, head) in intervals.chunks_mut(width).enumerate() {
             rotate(&mut head[offset..offset + dim], layout, &turns[i / heads * dim..][..dim], kernels.act());
         }
-        assert_close("x", width, &found, &expected, kernels.relative_l2(values, RELATIVE_L2), |i| {
-            assert!(intervals[i].contains(expected[i]), "the bound misses the oracle: {:?}", intervals[i]);
-            intervals[i].farthest(expected[i])
-        });
+        assert_close(
+            "x",
+            width,
+            &found,
+            &expected,
+            kernels.relative_l2(values, &expected, RELATIVE_L2),
+            |i| {
+                assert!(
+                    intervals[i].contains(expected[i]),
+                    "the bound misses the oracle: {:?}",
+                    intervals[i]
+                );
+                intervals[i].farthest(expected[i])
+            },
+        );
     }
 }
 

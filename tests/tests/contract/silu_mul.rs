@@ -39,14 +39,21 @@ impl Contract for SiluMul {
         let gates = oracle.read(&gate.0).unwrap();
         let ups = oracle.read(&up.0).unwrap();
         let (found, expected) = (kernels.read(&out.1).unwrap(), oracle.read(&out.0).unwrap());
-        assert_close("out", width.max(1), &found, &expected, kernels.relative_l2(values, 2.5e-3), |i| {
-            let exact = gates[i] / (1.0 + (-gates[i]).exp()) * ups[i];
-            // WGSL's exp is off by 3 + 2 |x| units in the last place, of which a large x feels the rest alone; where exp overflows
-            // there is nothing left. What is subnormal may be zero.
-            let error = F32_UNIT * (14.0 + 4.0 * gates[i].abs().min(90.0)) * exact.abs();
-            let underflow = 1e-36 * ups[i].abs() + f64::from(f32::MIN_POSITIVE);
-            Interval::around(exact, error + underflow).stored(kernels.act()).farthest(expected[i])
-        });
+        assert_close(
+            "out",
+            width.max(1),
+            &found,
+            &expected,
+            kernels.relative_l2(values, &expected, 2.5e-3),
+            |i| {
+                let exact = gates[i] / (1.0 + (-gates[i]).exp()) * ups[i];
+                // WGSL's exp is off by 3 + 2 |x| units in the last place, of which a large x feels the rest alone; where exp overflows
+                // there is nothing left. What is subnormal may be zero.
+                let error = F32_UNIT * (14.0 + 4.0 * gates[i].abs().min(90.0)) * exact.abs();
+                let underflow = 1e-36 * ups[i].abs() + f64::from(f32::MIN_POSITIVE);
+                Interval::around(exact, error + underflow).stored(kernels.act()).farthest(expected[i])
+            },
+        );
     }
 }
 

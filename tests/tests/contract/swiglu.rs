@@ -77,7 +77,7 @@ impl Contract for SwiGlu {
             intermediate,
             &found,
             &expected,
-            kernels.relative_l2(Values::Normal, 4e-3),
+            kernels.relative_l2(Values::Normal, &expected, 4e-3),
             |i| {
                 let x = &x[i / intermediate * columns..][..columns];
                 let may = |weight: &[f32]| {
