@@ -25,6 +25,26 @@ pub enum Placement {
     Together,
 }
 
+/// Whether a launch has as many blocks on every one of `devices`, which deal their work by their multiprocessors.
+///
+/// # Errors
+/// The first that has another number of them.
+pub(crate) fn alike<D: Device>(devices: &[D]) -> Result<()> {
+    let of = |device: &D| device.limits().multiprocessors;
+    let expected = devices.first().map_or(0, of);
+    match devices.iter().map(of).enumerate().find(|&(_, found)| found != expected) {
+        None => Ok(()),
+        Some((rank, found)) => Err(Error::Value {
+            kernel: "collectives",
+            name: "multiprocessors",
+            expected: format!(
+                "{expected}, as rank 0's GPU has, on every GPU of a group; use NCCL between GPUs that differ"
+            ),
+            found: format!("{found} on rank {rank}'s"),
+        }),
+    }
+}
+
 /// One rank of a group. Its tensors belong to the device that it was made with, which its backend shares (an [`Arc`]).
 #[derive(Debug)]
 pub struct PeerCommunicator<D: Device> {
@@ -43,7 +63,7 @@ impl<D: Device> PeerCommunicator<D> {
     /// [apart](Placement::Apart) must reach each other's memory.
     ///
     /// # Errors
-    /// More ranks, or fewer, than the kernels are written for; memory.
+    /// More ranks, or fewer, than the kernels are written for; devices that have another number of multiprocessors; memory.
     pub fn group(
         devices: Vec<D>,
         tiles: AllReduceTiles,
@@ -51,6 +71,7 @@ impl<D: Device> PeerCommunicator<D> {
         patience: Duration,
     ) -> Result<Vec<Self>> {
         let dims = ExchangeDims::new(devices.len())?;
+        alike(&devices)?;
         let workspaces = devices
             .iter()
             .map(|device| exchange::alloc_workspace(device, dims))

@@ -7,7 +7,7 @@ use dsa80_reference::{Communicator, Result};
 
 use super::{Cuda, refuse, usable};
 use crate::all_reduce::AllReduceTiles;
-use crate::communicator::{PATIENCE, PeerCommunicator, Placement};
+use crate::communicator::{PATIENCE, PeerCommunicator, Placement, alike};
 use crate::crossover::{self, Crossover};
 use crate::device::Device as _;
 use crate::gpu::Gpu;
@@ -40,7 +40,7 @@ impl RankOnGpu {
     /// our own gives up after `patience`, and not before [`PATIENCE`].
     ///
     /// # Errors
-    /// There are fewer, or, with [`Between::Peers`], they cannot reach each other's memory; and as for [`Cuda::open`].
+    /// There are fewer, or, with [`Between::Peers`], they differ or cannot reach each other's memory; and as for [`Cuda::open`].
     pub fn open_group(ranks: usize, between: Between, patience: Duration) -> Result<Vec<Self>> {
         let usable = usable()?;
         if usable.len() < ranks {
@@ -56,7 +56,10 @@ impl RankOnGpu {
         let tiles =
             gpus.iter().map(|gpu| Tiles::for_gpu(&gpu.limits().name, None)).collect::<Result<Vec<_>>>()?;
         let patience = patience.max(PATIENCE);
-        let connected = || gpus.iter().try_for_each(|gpu| gpus.iter().try_for_each(|other| gpu.reach(other)));
+        let connected = || {
+            alike(&gpus)?;
+            gpus.iter().try_for_each(|gpu| gpus.iter().try_for_each(|other| gpu.reach(other)))
+        };
         let with_nccl = match between {
             Between::Nccl => true,
             Between::Peers => connected().map(|()| false)?,

@@ -61,6 +61,13 @@ impl Interval {
     pub fn farthest(self, value: f64) -> f64 {
         (value - self.lo).abs().max((self.hi - value).abs())
     }
+
+    /// How far a value of the interval can be from the oracle's, which must be one of them.
+    #[track_caller]
+    pub fn bound(self, oracle: f64) -> f64 {
+        assert!(self.contains(oracle), "the bound misses the oracle: {self:?}, {oracle}");
+        self.farthest(oracle)
+    }
 }
 
 impl std::ops::Add for Interval {

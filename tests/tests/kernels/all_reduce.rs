@@ -240,16 +240,11 @@ fn a_word_of_all_ones_arrives_as_another_nan() {
 }
 
 /// Ranks with a launch each, which meet in the middle of it, many times.
-fn assert_launches_meet(devices: &[&TestDevice], dims: ExchangeDims, tokens: &[usize]) {
+fn assert_launches_meet(devices: &[&TestDevice], dims: ExchangeDims, tokens: &[usize], patience: Duration) {
     let variant = Variant { ranks: dims.ranks, dtype: DType::Act, step: 8 };
     let alloc = |device: &&TestDevice| exchange::alloc_workspace(*device, dims).unwrap();
     let workspaces: Vec<Buffer> = devices.iter().map(alloc).collect();
-    let exchange = |first_rank| Exchange {
-        dims,
-        workspaces: workspaces.clone(),
-        first_rank,
-        patience: Duration::from_secs(60),
-    };
+    let exchange = |first_rank| Exchange { dims, workspaces: workspaces.clone(), first_rank, patience };
     for (round, length) in tokens.iter().enumerate() {
         for shots in [Shots::One, Shots::Two] {
             let seed = 2 * round as u64 + u64::from(shots == Shots::Two);
@@ -280,11 +275,38 @@ fn assert_launches_meet(devices: &[&TestDevice], dims: ExchangeDims, tokens: &[u
     }
 }
 
+/// Of four ranks: shares that are empty, and several exchanges of a channel.
+const SEVERAL: ExchangeDims = ExchangeDims { ranks: 4, channels: 2, slot_bytes: 64 };
+const LENGTHS: [usize; 4] = [0, 40, 80, 800];
+const PATIENT: Duration = Duration::from_secs(60);
+
 #[test]
 fn launches_of_several_ranks_meet() {
     let Some(device) = devices::emulator() else { return };
-    let dims = ExchangeDims { ranks: 4, channels: 2, slot_bytes: 64 };
-    assert_launches_meet(&[&device; 4], dims, &[0, 40, 80, 800]);
+    assert_launches_meet(&[&device; 4], SEVERAL, &LENGTHS, PATIENT);
+}
+
+/// What keeps a slot's uses apart. That `end_exchange` waits is not among it: without, a rank would have to be three exchanges ahead of a
+/// thread of another that still resets, which emulation does not come to.
+#[test]
+fn planted_faults_between_exchanges_are_seen() {
+    for (file, find, replace) in [
+        // Every exchange in the same slots.
+        ("exchange.cuh", "(epoch & 3)", "(epoch & 0)"),
+        // An exchange that nobody counts.
+        ("exchange.cuh", "DEVICE void next() { ++epoch; }", "DEVICE void next() { epoch += rank == 0; }"),
+        // Where the last launch ended is forgotten by one rank.
+        (
+            "exchange.cuh",
+            "own[EPOCHS + blockIdx.x] = epoch;",
+            "own[EPOCHS + blockIdx.x] = rank == 1 ? 0 : epoch;",
+        ),
+    ] {
+        let body = |device: &TestDevice, _| {
+            assert_launches_meet(&[device; 4], SEVERAL, &LENGTHS, Duration::from_secs(1));
+        };
+        parity::catches(Fault { file, find, replace }, Just(()), body);
+    }
 }
 
 #[test]
@@ -296,7 +318,7 @@ fn launches_of_several_gpus_meet() {
         let devices: Vec<&TestDevice> = gpus[..ranks].iter().collect();
         // The longest in several exchanges of a channel.
         let lengths = [8, 6144, 32 * 6144, 6152, 700 * 6144, 3 * 6144].repeat(3);
-        assert_launches_meet(&devices, ExchangeDims::new(ranks).unwrap(), &lengths);
+        assert_launches_meet(&devices, ExchangeDims::new(ranks).unwrap(), &lengths, PATIENT);
     }
 }
 

@@ -280,6 +280,28 @@ fn sums_with_norms_are_sums_and_then_norms() {
     }
 }
 
+/// They would deal a sum's work differently.
+#[test]
+fn peers_that_differ_are_refused() {
+    let with = |multiprocessors| match devices::emulator()? {
+        TestDevice::Emulator(emulator) => {
+            Some(TestDevice::Emulator(Box::new(emulator.with_multiprocessors(multiprocessors))))
+        }
+        TestDevice::Gpu(_) => None,
+    };
+    let group = |counts: [u32; 3]| {
+        let devices: Vec<_> = counts.into_iter().map(with).collect::<Option<_>>()?;
+        Some(PeerCommunicator::group(devices, AllReduceTiles::safe(), Placement::Apart, PATIENCE).map(drop))
+    };
+    let Some(alike) = group([8, 8, 8]) else { return };
+    alike.unwrap();
+    let error = group([8, 8, 6]).unwrap().unwrap_err().to_string();
+    assert!(
+        error.contains("6 on rank 2's") && error.contains("expected 8") && error.contains("NCCL"),
+        "{error}"
+    );
+}
+
 /// Rows that a slot, and the registers of a block, can hold are summed and normed in one launch; others are left to two.
 #[test]
 fn peers_norm_what_they_sum_where_it_fits() {
