@@ -33,6 +33,8 @@ struct Params {
     group_size: u32,
     groups: u32,
     scale_row: u32,
+    // Of packed weights: the bits of INTEGER, twice.
+    integer: array<u32, 2>,
 }
 
 var<immediate> params: Params;

@@ -1,11 +1,13 @@
 // `sparse_mla.wgsl` by matrices of 16 by 16 halves, where subgroups have 32 lanes: one workgroup a token, eight heads and a share of the
 // token's selected rows, 16 rows at a time. `paged.wgsl` and `halves.wgsl` go before it.
 //
-// While a tile of rows is worked on, the next is on its way. A subgroup keeps a quarter of the queries' columns, and of the sums'.
+// While a tile of rows is worked on, the next is on its way. A subgroup keeps a quarter of the queries' columns, and of the sums'. All of it
+// is within 24 KiB of memory: a driver that counts 48 for a multiprocessor has two workgroups on it.
 //
 // Rows and queries are brought near 2^13 by a power of two, rows by one that rises with the largest of them: what underflows is 2^-38 of that.
 // 8-bit codes are halves as they are: a subgroup has the columns of one scale, and weights times that scale, each scale relative to its own
-// power of two. Weights are relative to a highest score that is raised only once a row is far above it.
+// power of two. Weights are relative to a highest score that is raised only once a row is far above it. A tile that raises any of these is
+// worked on again.
 
 const HEADS: u32 = 8u;
 const KEYS: u32 = 16u;
@@ -16,13 +18,14 @@ const LATENT: u32 = 512u;
 // A score may be so far above the reference: its weight is a half.
 const AHEAD: f32 = 8.0;
 const LOWEST: f32 = -0x1p127f;
-
 override FP8: bool = false;
+// A constant: what is divided by it takes no division.
+override PAGE_SIZE: u32 = 64u;
 // Vectors of eight columns of a row: those of the latent, and eight others or none.
 override ROW_VECTORS: u32 = 72u;
 // Of a row in `tile`, in vectors of four halves: rows lie in different banks.
 const STRIDE: u32 = 146u;
-const ONCE: u32 = 1u;
+const TILE: u32 = 15u * STRIDE + 144u;
 // Scales' exponents up to here have inverses that are normal numbers, with room for a rise.
 const MOST_OF_SCALES: u32 = 250u;
 // Of a row's latent: vectors of 16 bytes of 8-bit codes, of columns.
@@ -37,7 +40,6 @@ struct Params {
     splits: u32,
     split: u32,
     scale: f32,
-    page_size: u32,
     window_pages: u32,
     max_blocks: u32,
     // Of a row in the cache, in vectors of 16 bytes.
@@ -49,20 +51,21 @@ var<immediate> params: Params;
 @group(0) @binding(1) var<storage, read> block_table: array<u32>;
 @group(0) @binding(2) var<storage, read> topk_indices: array<i32>;
 @group(0) @binding(3) var<storage, read> q: array<vec4<u32>>;
-@group(0) @binding(4) var<storage, read> cache_0: array<vec4<u32>>;
-@group(0) @binding(5) var<storage, read> cache_1: array<vec4<u32>>;
-@group(0) @binding(6) var<storage, read> cache_2: array<vec4<u32>>;
-@group(0) @binding(7) var<storage, read> cache_3: array<vec4<u32>>;
+// Nobody writes them; but what is read of what might be written is not moved behind a barrier, and these loads are wanted early.
+@group(0) @binding(4) var<storage, read_write> cache_0: array<vec4<u32>>;
+@group(0) @binding(5) var<storage, read_write> cache_1: array<vec4<u32>>;
+@group(0) @binding(6) var<storage, read_write> cache_2: array<vec4<u32>>;
+@group(0) @binding(7) var<storage, read_write> cache_3: array<vec4<u32>>;
 // As in `sparse_mla.wgsl`.
 @group(0) @binding(8) var<storage, read_write> out: array<u32>;
 
-// The queries at first, of which what a matrix has behind the eighth is nobody's; then a tile of rows.
-var<workgroup> tile: array<vec4<f16>, 2336>;
-// Of a subgroup: a matrix of its sums, or its part of the scores. Then, of 8-bit rows, its part of the scores by other columns than codes.
-override PARTS: u32 = select(1024u, 2048u, FP8);
-var<workgroup> parts: array<f32, PARTS>;
-// Weights of a tile, by heads: a matrix, of which the rows behind the eighth are nobody's; of 8-bit rows, one of each subgroup.
-override WEIGHTS: u32 = select(256u, 1024u, FP8);
+// The queries at first, then a tile of rows. Behind the eighth query a matrix has nobody's; or, of 8-bit rows, the columns that are no codes,
+// so that one product has both kinds of dots apart: the rest is zeros.
+var<workgroup> tile: array<vec4<f16>, TILE>;
+// Of a subgroup: a matrix of its sums, or its part of the dots.
+var<workgroup> parts: array<f32, 1024>;
+// Weights of a tile, by heads: half a matrix; of 8-bit rows, one of each subgroup. Rows behind the eighth are nobody's, or the next one's.
+override WEIGHTS: u32 = select(256u, 640u, FP8);
 var<workgroup> weights: array<f16, WEIGHTS>;
 var<workgroup> scales: array<vec4<f32>, KEYS>;
 // Of two tiles.
@@ -74,8 +77,9 @@ var<workgroup> references: array<f32, HEADS>;
 var<workgroup> exponents: array<atomic<u32>, 6>;
 const OF_NUMBERS: u32 = 4u;
 const OF_QUERIES: u32 = 5u;
-// Whether sums are to be rescaled.
+// Whether a tile raises something, and whether it is exponents.
 var<workgroup> rises: u32;
+var<workgroup> beyond: u32;
 
 alias Left = coop_mat16x16<f16, A>;
 alias Right = coop_mat16x16<f16, B>;
@@ -100,14 +104,14 @@ fn position_at(t: u32, place: u32) -> i32 {
 }
 
 fn page_of(first_page: u32, position: i32) -> u32 {
-    return block_table[first_page + u32(max(position, 0)) / params.page_size];
+    return block_table[first_page + u32(max(position, 0)) / PAGE_SIZE];
 }
 
 fn slot_at(page: u32, position: i32) -> u32 {
     if position < 0 {
         return HOLE;
     }
-    return slot_of(page, u32(position) % params.page_size, params.page_size, params.window_pages);
+    return slot_of(page, u32(position) % PAGE_SIZE, PAGE_SIZE, params.window_pages);
 }
 
 // What a lane loads of a tile, 16 bytes each: of two rows every 16th vector of the latent, and one of other columns; and a row's scales.
@@ -156,99 +160,103 @@ fn load_rows(turn: u32, lane: Lane) -> Rows {
     return rows;
 }
 
-// Rows of holes become zeros: the memory there may hold anything.
-fn without_holes(own: Rows, turn: u32, lane: Lane) -> Rows {
-    var rows = own;
-    let none = vec4(0u);
-    if slots[turn + lane.index / 16u] == HOLE {
-        rows.a = none;
-        rows.b = none;
-        rows.e = none;
-        rows.f = none;
-    }
-    if slots[turn + 8u + lane.index / 16u] == HOLE {
-        rows.c = none;
-        rows.d = none;
-        rows.g = none;
-        rows.h = none;
-    }
-    if slots[turn + lane.index / 8u] == HOLE {
-        rows.other = none;
-    }
-    if slots[turn + lane.index % KEYS] == HOLE {
-        rows.scales = none;
-    }
-    return rows;
+// What the words of a slot's row are multiplied by, and what of them is left: nothing of a hole's, for the memory there may hold anything.
+struct Kept {
+    low: u32,
+    high: u32,
 }
 
-// Rows as they are to be put in their place.
-fn whole(rows: Rows, turn: u32, lane: Lane) -> Rows {
-    if subgroupAny(slots[turn + lane.index % KEYS] == HOLE) {
-        return without_holes(rows, turn, lane);
-    }
-    return rows;
+fn kept(slot: u32) -> Kept {
+    let hole = slot == HOLE;
+    return Kept(select(0x10000u, 0u, hole), select(0xffff0000u, 0u, hole));
 }
 
-// The largest exponent of the numbers among them.
-fn largest_of_rows(rows: Rows) -> u32 {
-    var most = largest(rows.other);
+// Of the rows of a lane.
+struct Here {
+    first: Kept,
+    second: Kept,
+    third: Kept,
+}
+
+fn here(turn: u32, lane: Lane) -> Here {
+    return Here(
+        kept(slots[turn + lane.index / 16u]),
+        kept(slots[turn + 8u + lane.index / 16u]),
+        kept(slots[turn + lane.index / 8u]),
+    );
+}
+
+// The largest exponent of the numbers among a tile's rows.
+fn largest_of_rows(rows: Rows, held: Here) -> u32 {
+    var most = select(largest(rows.other), 0u, held.third.low == 0u);
     if !FP8 {
-        most = max(most, max(max(largest(rows.a), largest(rows.b)), max(largest(rows.c), largest(rows.d))));
-        most = max(most, max(max(largest(rows.e), largest(rows.f)), max(largest(rows.g), largest(rows.h))));
+        let first = max(max(largest(rows.a), largest(rows.b)), max(largest(rows.e), largest(rows.f)));
+        let second = max(max(largest(rows.c), largest(rows.d)), max(largest(rows.g), largest(rows.h)));
+        most = max(most, max(select(first, 0u, held.first.low == 0u), select(second, 0u, held.second.low == 0u)));
     }
     return exponent_of(most);
 }
 
 // Puts eight columns in their place, times a factor.
-fn put(at: u32, words: vec4<u32>, factor: f32) {
-    let values = eight_bf16(words);
-    tile[at] = vec4<f16>(values.low * factor);
-    tile[at + 1u] = vec4<f16>(values.high * factor);
+fn put(at: u32, words: vec4<u32>, held: Kept, factor: f32) {
+    let lower = bitcast<vec4<f32>>(words * held.low) * factor;
+    let upper = bitcast<vec4<f32>>(words & vec4(held.high)) * factor;
+    tile[at] = vec4<f16>(vec4(lower.x, upper.x, lower.y, upper.y));
+    tile[at + 1u] = vec4<f16>(vec4(lower.z, upper.z, lower.w, upper.w));
 }
 
-fn put_codes(at: u32, words: vec4<u32>) {
-    tile[at] = four_codes(words.x);
-    tile[at + 1u] = four_codes(words.y);
-    tile[at + 2u] = four_codes(words.z);
-    tile[at + 3u] = four_codes(words.w);
+fn put_codes(at: u32, words: vec4<u32>, held: Kept) {
+    let mask = held.high | (held.high >> 16u);
+    tile[at] = four_codes(words.x & mask);
+    tile[at + 1u] = four_codes(words.y & mask);
+    tile[at + 2u] = four_codes(words.z & mask);
+    tile[at + 3u] = four_codes(words.w & mask);
 }
 
 // Puts a tile's rows in their place, numbers times a factor.
-fn put_rows(rows: Rows, factor: f32, lane: Lane) {
+fn put_rows(rows: Rows, held: Here, factor: f32, lane: Lane) {
     let v = lane.index % 16u;
     let first = lane.index / 16u * STRIDE;
     let second = first + 8u * STRIDE;
     if FP8 {
-        put_codes(first + 4u * v, rows.a);
-        put_codes(first + 4u * v + 64u, rows.b);
-        put_codes(second + 4u * v, rows.c);
-        put_codes(second + 4u * v + 64u, rows.d);
+        put_codes(first + 4u * v, rows.a, held.first);
+        put_codes(first + 4u * v + 64u, rows.b, held.first);
+        put_codes(second + 4u * v, rows.c, held.second);
+        put_codes(second + 4u * v + 64u, rows.d, held.second);
     } else {
-        put(first + 2u * v, rows.a, factor);
-        put(first + 2u * v + 32u, rows.b, factor);
-        put(second + 2u * v, rows.c, factor);
-        put(second + 2u * v + 32u, rows.d, factor);
-        put(first + 2u * v + 64u, rows.e, factor);
-        put(first + 2u * v + 96u, rows.f, factor);
-        put(second + 2u * v + 64u, rows.g, factor);
-        put(second + 2u * v + 96u, rows.h, factor);
+        put(first + 2u * v, rows.a, held.first, factor);
+        put(first + 2u * v + 32u, rows.b, held.first, factor);
+        put(second + 2u * v, rows.c, held.second, factor);
+        put(second + 2u * v + 32u, rows.d, held.second, factor);
+        put(first + 2u * v + 64u, rows.e, held.first, factor);
+        put(first + 2u * v + 96u, rows.f, held.first, factor);
+        put(second + 2u * v + 64u, rows.g, held.second, factor);
+        put(second + 2u * v + 96u, rows.h, held.second, factor);
     }
     if ROW_VECTORS > VECTORS {
-        put(lane.index / 8u * STRIDE + 2u * (VECTORS + lane.index % 8u), rows.other, factor);
+        put(lane.index / 8u * STRIDE + 2u * (VECTORS + lane.index % 8u), rows.other, held.third, factor);
     }
 }
 
-// Puts the scales of a tile in their place, and the exponents of those that are beyond `of_scales` into `exponents`.
-fn put_scales(own: vec4<u32>, of_scales: vec4<u32>, lane: Lane) {
-    if lane.index < KEYS {
-        scales[lane.index] = bitcast<vec4<f32>>(own);
-        let of_own = min((own & vec4(0x7f800000u)) >> vec4(23u), vec4(MOST_OF_SCALES));
-        if any(of_own > of_scales + vec4(1u)) {
-            atomicMax(&exponents[0], of_own.x);
-            atomicMax(&exponents[1], of_own.y);
-            atomicMax(&exponents[2], of_own.z);
-            atomicMax(&exponents[3], of_own.w);
-        }
+// By bits: compilers may take numbers for finite.
+fn is_finite(x: f32) -> bool {
+    return (bitcast<u32>(x) & 0x7f800000u) != 0x7f800000u;
+}
+
+// The exponents of a row's scales.
+fn exponents_of_row(row: vec4<u32>) -> vec4<u32> {
+    return clamp((row & vec4(0x7f800000u)) >> vec4(23u), vec4(LEAST_EXPONENT), vec4(MOST_OF_SCALES));
+}
+
+// Raises `exponents` to those of a tile's rows, of which every lane has some.
+fn raise_exponents(rows: Rows, held: Here, turn: u32, lane: Lane) {
+    atomicMax(&exponents[OF_NUMBERS], largest_of_rows(rows, held));
+    if FP8 && lane.index < KEYS && slots[turn + lane.index] != HOLE {
+        let own = exponents_of_row(rows.scales);
+        atomicMax(&exponents[0], own.x);
+        atomicMax(&exponents[1], own.y);
+        atomicMax(&exponents[2], own.z);
+        atomicMax(&exponents[3], own.w);
     }
 }
 
@@ -261,10 +269,18 @@ fn exponents_of_scales() -> vec4<u32> {
     );
 }
 
+// That of a subgroup's columns.
+fn own_scale(exponents: vec4<u32>, lane: Lane) -> u32 {
+    let half = select(exponents.xy, exponents.zw, lane.subgroup >= 2u);
+    return select(half.x, half.y, lane.subgroup % 2u == 1u);
+}
+
 // Puts vector `i` of the queries, of which there are `count`, in its place; zeros behind them.
 fn put_query(i: u32, count: u32, words: vec4<u32>, exponent: u32) {
     if i < HEADS * ROW_VECTORS {
-        put(i / ROW_VECTORS * STRIDE + 2u * (i % ROW_VECTORS), select(vec4(0u), words, i < count), power(exponent));
+        let v = i % ROW_VECTORS;
+        let row = i / ROW_VECTORS + select(0u, HEADS, FP8 && v >= VECTORS);
+        put(row * STRIDE + 2u * v, words, kept(select(HOLE, 0u, i < count)), power(exponent));
     }
 }
 
@@ -335,6 +351,30 @@ fn product(left: Left, column: u32, sums: Sums) -> Sums {
     return coopMultiplyAdd(left, values, sums);
 }
 
+// Adds a tile's rows, times their weights, to a subgroup's sums.
+fn add_tile(
+    lane: Lane,
+    sums_0: ptr<function, Sums>,
+    sums_1: ptr<function, Sums>,
+    sums_2: ptr<function, Sums>,
+    sums_3: ptr<function, Sums>,
+    sums_4: ptr<function, Sums>,
+    sums_5: ptr<function, Sums>,
+    sums_6: ptr<function, Sums>,
+    sums_7: ptr<function, Sums>,
+) {
+    let left = coopLoadT<Left>(&weights[select(0u, 128u * lane.subgroup, FP8)], 16u);
+    let column = 128u * lane.subgroup;
+    *sums_0 = product(left, column, *sums_0);
+    *sums_1 = product(left, column + 16u, *sums_1);
+    *sums_2 = product(left, column + 32u, *sums_2);
+    *sums_3 = product(left, column + 48u, *sums_3);
+    *sums_4 = product(left, column + 64u, *sums_4);
+    *sums_5 = product(left, column + 80u, *sums_5);
+    *sums_6 = product(left, column + 96u, *sums_6);
+    *sums_7 = product(left, column + 112u, *sums_7);
+}
+
 @compute @workgroup_size(LANES)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, lane: Lane) {
     let head_groups = (params.heads + HEADS - 1u) / HEADS;
@@ -370,10 +410,18 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
         slots[lane.index] = slot_at(page_0, position_0);
         slots[KEYS + lane.index] = slot_at(page_1, position_1);
     }
+    if FP8 {
+        for (var i = lane.index; i < TILE; i += LANES) {
+            tile[i] = vec4<f16>();
+        }
+    }
     if lane.index < 6u {
         atomicStore(&exponents[lane.index], LEAST_EXPONENT);
     }
     rises = 0u;
+    beyond = 0u;
+    // By way of memory: a compiler may take a half that becomes a float again for what it was.
+    weights[lane.index] = f16(0x1p20f * f32(params.tokens));
     workgroupBarrier();
     var rows = load_rows(0u, lane);
     let of_query = max(max(largest(query_0), largest(query_1)), max(largest(query_2), largest(query_3)));
@@ -385,8 +433,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     put_query(lane.index + 2u * LANES, queries, query_2, of_queries);
     put_query(lane.index + 3u * LANES, queries, query_3, of_queries);
     put_query(lane.index + 4u * LANES, queries, query_4, of_queries);
+    raise_exponents(rows, here(0u, lane), 0u, lane);
     let query_unit = params.scale * power(2u * TARGET - of_queries);
     workgroupBarrier();
+    var of_rows = atomicLoad(&exponents[OF_NUMBERS]);
     let left_0 = query_of(0u, lane);
     let left_1 = query_of(1u, lane);
     let left_2 = query_of(2u, lane);
@@ -403,9 +453,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
 
     var reference = LOWEST;
     var total = 0.0;
-    // The exponents that rows are brought to TARGET from, and scales to 1.
-    var of_rows = LEAST_EXPONENT;
-    var of_scales = vec4(LEAST_EXPONENT);
+    var of_scales = exponents_of_scales();
     var sums_0 = Sums();
     var sums_1 = Sums();
     var sums_2 = Sums();
@@ -415,48 +463,31 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     var sums_6 = Sums();
     var sums_7 = Sums();
     var turn = 0u;
-    for (var first_row = first; first_row < end; first_row += KEYS) {
-        rows = whole(rows, turn, lane);
-        let own = largest_of_rows(rows);
-        if own > of_rows + 1u {
-            atomicMax(&exponents[OF_NUMBERS], own);
-        }
-        if FP8 {
-            put_scales(rows.scales, of_scales, lane);
-        }
-        put_rows(rows, power(of_rows), lane);
-        let there = slots[turn + own_key] != HOLE;
-        workgroupBarrier();
-        // What the sums are to be multiplied by, for their unit changes.
-        var ratio = 1.0;
-        let most = atomicLoad(&exponents[OF_NUMBERS]);
-        if most > of_rows + 1u {
-            // Rarely, and in the first tile: numbers are beyond halves by the exponent so far.
-            if !FP8 {
-                ratio = falls(of_rows, most);
+    // Whether what is too large for a half becomes the largest half: then every tile is worked on twice.
+    let cut_off = is_finite(f32(weights[lane.index ^ 1u]));
+    var first_row = first;
+    // The tile whose exponents were looked at: those of the first were.
+    var known = select(first, end, cut_off);
+    var raised = reference;
+    var factor = 1.0;
+    var weight = 0.0;
+    // Two loops: sums that might be rescaled in the inner one would be copied in every round.
+    while first_row < end {
+        while first_row < end {
+            let held = here(turn, lane);
+            var larger = false;
+            if FP8 {
+                let own = select(rows.scales, vec4(0u), slots[turn + lane.index % KEYS] == HOLE);
+                if lane.index < KEYS {
+                    scales[lane.index] = bitcast<vec4<f32>>(own);
+                }
+                larger = any(exponents_of_row(own) > of_scales + vec4(1u));
             }
-            of_rows = most;
-            put_rows(rows, power(most), lane);
+            put_rows(rows, held, power(of_rows), lane);
+            // They come while this tile is worked on.
+            rows = load_rows(turn ^ KEYS, lane);
+            let there = slots[turn + own_key] != HOLE;
             workgroupBarrier();
-        }
-        if FP8 {
-            let before = of_scales[lane.subgroup];
-            let met = exponents_of_scales();
-            of_scales = select(of_scales, met, met > of_scales + vec4(1u));
-            ratio = falls(before, of_scales[lane.subgroup]);
-        }
-        if lane.index < KEYS {
-            slots[turn + lane.index] = slot_at(page, position);
-        }
-        page = page_of(first_page, position_after);
-        position = position_after;
-        position_after = position_at(t, first_row + 4u * KEYS + own_key);
-        turn ^= KEYS;
-        // They come while this tile is worked on.
-        rows = load_rows(turn, lane);
-
-        // A loop of one round, so that no compiler moves the loads above behind it: a quarter of the time is hidden so.
-        for (var once = 0u; once < ONCE; once++) {
             var dots = dots_of(left_0, 0u, Sums(), lane);
             dots = dots_of(left_1, 1u, dots, lane);
             dots = dots_of(left_2, 2u, dots, lane);
@@ -465,77 +496,104 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
             dots = dots_of(left_5, 5u, dots, lane);
             dots = dots_of(left_6, 6u, dots, lane);
             dots = dots_of(left_7, 7u, dots, lane);
-            if FP8 {
-                coopStoreT(dots, &parts[256u * lane.subgroup], 16u);
-                dots = Sums();
-            }
             if ROW_VECTORS > VECTORS {
                 dots = dots_of(left_8, 8u, dots, lane);
             }
-            coopStoreT(dots, &parts[select(0u, 1024u, FP8) + 256u * lane.subgroup], 16u);
-        }
-        workgroupBarrier();
-
-        let own_scales = scales[own_key];
-        let others = of_subgroups(select(0u, 1024u, FP8) + lane.index);
-        var dot_product = dot(others, vec4(1.0)) * power(2u * TARGET - of_rows);
-        if FP8 {
-            dot_product += dot(of_subgroups(lane.index), own_scales) * CODE;
-        }
-        let score = select(LOWEST, query_unit * dot_product, there);
-        var highest = score;
-        highest = max(highest, subgroupShuffleXor(highest, 8u));
-        highest = max(highest, subgroupShuffleXor(highest, 4u));
-        highest = max(highest, subgroupShuffleXor(highest, 2u));
-        highest = max(highest, subgroupShuffleXor(highest, 1u));
-        let raised = select(reference, highest, highest > reference + AHEAD || reference == LOWEST);
-        let factor = exp(reference - raised);
-        let weight = select(0.0, exp(score - raised), there);
-        total = total * factor + weight;
-        // Before the first tile there is nothing to rescale.
-        if first_row != first && (ratio != 1.0 || raised != reference) {
-            rises = 1u;
-        }
-        reference = raised;
-        if FP8 {
-            let units = (vec4(254u) - of_scales) << vec4(23u);
-            let scaled = weight * (own_scales * bitcast<vec4<f32>>(units));
-            weights[lane.index] = f16(scaled.x);
-            weights[256u + lane.index] = f16(scaled.y);
-            weights[512u + lane.index] = f16(scaled.z);
-            weights[768u + lane.index] = f16(scaled.w);
-        } else {
-            weights[lane.index] = f16(weight);
-        }
-        if own_key == 0u {
-            factors[own_head] = factor;
-        }
-        workgroupBarrier();
-        if rises != 0u {
+            coopStoreT(dots, &parts[256u * lane.subgroup], 16u);
             workgroupBarrier();
-            if lane.index == 0u {
-                rises = 0u;
+
+            let own_scales = scales[own_key];
+            // Of 8-bit rows, codes and other columns apart.
+            var dot_product = dot(of_subgroups(select(0u, 128u, FP8) + lane.index), vec4(1.0)) * power(2u * TARGET - of_rows);
+            if FP8 {
+                dot_product += dot(of_subgroups(lane.index), own_scales) * CODE;
             }
-            sums_0 = rescaled(sums_0, ratio, lane);
-            sums_1 = rescaled(sums_1, ratio, lane);
-            sums_2 = rescaled(sums_2, ratio, lane);
-            sums_3 = rescaled(sums_3, ratio, lane);
-            sums_4 = rescaled(sums_4, ratio, lane);
-            sums_5 = rescaled(sums_5, ratio, lane);
-            sums_6 = rescaled(sums_6, ratio, lane);
-            sums_7 = rescaled(sums_7, ratio, lane);
+            // A number that is beyond halves makes its row's dots infinite, or no numbers.
+            if known != first_row && (larger || cut_off || !is_finite(dot_product)) {
+                beyond = 1u;
+                rises = 1u;
+            }
+            let score = select(LOWEST, query_unit * dot_product, there);
+            raised = reference;
+            factor = 1.0;
+            if subgroupAny(score > reference + AHEAD) {
+                var highest = score;
+                highest = max(highest, subgroupShuffleXor(highest, 8u));
+                highest = max(highest, subgroupShuffleXor(highest, 4u));
+                highest = max(highest, subgroupShuffleXor(highest, 2u));
+                highest = max(highest, subgroupShuffleXor(highest, 1u));
+                raised = select(reference, highest, highest > reference + AHEAD);
+                factor = exp(reference - raised);
+            }
+            weight = select(0.0, exp(score - raised), there);
+            // Before the first tile there is nothing to rescale.
+            if first_row != first && factor != 1.0 {
+                rises = 1u;
+            }
+            if FP8 {
+                let units = (vec4(254u) - of_scales) << vec4(23u);
+                let scaled = weight * (own_scales * bitcast<vec4<f32>>(units));
+                weights[lane.index] = f16(scaled.x);
+                weights[128u + lane.index] = f16(scaled.y);
+                weights[256u + lane.index] = f16(scaled.z);
+                weights[384u + lane.index] = f16(scaled.w);
+            } else {
+                weights[lane.index] = f16(weight);
+            }
+            if own_key == 0u {
+                factors[own_head] = factor;
+            }
+            workgroupBarrier();
+            if rises != 0u {
+                break;
+            }
+            reference = raised;
+            total += weight;
+            if lane.index < KEYS {
+                slots[turn + lane.index] = slot_at(page, position);
+            }
+            page = page_of(first_page, position_after);
+            position = position_after;
+            position_after = position_at(t, first_row + 4u * KEYS + own_key);
+            turn ^= KEYS;
+            first_row += KEYS;
+            add_tile(lane, &sums_0, &sums_1, &sums_2, &sums_3, &sums_4, &sums_5, &sums_6, &sums_7);
+            workgroupBarrier();
         }
-        let left = coopLoadT<Left>(&weights[select(0u, 256u * lane.subgroup, FP8)], 16u);
-        let column = 128u * lane.subgroup;
-        sums_0 = product(left, column, sums_0);
-        sums_1 = product(left, column + 16u, sums_1);
-        sums_2 = product(left, column + 32u, sums_2);
-        sums_3 = product(left, column + 48u, sums_3);
-        sums_4 = product(left, column + 64u, sums_4);
-        sums_5 = product(left, column + 80u, sums_5);
-        sums_6 = product(left, column + 96u, sums_6);
-        sums_7 = product(left, column + 112u, sums_7);
+        if first_row >= end {
+            break;
+        }
+        // Rarely: the tile once more with all that is known, and sums in its units; or with sums relative to a higher score.
+        known = first_row;
+        let units_fall = beyond != 0u;
         workgroupBarrier();
+        rises = 0u;
+        beyond = 0u;
+        rows = load_rows(turn, lane);
+        var ratio = 1.0;
+        if units_fall {
+            raise_exponents(rows, here(turn, lane), turn, lane);
+            if own_key == 0u {
+                factors[own_head] = 1.0;
+            }
+            workgroupBarrier();
+            let most = atomicLoad(&exponents[OF_NUMBERS]);
+            let before = own_scale(of_scales, lane);
+            of_scales = exponents_of_scales();
+            ratio = select(falls(of_rows, most), falls(before, own_scale(of_scales, lane)), FP8);
+            of_rows = most;
+        } else {
+            total *= factor;
+            reference = raised;
+        }
+        sums_0 = rescaled(sums_0, ratio, lane);
+        sums_1 = rescaled(sums_1, ratio, lane);
+        sums_2 = rescaled(sums_2, ratio, lane);
+        sums_3 = rescaled(sums_3, ratio, lane);
+        sums_4 = rescaled(sums_4, ratio, lane);
+        sums_5 = rescaled(sums_5, ratio, lane);
+        sums_6 = rescaled(sums_6, ratio, lane);
+        sums_7 = rescaled(sums_7, ratio, lane);
     }
 
     total += subgroupShuffleXor(total, 8u);
@@ -546,7 +604,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
         totals[own_head] = total;
         references[own_head] = reference;
     }
-    let of_codes = CODE * bitcast<f32>(of_scales[lane.subgroup] << 23u);
+    workgroupBarrier();
+    let of_codes = CODE * bitcast<f32>(own_scale(of_scales, lane) << 23u);
     let unit = select(power(2u * TARGET - of_rows), of_codes, FP8);
     let row = t * params.heads + first_head;
     put_out(sums_0, 0u, unit, row, heads, split, lane);

@@ -7,6 +7,9 @@ struct Params {
     columns: u32,
 }
 
+// Below any score.
+const LOWEST: f32 = -0x1p127f;
+
 var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read> parts: array<f32>;
 @group(0) @binding(1) var<storage, read_write> out: array<ActPair>;
@@ -20,15 +23,11 @@ fn highest_of(start: u32, i: u32) -> f32 {
     return parts[place(start, i, params.columns)];
 }
 
-// What split `i` is multiplied by, which has nothing where there is none.
-fn factor(start: u32, i: u32, highest: f32) -> f32 {
-    return select(0.0, exp(highest_of(start, i) - highest), i < params.splits);
-}
-
-// Of a split: a pair of its sums, and what it is divided by.
-fn sums(start: u32, i: u32, word: u32) -> vec3<f32> {
+// Of a split: a pair of its sums, and what it is divided by, relative to `highest`; nothing where there is none.
+fn sums(start: u32, i: u32, word: u32, highest: f32) -> vec3<f32> {
     let at = place(start, i, 2u * word);
-    return vec3(parts[at], parts[at + 1u], parts[place(start, i, params.columns + 1u)]);
+    let own = vec3(parts[at], parts[at + 1u], parts[place(start, i, params.columns + 1u)]);
+    return select(0.0, exp(highest_of(start, i) - highest), i < params.splits) * own;
 }
 
 @compute @workgroup_size(WORKGROUP)
@@ -38,21 +37,18 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
         return;
     }
     let start = row * params.splits * (params.columns + 2u);
-    // Four at a time: what is loaded does not wait for what is added.
-    var highest = highest_of(start, 0u);
-    for (var i = 0u; i < params.splits; i += 4u) {
-        let first = max(highest_of(start, i), highest_of(start, i + 1u));
-        let second = max(highest_of(start, i + 2u), highest_of(start, i + 3u));
-        highest = max(highest, max(first, second));
-    }
     for (var word = lane.index; word < params.columns / 2u; word += WORKGROUP) {
+        var highest = LOWEST;
         var sum = vec3(0.0);
-        for (var i = 0u; i < params.splits; i += 4u) {
-            let a = factor(start, i, highest) * sums(start, i, word);
-            let b = factor(start, i + 1u, highest) * sums(start, i + 1u, word);
-            let c = factor(start, i + 2u, highest) * sums(start, i + 2u, word);
-            let d = factor(start, i + 3u, highest) * sums(start, i + 3u, word);
-            sum += (a + b) + (c + d);
+        // Eight at a time: what is loaded does not wait for what is added.
+        for (var i = 0u; i < params.splits; i += 8u) {
+            let low = max(max(highest_of(start, i), highest_of(start, i + 1u)), max(highest_of(start, i + 2u), highest_of(start, i + 3u)));
+            let high = max(max(highest_of(start, i + 4u), highest_of(start, i + 5u)), max(highest_of(start, i + 6u), highest_of(start, i + 7u)));
+            let now = max(highest, max(low, high));
+            let first = (sums(start, i, word, now) + sums(start, i + 1u, word, now)) + (sums(start, i + 2u, word, now) + sums(start, i + 3u, word, now));
+            let second = (sums(start, i + 4u, word, now) + sums(start, i + 5u, word, now)) + (sums(start, i + 6u, word, now) + sums(start, i + 7u, word, now));
+            sum = exp(highest - now) * sum + (first + second);
+            highest = now;
         }
         let mean = sum.xy / select(sum.z, 1.0, sum.z == 0.0);
         out[row * params.columns / 2u + word] = pack_act(mean);

@@ -4,8 +4,9 @@ override SCALE: u32 = BF16;
 override ZEROS: bool = false;
 // Groups are whole chunks of eight columns.
 override WHOLE: bool = true;
-// Of `one`: vectors of 32 columns of a group.
+// Of `one`: vectors of 32 columns of a group, and whether a row has an even number of groups.
 override GROUP_QUADS: u32 = 1u;
+override EVEN_GROUPS: bool = false;
 
 @group(0) @binding(4) var<storage, read> scales: array<u32>;
 @group(0) @binding(5) var<storage, read> zero_points: array<u32>;
@@ -48,16 +49,23 @@ const MASKS = vec4(0xfu, 0xf0u, 0xf00u, 0xf000u);
 const PLACES = vec4(1.0, 16.0, 256.0, 4096.0);
 const INTEGER = 8388608.0;
 
-// The products of a word of weights without their scale, each times its place, added to `sums`; `zero` is that of each place with `INTEGER`.
-fn products(word: u32, zero: vec4<f32>, v: Eight, sums: vec4<f32>) -> vec4<f32> {
-    let low = bitcast<vec4<f32>>((vec4(word) & MASKS) | vec4(0x4b000000u)) - zero;
-    let high = bitcast<vec4<f32>>((vec4(word >> 16u) & MASKS) | vec4(0x4b000000u)) - zero;
-    return fma(low, v.low, fma(high, v.high, sums));
+// The bits of INTEGER, by way of a register: a mask and an addition of what is known to a compiler, or to all lanes, are two instructions of
+// NVIDIA's, and one with this. They are half of the kernel's.
+var<private> integer: u32;
+
+// Nibbles in place as numbers, `INTEGER` and all.
+fn in_place(word: u32) -> vec4<f32> {
+    return bitcast<vec4<f32>>((vec4(word) & MASKS) | vec4(integer));
 }
 
-// Those of 32 columns, with their scale.
-fn products_of_quad(words: vec4<u32>, scale: f32, zero_point: f32, v: array<Eight, 4>) -> f32 {
-    let zero = INTEGER + zero_point * PLACES;
+// The products of a word of weights without their scale, each times its place, added to `sums`; `zero` is that of each place with `INTEGER`.
+fn products(word: u32, zero: vec4<f32>, v: Eight, sums: vec4<f32>) -> vec4<f32> {
+    return fma(in_place(word) - zero, v.low, fma(in_place(word >> 16u) - zero, v.high, sums));
+}
+
+// Those of 32 columns, with their scale; places are relative to that of the zero point.
+fn products_of_quad(words: vec4<u32>, scale: f32, zero_point: f32, places: vec4<f32>, v: array<Eight, 4>) -> f32 {
+    let zero = fma(vec4(zero_point), places, vec4(INTEGER));
     var four = products(words.x, zero, v[0], vec4(0.0));
     four = products(words.y, zero, v[1], four);
     four = products(words.z, zero, v[2], four);
@@ -65,49 +73,80 @@ fn products_of_quad(words: vec4<u32>, scale: f32, zero_point: f32, v: array<Eigh
     return scale * dot(four, 1.0 / PLACES);
 }
 
-fn scale_at(i: u32) -> f32 {
+// The scale of group `group` of the row that begins at `start`.
+fn scale_at(start: u32, group: u32) -> f32 {
+    let i = start + group;
+    if SCALE == BF16 && EVEN_GROUPS {
+        // Which half of a word it is, is the same in every row.
+        return bitcast<f32>((scales[i / 2u] << (16u - 16u * (group & 1u))) & 0xffff0000u);
+    }
     return weight_of(SCALE, scales[weight_word(SCALE, i)], i);
+}
+
+// Of four features: where their words, scales and zero points begin.
+struct Four {
+    words: vec4<u32>,
+    scales: vec4<u32>,
+    zeros: u32,
+    zero_shift: u32,
+}
+
+struct Quads {
+    first: vec4<u32>,
+    second: vec4<u32>,
+    third: vec4<u32>,
+    fourth: vec4<u32>,
+}
+
+fn quads_of(four: Four, quad: u32) -> Quads {
+    let at = four.words + quad;
+    return Quads(weight[at.x], weight[at.y], weight[at.z], weight[at.w]);
+}
+
+// What 32 columns add to four features.
+fn products_of_four(four: Four, own: Quads, quad: u32) -> vec4<f32> {
+    let v = array(
+        act_eight(x[4u * quad]),
+        act_eight(x[4u * quad + 1u]),
+        act_eight(x[4u * quad + 2u]),
+        act_eight(x[4u * quad + 3u]),
+    );
+    let group = quad / GROUP_QUADS;
+    var zeros = 8.0 * PLACES;
+    if ZEROS {
+        zeros = in_place(zero_points[four.zeros + group] >> four.zero_shift) - INTEGER;
+    }
+    return vec4(
+        products_of_quad(own.first, scale_at(four.scales.x, group), zeros.x, PLACES, v),
+        products_of_quad(own.second, scale_at(four.scales.y, group), zeros.y, PLACES / 16.0, v),
+        products_of_quad(own.third, scale_at(four.scales.z, group), zeros.z, PLACES / 256.0, v),
+        products_of_quad(own.fourth, scale_at(four.scales.w, group), zeros.w, PLACES / 4096.0, v),
+    );
 }
 
 // One token, and groups of whole vectors of four words: all lanes go over the columns of four features, 32 at a time.
 @compute @workgroup_size(WORKGROUP)
 fn one(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
+    integer = params.integer[lane.index & 1u];
     // Those behind the last are the last.
     let features = min(vec4(4u * group.x) + vec4(0u, 1u, 2u, 3u), vec4(params.features - 1u));
     let quads = params.columns / 32u;
-    let starts = (features + params.row) * quads;
+    // Four rows have their zero points in one word: the first of a window is a multiple of eight.
     let rows = features + params.row + params.scale_row;
-    let scale_starts = rows * params.groups;
-    // Four rows have their zero points in two words at most.
-    let zero_starts = vec2(rows.x / 8u, rows.w / 8u) * params.groups;
-    let in_first = rows / 8u == vec4(rows.x / 8u);
-    let shifts = 4u * (rows & vec4(7u));
+    let zeros = rows.x / 8u * params.groups;
+    let four = Four((features + params.row) * quads, rows * params.groups, zeros, 4u * (rows.x & 7u));
     var sums = vec4(0.0);
-    for (var step = 0u; step < STEPS; step++) {
-        let quad = step * WORKGROUP + lane.index;
-        if EVEN || quad < quads {
-            let first = weight[starts.x + quad];
-            let second = weight[starts.y + quad];
-            let third = weight[starts.z + quad];
-            let fourth = weight[starts.w + quad];
-            let v = array(
-                act_eight(x[4u * quad]),
-                act_eight(x[4u * quad + 1u]),
-                act_eight(x[4u * quad + 2u]),
-                act_eight(x[4u * quad + 3u]),
-            );
-            let at = quad / GROUP_QUADS;
-            var zeros = vec4(8.0);
-            if ZEROS {
-                let words = select(vec4(zero_points[zero_starts.y + at]), vec4(zero_points[zero_starts.x + at]), in_first);
-                zeros = vec4<f32>((words >> shifts) & vec4(15u));
-            }
-            sums += vec4(
-                products_of_quad(first, scale_at(scale_starts.x + at), zeros.x, v),
-                products_of_quad(second, scale_at(scale_starts.y + at), zeros.y, v),
-                products_of_quad(third, scale_at(scale_starts.z + at), zeros.z, v),
-                products_of_quad(fourth, scale_at(scale_starts.w + at), zeros.w, v),
-            );
+    // Two rounds at a time: the words of the second are on their way while the first is worked on.
+    for (var step = 0u; step < STEPS; step += 2u) {
+        let first = step * WORKGROUP + lane.index;
+        let second = first + WORKGROUP;
+        let of_first = quads_of(four, min(first, quads - 1u));
+        let of_second = quads_of(four, min(second, quads - 1u));
+        if EVEN || first < quads {
+            sums += products_of_four(four, of_first, first);
+        }
+        if second < quads {
+            sums += products_of_four(four, of_second, second);
         }
     }
     let sum = workgroup_sum_of_four(sums, lane);

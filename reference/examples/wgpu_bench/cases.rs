@@ -143,7 +143,7 @@ impl Case {
             Self::TopK { step } => 4 * step.seqs * step.new * (step.seen() + TOP_K),
             Self::SparseMla { step, fp8 } => {
                 let row = if fp8 { RANK + 16 + 2 * ROPE } else { 2 * (RANK + ROPE) };
-                step.seqs * step.new * (TOP_K * row + HEADS * 2 * (2 * RANK + ROPE))
+                step.seqs * step.new * (TOP_K * (row + 4) + HEADS * 2 * (2 * RANK + ROPE))
             }
             Self::Router { tokens } => tokens * (EXPERTS * 4 + 8 * 8),
             Self::Moe { tokens, int4 } => {

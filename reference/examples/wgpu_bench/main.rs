@@ -5,7 +5,7 @@
 //! ```
 //!
 //! A call's time is a share of many that follow each other, by the device's clock: what lies between launches is in it. Weights take turns,
-//! so that no cache holds them.
+//! so that no cache holds them. Beside its share of a large copy's bandwidth stands the time that a copy of as many bytes takes, launch and all.
 
 #![expect(clippy::print_stdout, reason = "what it measures is what it is for")]
 
@@ -33,6 +33,8 @@ const CALLS: usize = 64;
 const CACHE: f64 = 2e8;
 /// Multiplications that the oracle is asked for at most: a few seconds.
 const ORACLE: f64 = 3e8;
+/// Bytes of which bindings are a multiple.
+const VECTOR: usize = 32;
 /// Bytes of what is copied to see what the memory gives.
 const COPIED: usize = 1 << 28;
 
@@ -117,6 +119,8 @@ fn seconds_of_call(wgpu: &Wgpu, mut call: impl FnMut() -> Result<()>) -> Result<
 struct Line {
     case: Case,
     wgpu: f64,
+    /// A copy that reads and writes as many bytes, altogether.
+    copy: f64,
     oracle: Option<f64>,
 }
 
@@ -124,6 +128,7 @@ impl Line {
     fn measure(wgpu: &Wgpu, case: Case, with_oracle: bool) -> Result<Self> {
         let copies = (CACHE / case.bytes()).clamp(1.0, 24.0) as usize;
         let seconds = seconds_of_call(wgpu, case.ready(wgpu, copies)?)?;
+        let copy = copy_seconds(wgpu, case.bytes(), copies)?;
         let mut oracle = None;
         if with_oracle && case.multiplications() <= ORACLE {
             let cpu = Cpu::<f64>::rounding_to_bf16();
@@ -132,7 +137,7 @@ impl Line {
             call()?;
             oracle = Some(started.elapsed().as_secs_f64());
         }
-        Ok(Self { case, wgpu: seconds, oracle })
+        Ok(Self { case, wgpu: seconds, copy, oracle })
     }
 
     fn share(&self, copy: f64) -> f64 {
@@ -142,35 +147,46 @@ impl Line {
     fn table(&self, copy: f64) -> String {
         let oracle = self.oracle.map_or("-".into(), |seconds| format!("{:.0} us", 1e6 * seconds));
         format!(
-            "{:18} {:32} {:10.1} us {:9.1} GB/s {:4.0} % {oracle:>14}",
+            "{:18} {:32} {:10.1} us {:9.1} GB/s {:4.0} % {:8.1} us {oracle:>14}",
             self.case.kernel(),
             self.case.shape(),
             1e6 * self.wgpu,
             1e-9 * self.case.bytes() / self.wgpu,
-            100.0 * self.share(copy)
+            100.0 * self.share(copy),
+            1e6 * self.copy
         )
     }
 
     fn json(&self, copy: f64) -> String {
         let oracle = self.oracle.map_or("null".into(), |seconds| format!("{:.1}", 1e6 * seconds));
         format!(
-            r#"{{"kernel": "{}", "case": "{}", "us": {:.2}, "bytes": {:.0}, "copy_share": {:.4}, "oracle_us": {oracle}}}"#,
+            r#"{{"kernel": "{}", "case": "{}", "us": {:.2}, "bytes": {:.0}, "copy_share": {:.4}, "copy_us": {:.2}, "oracle_us": {oracle}}}"#,
             self.case.kernel(),
             self.case.shape(),
             1e6 * self.wgpu,
             self.case.bytes(),
-            self.share(copy)
+            self.share(copy),
+            1e6 * self.copy
         )
     }
 }
 
-/// Bytes a second, read and written, of a copy by a kernel: of what one binding takes, if that is less than is wanted.
+/// Seconds of a copy by a kernel that reads and writes `bytes` altogether, of `copies` places in turns; a share of it if bindings take no more.
+fn copy_seconds(wgpu: &Wgpu, bytes: f64, copies: usize) -> Result<f64> {
+    let halves = (bytes as usize).div_ceil(4).clamp(1, wgpu.largest_binding() / VECTOR * VECTOR / 2);
+    let tensors = || (0..copies).map(|_| wgpu.alloc(DType::Act, &[halves])).collect::<Result<Vec<_>>>();
+    let (from, mut to, mut turn) = (tensors()?, tensors()?, 0);
+    let seconds = seconds_of_call(wgpu, || {
+        turn = (turn + 1) % copies;
+        wgpu.copy(&from[turn], &mut to[turn])
+    })?;
+    Ok(seconds * (bytes / (4 * halves) as f64).max(1.0))
+}
+
+/// Bytes a second, read and written, of a copy by a kernel.
 fn copy_rate(wgpu: &Wgpu) -> Result<f64> {
-    let bytes = COPIED.min(wgpu.largest_binding());
-    let rows = bytes / 4096;
-    let (from, mut to) = (wgpu.alloc(DType::Act, &[rows, 2048])?, wgpu.alloc(DType::Act, &[rows, 2048])?);
-    let seconds = seconds_of_call(wgpu, || wgpu.copy(&from, &mut to))?;
-    Ok((2 * 4096 * rows) as f64 / seconds)
+    let bytes = (2 * COPIED.min(wgpu.largest_binding())) as f64;
+    Ok(bytes / copy_seconds(wgpu, bytes, 1)?)
 }
 
 fn main() -> Result<()> {
@@ -189,8 +205,8 @@ fn main() -> Result<()> {
     let (name, copy) = (wgpu.context().name(), copy_rate(&wgpu)?);
     println!("{name}: a copy reads and writes {:.1} GB/s", 1e-9 * copy);
     println!(
-        "{:18} {:32} {:>13} {:>14} {:>6} {:>14}",
-        "kernel", "shape", "time", "bytes", "copy", "the oracle's"
+        "{:18} {:32} {:>13} {:>14} {:>6} {:>11} {:>14}",
+        "kernel", "shape", "time", "bytes", "share", "a copy's", "the oracle's"
     );
     let mut lines = Vec::new();
     for case in cases()

@@ -13,7 +13,8 @@ use crate::fp8::IndexerPage;
 use crate::tensor::{DType, DeviceTensor};
 
 static SHADER: Shader = shader!("indexer_logits", after "fp8", "paged");
-static BY_MATRICES: Shader = shader!("indexer_logits_matrix", enabling MATRICES, after "paged", "halves");
+pub(super) static BY_MATRICES: Shader =
+    shader!("indexer_logits_matrix", enabling MATRICES, after "paged", "halves");
 
 /// Of a workgroup: lanes, keys of bf16 or f32, heads at once, rows where sequences have several.
 const LANES: u32 = 128;

@@ -55,6 +55,13 @@ pub(super) struct Launch<'a> {
     pub(super) shape: String,
 }
 
+impl Binding<'_> {
+    /// Bound as if it were written, which it is not: what a kernel reads of it, no compiler moves behind a barrier.
+    pub(super) fn in_order(self) -> Self {
+        Self { access: Access::Write, ..self }
+    }
+}
+
 /// Bytes of the largest vector that a kernel reads or writes at once: eight floats.
 const VECTOR: usize = 32;
 
@@ -122,12 +129,24 @@ impl Wgpu {
         rows: usize,
         row_bytes: usize,
     ) -> Result<Vec<std::ops::Range<usize>>> {
+        self.windows_of(kernel, tensor, 1, rows, row_bytes)
+    }
+
+    /// [`windows`](Self::windows) that start at a multiple of `multiple` rows, a power of two.
+    pub(super) fn windows_of(
+        &self,
+        kernel: &'static str,
+        tensor: &'static str,
+        multiple: usize,
+        rows: usize,
+        row_bytes: usize,
+    ) -> Result<Vec<std::ops::Range<usize>>> {
         let limits = &self.context.limits;
         let most = usize::try_from(limits.max_storage_buffer_binding_size).unwrap_or(usize::MAX);
         if rows * row_bytes <= most {
             return Ok(std::iter::once(0..rows).collect());
         }
-        let step = step_of_windows(limits, row_bytes);
+        let step = step_of_windows(limits, row_bytes).max(multiple);
         let window = most / row_bytes / step * step;
         if window == 0 {
             return Err(Error::Shape {

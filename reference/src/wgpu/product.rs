@@ -24,6 +24,8 @@ const ONE_LANES: [usize; 3] = [128, 64, 32];
 /// Columns that a lane of `one` has at a time: dense ones, and of INT4.
 const EIGHT: usize = 8;
 const QUAD: usize = 32;
+/// What packed weights are added to, so that their bits are a number's.
+const INTEGER: f32 = 8_388_608.0;
 /// Columns that a tile has at a time.
 const TILE_COLUMNS: usize = 32;
 
@@ -61,16 +63,17 @@ impl Product<'_> {
         if tokens * heads * self.features.len() == 0 {
             return Ok(());
         }
-        let (weight, row_bytes) = match self.weight {
-            Weight::Dense(weight) => (weight, columns * weight.width),
-            Weight::Int4(weight) => (&weight.weight_packed, 4 * columns.div_ceil(8)),
+        let (weight, row_bytes, multiple) = match self.weight {
+            Weight::Dense(weight) => (weight, columns * weight.width, 1),
+            // Eight rows have their zero points in a word.
+            Weight::Int4(weight) => (&weight.weight_packed, 4 * columns.div_ceil(8), 8),
         };
         if heads > 1 {
             // All heads are one binding: no weight by heads is larger.
             let whole = 0..heads * self.rows_of_head;
             return self.launch_window(wgpu, weight, whole, self.features.clone(), out);
         }
-        let windows = wgpu.windows(kernel, "weight", self.rows_of_head, row_bytes)?;
+        let windows = wgpu.windows_of(kernel, "weight", multiple, self.rows_of_head, row_bytes)?;
         for window in windows {
             let features = self.features.start.max(window.start)..self.features.end.min(window.end);
             if features.start < features.end {
@@ -143,6 +146,7 @@ impl Product<'_> {
             Weight::Dense(_) => (1, 1),
             Weight::Int4(weight) => (weight.group_size, weight.in_features.div_ceil(weight.group_size)),
         };
+        let integer = INTEGER.to_bits() as usize;
         let params = [
             tokens,
             columns,
@@ -158,6 +162,8 @@ impl Product<'_> {
             group_size,
             groups,
             window.start,
+            integer,
+            integer,
         ];
         let params = params.map(|number| number as u32);
         let bound = weight.reads_window(window.start * row_elements..window.end * row_elements);
@@ -174,6 +180,7 @@ impl Product<'_> {
                     ("SCALE", scales.weight_type()),
                     ("ZEROS", zero_points.is_some().into()),
                     ("WHOLE", group_size.is_multiple_of(8).into()),
+                    ("EVEN_GROUPS", groups.is_multiple_of(2).into()),
                 ]);
                 bindings.extend([
                     scales.reads(),

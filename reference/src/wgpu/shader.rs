@@ -88,3 +88,25 @@ impl Shader {
         Ok(whole)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wgpu::{indexer_logits, sparse_mla};
+
+    /// What few adapters run, and none of a CPU: that it is WGSL shows everywhere.
+    #[test]
+    fn shaders_of_matrices_are_valid() {
+        for shader in [&sparse_mla::BY_MATRICES, &indexer_logits::BY_MATRICES] {
+            let source = shader.with_prelude(ActType::Bf16, true, &[]).unwrap();
+            let capabilities = naga::valid::Capabilities::all();
+            let options = naga::front::wgsl::Options { parse_doc_comments: false, capabilities };
+            let module = naga::front::wgsl::Frontend::new_with_options(options)
+                .parse(&source)
+                .unwrap_or_else(|error| panic!("{}.wgsl: {}", shader.name, error.emit_to_string(&source)));
+            naga::valid::Validator::new(naga::valid::ValidationFlags::all(), capabilities)
+                .validate(&module)
+                .unwrap_or_else(|error| panic!("{}.wgsl: {}", shader.name, error.emit_to_string(&source)));
+        }
+    }
+}

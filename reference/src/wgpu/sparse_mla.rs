@@ -2,7 +2,7 @@
 
 use super::Wgpu;
 use super::batch::WgpuBatch;
-use super::launch::Launch;
+use super::launch::{Binding, Launch};
 use super::paged::PagedCache;
 use super::shader::{MATRICES, Shader, shader};
 use super::tensor::WgpuTensor;
@@ -11,7 +11,8 @@ use crate::fp8::MlaRow;
 use crate::tensor::{DType, DeviceTensor};
 
 static SHADER: Shader = shader!("sparse_mla", after "fp8", "paged");
-static BY_MATRICES: Shader = shader!("sparse_mla_matrix", enabling MATRICES, after "paged", "halves");
+pub(super) static BY_MATRICES: Shader =
+    shader!("sparse_mla_matrix", enabling MATRICES, after "paged", "halves");
 static MERGE: Shader = shader!("sparse_mla_merge");
 
 /// Of a workgroup: lanes, heads, rows of bf16 or f32 at once.
@@ -91,11 +92,17 @@ pub(super) fn sparse_mla(
         1 => wgpu.nothing()?,
         _ => wgpu.tensor(DType::Float, &[tokens * heads, splits, rank + 2])?,
     };
-    let ([a, b, c, d], windows) = cache.reads()?;
+    let (mut reads, windows) = cache.reads()?;
     let mut constants = vec![("FP8", f64::from(fp8)), ("ROW_VECTORS", vectors as f64), ("WINDOWS", windows)];
+    let row_quads = if fp8 { layout.row_bytes() } else { width * q.width } / 16;
+    let mut params = vec![tokens as u32, heads as u32, k as u32, splits as u32, split as u32];
+    params.push((scale as f32).to_bits());
     let shader = if by_matrices {
+        constants.push(("PAGE_SIZE", host.page_size as f64));
+        reads = reads.map(Binding::in_order);
         &BY_MATRICES
     } else {
+        params.push(host.page_size as u32);
         constants.extend([
             ("LATENT_VECTORS", (rank / 8) as f64),
             ("SCALES", scales as f64),
@@ -105,6 +112,8 @@ pub(super) fn sparse_mla(
         ]);
         &SHADER
     };
+    params.extend([cache.window_pages() as u32, host.max_blocks as u32, row_quads as u32]);
+    let [a, b, c, d] = reads;
     wgpu.launch(&Launch {
         kernel,
         shader,
@@ -121,18 +130,7 @@ pub(super) fn sparse_mla(
             d,
             if splits == 1 { out.writes() } else { parts.writes() },
         ],
-        params: &[
-            tokens as u32,
-            heads as u32,
-            k as u32,
-            splits as u32,
-            split as u32,
-            (scale as f32).to_bits(),
-            host.page_size as u32,
-            cache.window_pages() as u32,
-            host.max_blocks as u32,
-            (if fp8 { layout.row_bytes() } else { width * q.width } / 16) as u32,
-        ],
+        params: &params,
         groups: wgpu.fold(groups * splits),
         shape: shape.clone(),
     })?;

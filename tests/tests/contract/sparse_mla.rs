@@ -25,8 +25,8 @@ struct Case {
     scale: f64,
     /// Of a latent's columns each group of the 8-bit cache's is smaller than the one before by so many powers of two.
     falls: i32,
-    /// Few rows are much larger than all others.
-    peaks: bool,
+    /// How many times as large as all others few rows are.
+    peaks: f64,
     seed: u64,
 }
 
@@ -70,7 +70,7 @@ impl Case {
         let values = self.values.1.take(self.seed ^ 1, slots * width);
         let mut rows: Vec<Vec<f64>> = values.chunks(width).map(<[f64]>::to_vec).collect();
         for (slot, row) in rows.iter_mut().enumerate() {
-            let peak = if self.peaks && slot % 32 == 5 { 64.0 } else { 1.0 };
+            let peak = if slot % 32 == 5 { self.peaks } else { 1.0 };
             for (column, x) in row.iter_mut().enumerate() {
                 // Exact, and a bf16 as before.
                 let falls = if column < rank { self.falls * (column / MLA_GROUP) as i32 } else { 0 };
@@ -212,9 +212,14 @@ impl Contract for SparseMla {
             Batches { page_sizes: &[1, 3, 16, 64], max_seqs: 3, max_computed: 200, max_chunk: 4 }.any();
         let holes = prop_oneof![2 => Just(0_usize), 2 => 1..8_usize, 1 => Just(8)];
         let dims = select(&[(64_usize, 16_usize), (48, 16), (144, 16), BY_MATRICES][..]);
-        let shape = (select(&[8_usize, 16, 24][..]), prop_oneof![0..=60_usize, 60..=260_usize], holes);
+        let shape = (
+            select(&[8_usize, 16, 24][..]),
+            prop_oneof![3 => 0..=60_usize, 3 => 60..=260_usize, 1 => 900..=1000_usize],
+            holes,
+        );
         let scale = select(&[0.1, 1.0][..]);
-        let cache = (prop_oneof![Just((false, 0)), Just((true, 0)), Just((true, 12))], any::<bool>());
+        let cache =
+            (prop_oneof![Just((false, 0)), Just((true, 0)), Just((true, 12))], select(&[1.0, 64.0][..]));
         (batches, dims, cache, shape, select(VALUES), scale, any::<u64>()).prop_map(
             |(batch, dims, ((fp8, falls), peaks), (heads, k, holes), values, scale, seed)| Case {
                 batch,
@@ -222,11 +227,13 @@ impl Contract for SparseMla {
                 fp8,
                 heads,
                 k,
-                holes,
+                // Many places are more splits than are merged at a time: rows are among all of them.
+                holes: if k > 600 { 7 } else { holes },
                 values,
                 scale,
                 falls,
-                peaks,
+                // Where all rows weigh the same, some are beyond what halves hold beside the others.
+                peaks: if matches!(values.0, Values::Zeros) { 2.0_f64.powi(20) } else { peaks },
                 seed,
             },
         )
@@ -269,24 +276,34 @@ fn planted_faults_are_seen() {
     for (find, replace) in [
         // Splits are added up as if they were relative to the same score; one is left out, or the last.
         ("exp(highest_of(start, i) - highest)", "1.0"),
-        ("(c + d)", "d"),
-        ("i < params.splits);", "i + 1u < params.splits);"),
+        ("(first + second)", "second"),
+        ("i < params.splits) *", "i + 1u < params.splits) *"),
+        // The splits before the ninth.
+        ("exp(highest - now) * sum", "sum"),
     ] {
         contract::catches::<SparseMla>(Edit { shader: "sparse_mla_merge", find, replace });
     }
     for (find, replace) in [
         // Sums that were relative to a lower score.
         ("factors[own_head] = factor;", "factors[own_head] = 1.0;"),
-        ("total = total * factor + weight", "total = total + weight"),
+        ("total *= factor;", ""),
         ("select(0.0, exp(score - raised), there)", "exp(select(0.0, score, there) - raised)"),
+        // A score far above the others.
+        ("subgroupAny(score > reference + AHEAD)", "subgroupAny(reference == LOWEST)"),
         // The codes' scales.
         ("let own_scales = scales[own_key];", "let own_scales = scales[0];"),
         ("f16(scaled.w)", "f16(scaled.z)"),
         ("select(VECTORS, CODES + 1u, FP8)", "select(VECTORS, CODES, FP8)"),
-        // A tile that is larger than those before: its rows, and what was added up.
-        ("put_rows(rows, power(most), lane);", ""),
-        ("ratio = falls(of_rows, most);", ""),
-        ("ratio = falls(before, of_scales[lane.subgroup]);", ""),
+        ("+ select(0u, HEADS, FP8 && v >= VECTORS)", ""),
+        ("&weights[select(0u, 128u * lane.subgroup, FP8)]", "&weights[0u]"),
+        // Rows where there are none.
+        ("select(0xffff0000u, 0u, hole)", "0xffff0000u"),
+        // A tile that is larger than those before: that it is, its rows, its scales, and what was added up.
+        ("cut_off || !is_finite(dot_product)", "cut_off"),
+        ("of_rows = most;", ""),
+        ("larger = any(", "larger = false && any("),
+        ("select(falls(of_rows, most),", "select(1.0,"),
+        ("falls(before, own_scale(of_scales, lane)), FP8", "1.0, FP8"),
         // The tile after the next.
         (
             "position_at(t, first_row + 4u * KEYS + own_key)",
@@ -322,7 +339,7 @@ fn nothing_selected_gives_zeros() {
                 values,
                 scale: 0.3,
                 falls: 0,
-                peaks: false,
+                peaks: 1.0,
                 seed: 3,
             };
             case.judge(kernels, kernels.context().has_matrices());
