@@ -2,7 +2,8 @@
 // tokens. `paged.wgsl` and `halves.wgsl` go before it.
 //
 // Halves hold what bf16 has, but not as far: queries of a token, and keys, are brought near 2^13 by a power of two. What underflows is 2^-38 of
-// the largest. 8-bit codes are halves as they are. A subgroup keeps 16 keys.
+// the largest. 8-bit codes are halves as they are. A subgroup keeps 16 keys. All of it is within 24 KiB of memory: a driver that counts 48 for a
+// multiprocessor has two workgroups on it.
 
 const KEYS: u32 = 64u;
 const HEADS: u32 = 32u;
@@ -11,12 +12,15 @@ const SUBGROUPS: u32 = 4u;
 // Columns of a key: eight matrices.
 const WIDTH: u32 = 128u;
 const ROW_VECTORS: u32 = 16u;
-// Of a row in vectors of four halves: rows lie in different banks.
+// Of a query in vectors of four halves, and of a quarter of a key: rows lie in different banks.
 const STRIDE: u32 = 34u;
+const KEY_STRIDE: u32 = 10u;
 
 override FP8: bool = false;
 // Of a key, vectors of 16 bytes.
 override KEY_QUADS: u32 = select(16u, 8u, FP8);
+// Of a quarter of a key.
+override LANE_QUADS: u32 = KEY_QUADS / 4u;
 
 struct Params {
     // The chunk: its first row in the step, its rows, the columns of its logits.
@@ -50,7 +54,8 @@ var<immediate> params: Params;
 @group(0) @binding(8) var<storage, read> cache_3: array<vec4<u32>>;
 @group(0) @binding(9) var<storage, read_write> logits: array<f32>;
 
-var<workgroup> keys: array<vec4<f16>, 2176>;
+// A quarter of the columns.
+var<workgroup> keys: array<vec4<f16>, 640>;
 var<workgroup> queries: array<vec4<f16>, 1088>;
 // Of a subgroup: the products of 32 heads and its 16 keys.
 var<workgroup> parts: array<f32, 2048>;
@@ -100,30 +105,28 @@ fn largest_of_all(exponent: u32, lane: Lane) -> u32 {
     return exponent_of(max(max(exponents[0], exponents[1]), max(exponents[2], exponents[3])));
 }
 
-// Vector `i` of a block: zeros where there is no key.
-fn block_quad(i: u32) -> vec4<u32> {
-    let slot = slots[i / KEY_QUADS];
-    let words = key_quad(select(slot, 0u, slot == HOLE), i % KEY_QUADS);
+// Vector `v` of a key of the block: zeros where there is none.
+fn block_quad(key: u32, v: u32) -> vec4<u32> {
+    let slot = slots[key];
+    let words = key_quad(select(slot, 0u, slot == HOLE), v);
     return select(words, vec4(0u), slot == HOLE);
 }
 
-fn put_key(i: u32, words: vec4<u32>, factor: f32) {
-    if FP8 {
-        let at = i / KEY_QUADS * STRIDE + 4u * (i % KEY_QUADS);
-        keys[at] = four_codes(words.x);
-        keys[at + 1u] = four_codes(words.y);
-        keys[at + 2u] = four_codes(words.z);
-        keys[at + 3u] = four_codes(words.w);
-    } else {
-        let at = i / KEY_QUADS * STRIDE + 2u * (i % KEY_QUADS);
-        let values = eight_bf16(words);
-        keys[at] = vec4<f16>(values.low * factor);
-        keys[at + 1u] = vec4<f16>(values.high * factor);
-    }
+// What a lane loads of a block, 16 bytes each: of 8-bit keys one of each quarter of the columns, else two, of which the second is 32 keys on.
+struct Block {
+    a: vec4<u32>,
+    b: vec4<u32>,
+    c: vec4<u32>,
+    d: vec4<u32>,
+    a_too: vec4<u32>,
+    b_too: vec4<u32>,
+    c_too: vec4<u32>,
+    d_too: vec4<u32>,
+    factor: f32,
 }
 
 // The keys of a block that the last of its rows sees, and their scales. All lanes call it.
-fn load_keys(seq: u32, first: u32, last: u32, lane: Lane) {
+fn load_block(seq: u32, first: u32, last: u32, lane: Lane) -> Block {
     workgroupBarrier();
     if lane.index < KEYS {
         let position = first + lane.index;
@@ -141,37 +144,51 @@ fn load_keys(seq: u32, first: u32, last: u32, lane: Lane) {
     }
     workgroupBarrier();
     // All of a lane's vectors are on their way at once.
-    let a = block_quad(lane.index);
-    let b = block_quad(lane.index + LANES);
-    let c = block_quad(lane.index + 2u * LANES);
-    let d = block_quad(lane.index + 3u * LANES);
-    if FP8 {
-        put_key(lane.index, a, 1.0);
-        put_key(lane.index + LANES, b, 1.0);
-        put_key(lane.index + 2u * LANES, c, 1.0);
-        put_key(lane.index + 3u * LANES, d, 1.0);
-    } else {
-        let e = block_quad(lane.index + 4u * LANES);
-        let f = block_quad(lane.index + 5u * LANES);
-        let g = block_quad(lane.index + 6u * LANES);
-        let h = block_quad(lane.index + 7u * LANES);
-        let first_half = max(max(largest(a), largest(b)), max(largest(c), largest(d)));
-        let second_half = max(max(largest(e), largest(f)), max(largest(g), largest(h)));
-        let exponent = largest_of_all(max(first_half, second_half), lane);
-        let factor = power(exponent);
+    let key = lane.index / LANE_QUADS;
+    let v = lane.index % LANE_QUADS;
+    var block: Block;
+    block.a = block_quad(key, v);
+    block.b = block_quad(key, v + LANE_QUADS);
+    block.c = block_quad(key, v + 2u * LANE_QUADS);
+    block.d = block_quad(key, v + 3u * LANE_QUADS);
+    if !FP8 {
+        block.a_too = block_quad(key + 32u, v);
+        block.b_too = block_quad(key + 32u, v + LANE_QUADS);
+        block.c_too = block_quad(key + 32u, v + 2u * LANE_QUADS);
+        block.d_too = block_quad(key + 32u, v + 3u * LANE_QUADS);
+        let of_first = max(max(largest(block.a), largest(block.b)), max(largest(block.c), largest(block.d)));
+        let of_second =
+            max(max(largest(block.a_too), largest(block.b_too)), max(largest(block.c_too), largest(block.d_too)));
+        let exponent = largest_of_all(max(of_first, of_second), lane);
+        block.factor = power(exponent);
         if lane.index < KEYS {
             key_scales[lane.index] *= power(2u * TARGET - exponent);
         }
-        put_key(lane.index, a, factor);
-        put_key(lane.index + LANES, b, factor);
-        put_key(lane.index + 2u * LANES, c, factor);
-        put_key(lane.index + 3u * LANES, d, factor);
-        put_key(lane.index + 4u * LANES, e, factor);
-        put_key(lane.index + 5u * LANES, f, factor);
-        put_key(lane.index + 6u * LANES, g, factor);
-        put_key(lane.index + 7u * LANES, h, factor);
+    }
+    return block;
+}
+
+// Puts a quarter of a block's columns in their place, of `first` and `second` those that the lane has. All lanes call it.
+fn put_quarter(first: vec4<u32>, second: vec4<u32>, factor: f32, lane: Lane) {
+    workgroupBarrier();
+    let at = lane.index / LANE_QUADS * KEY_STRIDE;
+    let v = lane.index % LANE_QUADS;
+    if FP8 {
+        keys[at + 4u * v] = four_codes(first.x);
+        keys[at + 4u * v + 1u] = four_codes(first.y);
+        keys[at + 4u * v + 2u] = four_codes(first.z);
+        keys[at + 4u * v + 3u] = four_codes(first.w);
+    } else {
+        put_key(at + 2u * v, first, factor);
+        put_key(at + 32u * KEY_STRIDE + 2u * v, second, factor);
     }
     workgroupBarrier();
+}
+
+fn put_key(at: u32, words: vec4<u32>, factor: f32) {
+    let values = eight_bf16(words);
+    keys[at] = vec4<f16>(values.low * factor);
+    keys[at + 1u] = vec4<f16>(values.high * factor);
 }
 
 fn query_words(t: u32, head: u32, v: u32) -> vec4<u32> {
@@ -228,8 +245,9 @@ fn put_queries(own: Queries, lane: Lane) -> f32 {
     return power(2u * TARGET - exponent);
 }
 
+// Sixteen columns of a quarter.
 fn key_matrix(column: u32, lane: Lane) -> Right {
-    return coopLoad<Right>(&keys[16u * lane.subgroup * STRIDE + column / 4u], STRIDE);
+    return coopLoad<Right>(&keys[16u * lane.subgroup * KEY_STRIDE + column / 4u], KEY_STRIDE);
 }
 
 fn query_matrix(head: u32, column: u32) -> Left {
@@ -282,16 +300,20 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
                 for (var next = row + 1u; next < end_row && seq_ids[params.first_row + next] == seq; next++) {
                     last = params.first_row + next;
                 }
-                load_keys(seq, first_key, positions[last], lane);
+                let own = load_block(seq, first_key, positions[last], lane);
                 loaded = seq;
+                put_quarter(own.a, own.a_too, own.factor, lane);
                 key_0 = key_matrix(0u, lane);
                 key_1 = key_matrix(16u, lane);
-                key_2 = key_matrix(32u, lane);
-                key_3 = key_matrix(48u, lane);
-                key_4 = key_matrix(64u, lane);
-                key_5 = key_matrix(80u, lane);
-                key_6 = key_matrix(96u, lane);
-                key_7 = key_matrix(112u, lane);
+                put_quarter(own.b, own.b_too, own.factor, lane);
+                key_2 = key_matrix(0u, lane);
+                key_3 = key_matrix(16u, lane);
+                put_quarter(own.c, own.c_too, own.factor, lane);
+                key_4 = key_matrix(0u, lane);
+                key_5 = key_matrix(16u, lane);
+                put_quarter(own.d, own.d_too, own.factor, lane);
+                key_6 = key_matrix(0u, lane);
+                key_7 = key_matrix(16u, lane);
             }
             var sum = 0.0;
             for (var first_head = 0u; first_head < params.heads; first_head += HEADS) {

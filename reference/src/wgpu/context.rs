@@ -347,8 +347,8 @@ fn is_robust(backend: wgpu::Backend) -> bool {
     matches!(backend, wgpu::Backend::Vulkan | wgpu::Backend::Dx12)
 }
 
-/// What `*_matrix.wgsl` have in a workgroup's memory, rounded up: `indexer_logits_matrix` takes the most.
-const MATRICES_SHARED: u32 = 36 << 10;
+/// What `*_matrix.wgsl` have in a workgroup's memory at most: no more, or a multiprocessor has one workgroup in place of two.
+const MATRICES_SHARED: u32 = 24 << 10;
 
 /// What `*_matrix.wgsl` need.
 const MATRICES: wgpu::Features =

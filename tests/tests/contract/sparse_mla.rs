@@ -25,7 +25,7 @@ struct Case {
     scale: f64,
     /// Of a latent's columns each group of the 8-bit cache's is smaller than the one before by so many powers of two.
     falls: i32,
-    /// How many times as large as all others few rows are.
+    /// How many times as large as all others few rows are; where it is very many, of 8-bit rows only what has scales.
     peaks: f64,
     seed: u64,
 }
@@ -72,6 +72,7 @@ impl Case {
         for (slot, row) in rows.iter_mut().enumerate() {
             let peak = if slot % 32 == 5 { self.peaks } else { 1.0 };
             for (column, x) in row.iter_mut().enumerate() {
+                let peak = if column >= rank && self.fp8 && self.peaks > 64.0 { 1.0 } else { peak };
                 // Exact, and a bf16 as before.
                 let falls = if column < rank { self.falls * (column / MLA_GROUP) as i32 } else { 0 };
                 *x *= peak * 2.0_f64.powi(-falls);
