@@ -192,6 +192,10 @@ fn planted_faults_are_seen() {
         ),
         ("sum += unit * of_heads;", "sum = unit * of_heads;"),
         ("let head = i + own_half;", "let head = i;"),
+        // A quarter of the columns for another, and a half of the keys.
+        ("put_quarter(own.c, own.c_too,", "put_quarter(own.b, own.c_too,"),
+        ("put_key(at + 32u * KEY_STRIDE + 2u * v, second, factor);", ""),
+        ("keys[at + 4u * v + 3u] = four_codes(first.w);", ""),
         // A token's queries for the next one's.
         ("ahead = load_queries(next, next_head, lane);", "ahead = load_queries(t, next_head, lane);"),
     ] {
