@@ -9,8 +9,7 @@ const KEYS: u32 = 64u;
 const HEADS: u32 = 32u;
 const LANES: u32 = 128u;
 const SUBGROUPS: u32 = 4u;
-// Columns of a key: eight matrices.
-const WIDTH: u32 = 128u;
+// Vectors of eight columns of a key and of a query: 128 columns, eight matrices.
 const ROW_VECTORS: u32 = 16u;
 // Of a query in vectors of four halves, and of a quarter of a key: rows lie in different banks.
 const STRIDE: u32 = 34u;

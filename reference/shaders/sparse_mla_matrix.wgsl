@@ -18,6 +18,7 @@ const LATENT: u32 = 512u;
 // A score may be so far above the reference: its weight is a half.
 const AHEAD: f32 = 8.0;
 const LOWEST: f32 = -0x1p127f;
+
 override FP8: bool = false;
 // A constant: what is divided by it takes no division.
 override PAGE_SIZE: u32 = 64u;
@@ -466,7 +467,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     // Whether what is too large for a half becomes the largest half: then every tile is worked on twice.
     let cut_off = is_finite(f32(weights[lane.index ^ 1u]));
     var first_row = first;
-    // The tile whose exponents were looked at: those of the first were.
+    // The tile whose exponents were looked at: those of the first were. Once more, then it is what it is; so is a score, which rises each time.
     var known = select(first, end, cut_off);
     var raised = reference;
     var factor = 1.0;
@@ -604,7 +605,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
         totals[own_head] = total;
         references[own_head] = reference;
     }
-    workgroupBarrier();
     let of_codes = CODE * bitcast<f32>(own_scale(of_scales, lane) << 23u);
     let unit = select(power(2u * TARGET - of_rows), of_codes, FP8);
     let row = t * params.heads + first_head;

@@ -171,9 +171,11 @@ impl Line {
     }
 }
 
-/// Seconds of a copy by a kernel that reads and writes `bytes` altogether, of `copies` places in turns; a share of it if bindings take no more.
+/// Seconds of a copy by a kernel that reads and writes `bytes` altogether, of `copies` places in turns; of very many, what a part of them takes, times
+/// as many parts as there are.
 fn copy_seconds(wgpu: &Wgpu, bytes: f64, copies: usize) -> Result<f64> {
-    let halves = (bytes as usize).div_ceil(4).clamp(1, wgpu.largest_binding() / VECTOR * VECTOR / 2);
+    let halves =
+        (bytes as usize).div_ceil(4).clamp(1, COPIED.min(wgpu.largest_binding()) / VECTOR * VECTOR / 2);
     let tensors = || (0..copies).map(|_| wgpu.alloc(DType::Act, &[halves])).collect::<Result<Vec<_>>>();
     let (from, mut to, mut turn) = (tensors()?, tensors()?, 0);
     let seconds = seconds_of_call(wgpu, || {

@@ -326,25 +326,30 @@ fn planted_faults_are_seen() {
 
 #[test]
 fn nothing_selected_gives_zeros() {
-    contract::on_wgpu(|kernels| {
+    for dims in [(64, 16), BY_MATRICES] {
         for (k, holes) in [(60, 8), (200, 8), (0, 0)] {
-            let values = (Values::Normal, Values::Normal);
-            let batch = BatchCase::of(16, &[(70, 2)]);
-            let case = Case {
-                batch,
-                dims: (64, 16),
-                fp8: false,
-                heads: 8,
-                k,
-                holes,
-                values,
-                scale: 0.3,
-                falls: 0,
-                peaks: 1.0,
-                seed: 3,
-            };
-            case.judge(kernels, kernels.context().has_matrices());
+            agrees_on_wgpu(dims, false, 8, k, holes);
         }
+    }
+}
+
+/// Heads that are no whole group, selections that are no whole tile.
+#[test]
+fn odd_shapes_agree_in_wgsl() {
+    for (dims, fp8) in [((64, 16), false), (BY_MATRICES, false), (BY_MATRICES, true)] {
+        for (heads, k) in [(12, 37), (1, 1), (9, 70)] {
+            agrees_on_wgpu(dims, fp8, heads, k, 1);
+        }
+    }
+}
+
+fn agrees_on_wgpu(dims: (usize, usize), fp8: bool, heads: usize, k: usize, holes: usize) {
+    contract::on_wgpu(|kernels| {
+        let values = (Values::Normal, Values::Normal);
+        let batch = BatchCase::of(16, &[(70, 2)]);
+        let (scale, falls, peaks, seed) = (0.3, 0, 1.0, 3);
+        let case = Case { batch, dims, fp8, heads, k, holes, values, scale, falls, peaks, seed };
+        case.judge(kernels, kernels.context().has_matrices());
     });
 }
 

@@ -16,31 +16,36 @@ fn assert_same_with_bindings_of(elements: usize, run: impl Fn(&Backend<'_, Wgpu>
     });
 }
 
+/// `kv_lora_rank` and columns of a row: for lanes alone, and for matrices where an adapter has them.
+const NARROW: [usize; 2] = [64, 80];
+const OF_MATRICES: [usize; 2] = [512, 576];
+
 fn act(kernels: &Backend<'_, Wgpu>, shape: &[usize], seed: u64) -> <Wgpu as Kernels>::Tensor {
     contract::numbers(kernels, DType::Act, shape, &Values::Normal.take(seed, shape.iter().product())).1
 }
 
-/// Attention of two tokens at the end of `context` tokens: 320 numbers of cache for every four.
-fn attention(kernels: &Backend<'_, Wgpu>, context: usize) -> Result<Vec<f64>> {
+/// Attention of two tokens at the end of `context` tokens: four rows of `width` numbers are a page.
+fn attention(kernels: &Backend<'_, Wgpu>, context: usize, [rank, width]: [usize; 2]) -> Result<Vec<f64>> {
     let case = BatchCase::of(4, &[(context, 2)]);
     let batch = contract::batch(kernels, &case.batch).1;
-    let (q, cache) = (act(kernels, &[2, 8, 80], 1), act(kernels, &[case.pages, 4, 80], 2));
+    let (q, cache) = (act(kernels, &[2, 8, width], 1), act(kernels, &[case.pages, 4, width], 2));
     let places: Vec<i32> = (0..80).map(|i| (i * 7 % context) as i32).collect();
     let topk_indices = contract::index(kernels, &[2, 40], &places).1;
-    let mut out = contract::output(kernels, DType::Act, &[2, 8, 64]).1;
+    let mut out = contract::output(kernels, DType::Act, &[2, 8, rank]).1;
     kernels.sparse_mla(&batch, &q, &cache, &topk_indices, 0.3, &mut out)?;
     kernels.read(&out)
 }
 
 #[test]
 fn sparse_mla_gathers_from_all_of_them() {
-    assert_same_with_bindings_of(2048, |kernels| attention(kernels, 85).unwrap());
+    assert_same_with_bindings_of(2048, |kernels| attention(kernels, 85, NARROW).unwrap());
+    assert_same_with_bindings_of(2048 * 576 / 80, |kernels| attention(kernels, 85, OF_MATRICES).unwrap());
 }
 
 #[test]
 fn more_than_four_are_refused() {
     contract::with_small_bindings(2048, |kernels| {
-        let error = attention(kernels, 120).unwrap_err().to_string();
+        let error = attention(kernels, 120, NARROW).unwrap_err().to_string();
         assert!(
             error.contains("sparse_mla: `cache`") && error.contains("4 of the adapter's bindings"),
             "{error}"
@@ -50,10 +55,16 @@ fn more_than_four_are_refused() {
 
 #[test]
 fn indexer_logits_reads_all_of_them() {
-    assert_same_with_bindings_of(512, |kernels| {
+    logits_are_same(512, 16);
+    // By matrices, where an adapter has them.
+    logits_are_same(4096, 128);
+}
+
+fn logits_are_same(elements: usize, width: usize) {
+    assert_same_with_bindings_of(elements, |kernels| {
         let case = BatchCase::of(4, &[(95, 2)]);
         let batch = contract::batch(kernels, &case.batch).1;
-        let (q, cache) = (act(kernels, &[2, 4, 16], 1), act(kernels, &[case.pages, 4, 16], 2));
+        let (q, cache) = (act(kernels, &[2, 4, width], 1), act(kernels, &[case.pages, 4, width], 2));
         let weights = contract::numbers(kernels, DType::Float, &[2, 4], &Values::Normal.take(3, 8)).1;
         // A column that nobody sees has the same poison on both.
         let mut logits = contract::numbers(kernels, DType::Float, &[2, 98], &[7.0; 196]).1;
