@@ -202,12 +202,18 @@ impl Hall<'_> {
 
 /// Whether the other end has closed. Nothing is said before all are there.
 fn is_closed(stream: &TcpStream) -> bool {
+    peek(stream) == Some(0)
+}
+
+/// What can be read at once: no bytes where the other end has closed, `None` where it has said nothing yet.
+fn peek(stream: &TcpStream) -> Option<usize> {
     let peeked = stream.set_nonblocking(true).and_then(|()| stream.peek(&mut [0]));
-    let closed = match peeked {
-        Ok(bytes) => bytes == 0,
-        Err(error) => ![io::ErrorKind::WouldBlock, io::ErrorKind::Interrupted].contains(&error.kind()),
+    let there = match peeked {
+        Ok(bytes) => Some(bytes),
+        Err(error) if [io::ErrorKind::WouldBlock, io::ErrorKind::Interrupted].contains(&error.kind()) => None,
+        Err(_) => Some(0),
     };
-    stream.set_nonblocking(false).is_err() || closed
+    if stream.set_nonblocking(false).is_err() { Some(0) } else { there }
 }
 
 /// Comes to rank 0 as another rank, and waits until all have come.
@@ -216,10 +222,14 @@ pub(super) fn come(place: &Place, creed: &Creed, patience: Duration) -> Result<C
     tracing::info!("rank {} of {} goes to rank 0 at {}", place.rank, place.world_size, place.address());
     let mut streams = Vec::new();
     for channel in CHANNELS {
-        let stream = connect(place, deadline, patience)?;
+        let Some(stream) = connect(place, deadline, patience, &streams)? else { break };
         let hello = Hello { rank: place.rank, channel, creed: creed.clone() };
-        wire::send(&stream, &hello.encode()).map_err(|error| closed(place, &error))?;
-        streams.push(stream);
+        match wire::send(&stream, &hello.encode()) {
+            Ok(()) => streams.push(stream),
+            Err(error) if streams.is_empty() => return Err(closed(place, &error)),
+            // Where it had let one in, it says why there.
+            Err(_) => break,
+        }
     }
     for stream in &streams {
         // Rank 0 says itself who is missing, at its own deadline.
@@ -237,15 +247,24 @@ pub(super) fn come(place: &Place, creed: &Creed, patience: Duration) -> Result<C
     }
 }
 
-fn connect(place: &Place, deadline: Instant, patience: Duration) -> Result<TcpStream, LaunchError> {
+/// `None` where rank 0 has answered one of the `earlier` connections: it does not listen any more, and has said there why.
+fn connect(
+    place: &Place,
+    deadline: Instant,
+    patience: Duration,
+    earlier: &[TcpStream],
+) -> Result<Option<TcpStream>, LaunchError> {
     loop {
         let error = match connect_once(place, deadline) {
             Ok(stream) => {
                 stream.set_nodelay(true).map_err(|error| closed(place, &error))?;
-                return Ok(stream);
+                return Ok(Some(stream));
             }
             Err(error) => error,
         };
+        if earlier.iter().any(|stream| peek(stream).is_some()) {
+            return Ok(None);
+        }
         if Instant::now() >= deadline {
             return Err(LaunchError::Ranks(format!(
                 "rank {} could not reach rank 0 at {} (MASTER_ADDR:MASTER_PORT) within {patience:?}: {error}; start rank 0, or give it \
@@ -357,12 +376,43 @@ mod tests {
         assert!(alone.contains("rank 1 could not reach rank 0 at 127.0.0.1:"), "{alone}");
     }
 
+    fn stranger(place: &Place) -> TcpStream {
+        connect(place, Instant::now() + LONG, LONG, &[]).unwrap().unwrap()
+    }
+
+    /// Rank 0 may have refused the first connection, and be gone, before the second is tried.
+    #[test]
+    fn who_is_refused_while_still_coming_hears_why() {
+        let place = places(&[1], 2).remove(0);
+        let listener = TcpListener::bind((place.master.as_str(), place.port)).unwrap();
+        let first = stranger(&place);
+        let (taken, _) = listener.accept().unwrap();
+        drop(listener);
+        refuse([&taken], "another mind");
+        let started = Instant::now();
+        assert!(connect(&place, started + LONG, LONG, std::slice::from_ref(&first)).unwrap().is_none());
+        assert!(started.elapsed() < LONG / 2, "{:?}", started.elapsed());
+
+        let place = places(&[1], 2).remove(0);
+        let listener = TcpListener::bind((place.master.as_str(), place.port)).unwrap();
+        std::thread::scope(|scope| {
+            let second = scope.spawn(|| come(&place, &creed("16"), LONG).unwrap_err().to_string());
+            let (taken, _) = listener.accept().unwrap();
+            drop(listener);
+            hello(&taken, Instant::now() + LONG).unwrap();
+            refuse([&taken], "another mind");
+            let error = second.join().unwrap();
+            assert!(error.contains("another mind"), "{error}");
+        });
+        assert!(started.elapsed() < LONG / 2, "{:?}", started.elapsed());
+    }
+
     #[test]
     fn strangers_are_left_out() {
         let places = places(&[0, 1], 2);
         std::thread::scope(|scope| {
             let first = scope.spawn(|| gather(&places[0], &creed("16"), LONG));
-            let mut stranger = connect(&places[1], Instant::now() + LONG, LONG).unwrap();
+            let mut stranger = stranger(&places[1]);
             stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
             come(&places[1], &creed("16"), LONG).unwrap();
             assert_eq!(first.join().unwrap().unwrap().len(), 1);
@@ -379,7 +429,7 @@ mod tests {
                 assert!(error.contains("rank 1 has not come to 127.0.0.1:"), "{error}");
                 started.elapsed()
             });
-            let mut stranger = connect(&places[1], Instant::now() + LONG, LONG).unwrap();
+            let mut stranger = stranger(&places[1]);
             stranger.write_all(&[200, 0, 0, 0]).unwrap();
             while !first.is_finished() && started.elapsed() < LONG {
                 let _ = stranger.write_all(&[0]);
@@ -407,7 +457,7 @@ mod tests {
         std::thread::scope(|scope| {
             let first = scope.spawn(|| gather(&places[0], &creed("16"), LONG).unwrap_err().to_string());
             let second = scope.spawn(|| come(&places[1], &creed("16"), LONG).unwrap_err().to_string());
-            let mut third = connect(&places[2], Instant::now() + LONG, LONG).unwrap();
+            let mut third = stranger(&places[2]);
             let hello = Hello { rank: 2, channel: Channel::Orders, creed: creed("16") };
             third.write_all(&hello.encode()).unwrap();
             sleep(Duration::from_millis(300));
