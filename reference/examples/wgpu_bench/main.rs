@@ -1,7 +1,7 @@
 //! Times of the WGSL kernels at GLM-5.2's shapes, beside what a copy reaches and beside the oracle's on the CPU.
 //!
 //! ```sh
-//! cargo run --release -p dsa80-reference --features wgpu --example wgpu_bench -- [--json FILE] [--no-oracle] [--only KERNEL,KERNEL] [PART OF THE ADAPTER'S NAME]
+//! cargo run --release -p dsa80-reference --example wgpu_bench -- [--json FILE] [--no-oracle] [--only KERNEL,KERNEL] [PART OF THE ADAPTER'S NAME]
 //! ```
 //!
 //! A call's time is a share of many that follow each other, by the device's clock: what lies between launches is in it. Weights take turns,

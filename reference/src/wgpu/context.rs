@@ -292,9 +292,10 @@ impl WgpuContext {
     /// and the kernels take twice as long.
     #[expect(unsafe_code, reason = "only the author of the shaders can promise what the checks are for")]
     fn trusted(&self, descriptor: wgpu::ShaderModuleDescriptor<'_>) -> wgpu::ShaderModule {
-        // SAFETY: the sources are this crate's. Their loops are bounded by sizes (and a tile of `sparse_mla_matrix` is worked on three times at most), they index arrays of workgroups and of lanes by constants and
-        // by places below the sizes that launchers give, and divide by sizes that launchers refuse to be zero. Accesses to buffers stay
-        // robust: where the caller takes this way (`is_robust`), that is the device's, not the module's.
+        // SAFETY: the sources are this crate's. Their loops are bounded by sizes (and a tile of `sparse_mla_matrix` is worked on three times
+        // at most), they index arrays of workgroups and of lanes by constants and by places below the sizes that launchers give, and divide
+        // by sizes that launchers refuse to be zero. Accesses to buffers stay robust: where the caller takes this way (`is_robust`), that is
+        // the device's, not the module's.
         unsafe {
             self.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked())
         }
